@@ -1,0 +1,151 @@
+"""What every script does alike for its user: one-line errors and exit codes, progress, tables, files written whole or not at all.
+
+Imports nothing of ours. Results go to stdout, errors to stderr. Without a terminal all of it is plain text.
+"""
+
+import csv
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+OUT_OF_MEMORY = "out of memory: lower --batch-size, or split it into pieces with --grad-accum (the same training in less memory)"
+
+
+def say(text: str) -> None:
+    """Print one line to stdout, as it is (no markup)."""
+    console.print(escape(text))
+
+
+def note(text: str) -> None:
+    """Print one line that the user should notice: a fallback, or a setting that cannot act in this run."""
+    console.print(f"[yellow]note:[/] {escape(text)}")
+
+
+def misuse(flag: str, message: object) -> typer.BadParameter:
+    """The exception for a wrong value of `flag`; `run_app` turns it into one line and exit code 2."""
+    return typer.BadParameter(str(message), param_hint=flag)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    raise SystemExit(code)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a Typer app: exit code 2 and one line for misuse, 1 and one line for a failure; `--debug` shows the traceback instead."""
+    debug = "--debug" in sys.argv
+    if not debug:
+        warnings.filterwarnings("ignore", module=r"(torch|timm|torchvision|PIL)")
+    try:
+        raise SystemExit(app(standalone_mode=False) or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own errors, whichever click Typer carries
+            _fail(" ".join(error.format_message().split()) + "  (--help shows the options)", error.exit_code)
+        if debug:
+            raise
+        if _is_out_of_memory(error):
+            _fail(OUT_OF_MEMORY, 1)
+        # The errors that our code raises on purpose explain themselves; of any other, the type is part of the message.
+        expected = type(error) in (ValueError, RuntimeError, OSError, FileNotFoundError, FileExistsError, PermissionError)
+        _fail(str(error) if expected and str(error) else f"{type(error).__name__}: {error}  (--debug shows where)", 1)
+
+
+class _PlainProgress:
+    """Progress for a log file: a plain line every `every` seconds, none for work that ends sooner."""
+
+    def __init__(self, total: int, description: str, unit: str, every: float = 30.0):
+        self.total, self.description, self.unit, self.every = total, description, unit, every
+        self.done, self.start = 0, time.monotonic()
+        self.last = self.start
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.last >= self.every and self.done < self.total:
+            self.last = now
+            rate = self.done / (now - self.start)
+            say(f"{self.description} {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left")
+
+
+class _RichProgress:
+    """Progress for a terminal: a bar with the rate and the time left, gone when the work ends."""
+
+    def __init__(self, bar: Progress, total: int, description: str, unit: str):
+        self.bar, self.unit, self.start, self.done = bar, unit, time.monotonic(), 0
+        self.task = bar.add_task(description, total=total, rate="")
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)
+        self.bar.update(self.task, advance=n, rate=f"{rate:.0f} {self.unit}/s")
+
+
+@contextmanager
+def progress(total: int, description: str, unit: str = "images") -> Iterator[_PlainProgress | _RichProgress]:
+    """Show the progress of `total` pieces of work; the object yielded has `.advance(n)`."""
+    if not console.is_terminal:
+        yield _PlainProgress(total, description, unit)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield _RichProgress(bar, total, description, unit)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table: rich lines on a terminal, aligned plain text elsewhere."""
+    if console.is_terminal:
+        table = Table(title=escape(title), title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        return
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    say(title)
+    for row in [columns, *rows]:
+        say("  " + "  ".join(f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths))))
+
+
+def show_scores(title: str, scores: dict[str, float]) -> None:
+    """The table of training and prediction: Top-1 and ACSA of each label (keys `top1_<label>`, `acsa_<label>`) and their means."""
+    labels = [key.removeprefix("top1_") for key in scores if key.startswith("top1_")]
+    show_table(title, ["label", "Top-1", "ACSA"], [[label, f"{scores[f'top1_{label}']:.4f}", f"{scores[f'acsa_{label}']:.4f}"] for label in labels])
+
+
+@contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file that appears under its name only when it is complete: a temporary file in the same folder, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, header: list[str], rows: Iterable[list]) -> None:
+    """Write a CSV file, UTF-8, whole or not at all."""
+    with whole_file(path) as f:
+        csv.writer(f, lineterminator="\n").writerows([header, *rows])

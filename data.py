@@ -1,0 +1,537 @@
+"""From a CSV row to a tensor: samples, views, augmentation, batches. By itself it describes and checks a dataset:
+
+    python data.py Dataset            # or `demo`; seconds; --all decodes every image. Exit code 1 where something is wrong.
+
+A dataset is the organisers' folder: Fashion-How24_sub1_{train,val,test}.csv beside train/, val/ and test/. Columns named
+image_name, BBox_* and Mask_* have their meaning; every other column is a label.
+"""
+
+import csv
+import hashlib
+import io
+import math
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+import demo
+from cli import note, progress, run_app, say, show_table
+
+SPLITS = ("train", "val", "test")
+CLASS_NAMES = {  # the organisers' labels; any other label column has the classes 0..max of the training CSV
+    "Daily": ("loungewear", "light outing", "office", "formal", "event", "sportswear"),
+    "Gender": ("mannish", "unisex", "girlish", "elegant", "sexy"),
+    "Embellishment": ("none", "point", "lots"),
+}
+BOX_COLUMNS = {"bbox": ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax")}
+MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
+MAX_PIXELS = 100_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LAYOUT = """{root}/
+  Fashion-How24_sub{subtask}_train.csv, ..._val.csv, ..._test.csv     (image_name, BBox_xmin, ..., Daily, Gender, Embellishment)
+  train/  val/  test/                                    (the images)"""
+
+Box = tuple[int, int, int, int]
+
+
+# ---------------------------------------------------------------- from a CSV to samples
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a split: an image, the boxes known for it ((xmin, ymin, xmax, ymax) in pixels of the upright photo), its labels."""
+
+    name: str
+    path: str
+    where: str
+    boxes: dict[str, Box]
+    labels: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one CSV. `classes` maps each label to its number of classes; `labelled` names the labels that the CSV holds."""
+
+    csv: Path
+    samples: list[Sample]
+    classes: dict[str, int]
+    labelled: tuple[str, ...]
+    fingerprint: str
+
+    def has(self, view: str) -> bool:
+        return view == "full" or view in self.samples[0].boxes
+
+
+def find_dataset(data: str, subtask: int = 1) -> Path:
+    """The folder of a dataset; `demo` is the built-in one, drawn if need be. Raises FileNotFoundError with the layout expected."""
+    if data == "demo" and not Path("demo").is_dir():
+        return demo.cached()
+    root = Path(data)
+    if not any((root / csv_name(split, subtask)).is_file() for split in SPLITS):
+        kind = "holds no Fashion-How24 CSV" if root.is_dir() else "does not exist"
+        layout = LAYOUT.format(root=data, subtask=subtask)
+        raise FileNotFoundError(f"--data {data} {kind}; use --data demo for the built-in set, or give a folder of this layout:\n{layout}")
+    return root
+
+
+def csv_name(split: str, subtask: int = 1) -> str:
+    return f"Fashion-How24_sub{subtask}_{split}.csv"
+
+
+def read_split(root: Path, split: str, classes: dict[str, int] | None = None, subtask: int = 1) -> Split:
+    """Read and check one split: every row, and that each image is there and is one (its header alone is read).
+
+    `classes`: the training split's, for val and test (labels of other names are ignored); None derives them.
+    Raises FileNotFoundError without the CSV, ValueError with all that is wrong with it: columns, rows, images.
+    """
+    path = root / csv_name(split, subtask)
+    header, rows, digest = _read_csv(path)
+    box_columns, labels = _columns(path, header, rows, split, classes)
+    folder, samples, problems = _Folder(root, root / split), [], []
+    for line, row in rows:
+        where = f"{path.name}, line {line}"
+        try:
+            samples.append(_parse_row(header, row, where, box_columns, labels, classes, folder))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    checked = [_check_header(sample) for sample in samples]
+    problems += [str(result) for result in checked if isinstance(result, Exception)]
+    if problems:
+        raise ValueError(_report(f"{path}: {len(problems)} of {len(rows)} rows are wrong", problems))
+    if classes is None:
+        classes = {label: len(CLASS_NAMES.get(label, ())) or max(s.labels[label] for s in checked) + 1 for label in labels}
+        if single := [label for label, n in classes.items() if n < 2]:
+            raise ValueError(f"{path}: the label {single[0]} has the same class in every row; remove the column or add images of other classes")
+    for sample in samples:
+        digest.update(f"{sample.name}\0{folder.sizes[sample.path]}\n".encode())
+    return Split(path, checked, classes, labels, digest.hexdigest())
+
+
+def image_samples(inputs: Sequence[str]) -> Split:
+    """Image files and folders (searched whole, files of other kinds left aside) as an unlabelled split. Raises ValueError, FileNotFoundError."""
+    samples = []
+    for given in inputs:
+        path = Path(given)
+        if not path.exists():
+            raise FileNotFoundError(f"{given}: no such image or folder")
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
+        samples += [Sample(str(p), str(p), str(p), {}, {}) for p in found]
+    checked = [_check_header(sample) for sample in samples]
+    if problems := [str(result) for result in checked if isinstance(result, Exception)]:
+        raise ValueError(_report(f"{len(problems)} of {len(samples)} images cannot be used", problems))
+    return Split(Path(inputs[0]), checked, {}, (), "")
+
+
+def _report(title: str, problems: list[str]) -> str:
+    rest = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n".join([title, *(f"  {problem}" for problem in problems[:20]), *rest])
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], "hashlib._Hash"]:
+    """The header, the rows that are not blank with their line numbers, and the running SHA-256 of the file."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; a dataset looks like this:\n{LAYOUT.format(root=path.parent, subtask=1)}") from None
+    for encoding in ("utf-8-sig", "cp949"):
+        try:
+            text = raw.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            continue
+    else:
+        raise ValueError(f"{path}: neither UTF-8 nor CP949 (EUC-KR); save it as UTF-8")
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
+    if len(rows) < 2:
+        raise ValueError(f"{path}: holds no rows")
+    return rows[0][1], rows[1:], hashlib.sha256(raw)
+
+
+def _columns(path: Path, header: list[str], rows: list, split: str, classes: dict[str, int] | None) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """The boxes and the labels that the CSV holds. In test, a column that says nothing (constant, or -1 throughout) counts as absent."""
+    if doubled := [name for name, n in Counter(filter(None, header)).items() if n > 1]:
+        raise ValueError(f"{path}: the column {doubled[0]} occurs more than once")
+    if "image_name" not in header:
+        raise ValueError(f"{path}: no column image_name (columns: {', '.join(header)})")
+    silent = set()
+    if split == "test":
+        silent = {name for i, name in enumerate(header) if len({row[i] if i < len(row) else "" for _, row in rows}) == 1}
+    boxes = {}
+    for view, names in BOX_COLUMNS.items():
+        present = [name for name in names if name in header and name not in silent]
+        if missing := sorted(set(names) - set(header), key=names.index):
+            if present:
+                raise ValueError(f"{path}: no column {missing[0]}, though {present[0]} is there")
+        elif present:
+            boxes[view] = names
+    labels = tuple(name for name in header if name and name != "image_name" and not name.startswith(("BBox_", "Mask_")) and name not in silent)
+    if classes is not None:
+        if split != "test" and (missing := [label for label in classes if label not in labels]):
+            raise ValueError(f"{path}: no column {missing[0]}, a label of the training CSV")
+        labels = tuple(label for label in classes if label in labels)
+    elif not labels:
+        raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
+    return boxes, labels
+
+
+def _parse_row(header, row, where, box_columns, labels, classes, folder) -> Sample:
+    """One row as a sample. Raises ValueError with what is wrong with it."""
+    if len(row) != len(header):
+        raise ValueError(f"{len(row)} cells for {len(header)} columns")
+    cells = dict(zip(header, row))
+    name = cells["image_name"]
+    boxes = {view: _parse_box(cells, names) for view, names in box_columns.items()}
+    values = {label: _parse_label(label, cells[label], classes) for label in labels}
+    return Sample(name, folder.locate(name), f"{where} ({name})", boxes, values)
+
+
+def _parse_box(cells: dict[str, str], names: tuple[str, ...]) -> Box:
+    try:
+        xmin, ymin, xmax, ymax = (float(cells[name]) for name in names)
+        box = (math.floor(xmin), math.floor(ymin), math.ceil(xmax), math.ceil(ymax))
+    except (ValueError, OverflowError):
+        raise ValueError(f"the box {', '.join(cells[name] or '(empty)' for name in names)} is not four numbers") from None
+    if xmin >= xmax or ymin >= ymax:
+        raise ValueError(f"the box {box} is empty or inverted (xmin, ymin, xmax, ymax)")
+    return box
+
+
+def _parse_label(label: str, cell: str, classes: dict[str, int] | None) -> int:
+    try:
+        value = int(cell) if cell.isascii() and cell.removeprefix("-").isdigit() else float(cell)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value != int(value):
+        raise ValueError(f"{label} is {cell or '(empty)'}, not a whole number")
+    n = (classes or {}).get(label) or len(CLASS_NAMES.get(label, ())) or MAX_CLASSES
+    if not 0 <= value < n:
+        raise ValueError(f"{label} is {cell}, outside 0..{n - 1}")
+    return int(value)
+
+
+class _Folder:
+    """Finds the images of one split and sees that none lies outside the dataset, whatever a name or a link says."""
+
+    def __init__(self, *roots: Path):
+        self.images = roots[-1]
+        self.roots = tuple(os.path.join(os.path.realpath(root), "") for root in roots)
+        self.folders: dict[str, bool] = {}
+        self.sizes: dict[str, int] = {}
+
+    def _inside(self, path: str) -> bool:
+        return (os.path.realpath(path) + os.sep).startswith(self.roots)
+
+    def locate(self, name: str) -> str:
+        """The path of an image. Raises ValueError where it leaves the dataset, is missing or is no file."""
+        outside = f"image_name {name!r} leaves the dataset folder"
+        parts = re.split(r"[\\/]", name)
+        if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:[\\/]", name) or "\0" in name:
+            raise ValueError("image_name is empty" if not name else outside)
+        path = os.path.join(self.images, *parts) if os.sep != "/" else f"{self.images}/{name}"
+        folder = os.path.dirname(path)
+        if folder not in self.folders:
+            self.folders[folder] = self._inside(folder)
+        try:
+            status = os.lstat(path)
+            if not self.folders[folder] or (stat.S_ISLNK(status.st_mode) and not self._inside(path)):
+                raise ValueError(outside)
+            if stat.S_ISLNK(status.st_mode):
+                status = os.stat(path)
+        except OSError as error:
+            raise ValueError(f"no image {path} ({error.strerror})") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a file")
+        self.sizes[path] = status.st_size
+        return path
+
+
+def _check_header(sample: Sample) -> Sample | ValueError:
+    """The sample with its boxes clipped to the photo, or what is wrong with its image; reads the header, decodes nothing."""
+    try:
+        with open_image(sample.path) as image:
+            width, height = upright_size(image)
+        boxes = {view: clip_box(box, width, height) for view, box in sample.boxes.items()}
+    except ValueError as error:
+        return ValueError(f"{sample.where}: {error}")
+    return sample if boxes == sample.boxes else replace(sample, boxes=boxes)
+
+
+def clip_box(box: Box, width: int, height: int) -> Box:
+    """The part of a box that lies inside a photo of this size. Raises ValueError where nothing does."""
+    clipped = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise ValueError(f"the box {box} lies outside the photo of {width} x {height} pixels")
+    return clipped
+
+
+# ---------------------------------------------------------------- from a file to pixels
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Open an image without decoding it. Raises ValueError where it is no image, or larger than MAX_PIXELS."""
+    try:
+        Image.init()  # Pillow loads its rarer formats only then
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is another one, and warns; ours follows
+        image = Image.open(path, formats=FORMATS)
+    except Exception as error:
+        raise ValueError(f"{path} is no image that can be read ({error.__class__.__name__})") from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; scale it down")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none or the EXIF block makes no sense."""
+    try:
+        return image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    except Exception:
+        return 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after the EXIF orientation, from the header."""
+    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+
+
+def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+    """Decode an image to upright RGB, 8 bits a channel; transparency goes onto `background`. Raises ValueError."""
+    with open_image(path) as image:
+        try:
+            image.load()
+            if _orientation(image) != 1:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
+                pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
+                return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+            if not image.has_transparency_data:
+                return image.convert("RGB")
+            rgba = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
+
+
+def to_pixels(photo: Image.Image, box: Box | None, size: int) -> Tensor:
+    """The one preparation of training, validation and prediction: a view of a photo (None: all of it) squashed to uint8 (3, size, size)."""
+    if box is not None:
+        photo = photo.crop(box)
+    photo = photo.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+class ShiftScaleRotate(torch.nn.Module):
+    """Shift by up to `shift` of the side, scale by 1 +- `scale`, rotate by +- `degrees`; the border is reflected. uint8 (3, H, W) in and out."""
+
+    def __init__(self, shift: float, scale: float, degrees: float):
+        super().__init__()
+        self.shift, self.scale, self.degrees = shift, scale, degrees
+
+    def forward(self, image: Tensor) -> Tensor:
+        dx, dy, s, a = (torch.rand(4) * 2 - 1).tolist()
+        angle, scale = math.radians(a * self.degrees), 1 + s * self.scale
+        cos, sin, (height, width) = math.cos(angle) / scale, math.sin(angle) / scale, image.shape[-2:]
+        # affine_grid wants the map from the result to the source, in units of half a side
+        theta = torch.tensor([[cos, sin * height / width, 2 * dx * self.shift], [-sin * width / height, cos, 2 * dy * self.shift]])
+        grid = F.affine_grid(theta[None], [1, *image.shape], align_corners=False)
+        moved = F.grid_sample(image[None].float(), grid, padding_mode="reflection", align_corners=False)[0]
+        return moved.round().clamp(0, 255).to(torch.uint8)
+
+
+def augmentation(kind: str) -> Callable[[Tensor], Tensor]:
+    """What happens to a training image, uint8 (3, H, W) in and out, drawn from torch's generator. Add a torchvision transform as a line of its own."""
+    if kind == "none":
+        return v2.Identity()
+    return v2.Compose(
+        [
+            v2.RandomVerticalFlip(0.5),
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2)], 0.5),
+            v2.RandomApply([ShiftScaleRotate(shift=0.1, scale=0.2, degrees=20)], 0.3),
+        ]
+    )
+
+
+# ---------------------------------------------------------------- batches
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on all parts: (seed, "sample", epoch, index), (seed, "step", number), ..."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+class Photos(Dataset):
+    """The samples of a split as uint8 tensors (3, size, size) with their labels.
+
+    An item is asked for by its index (its view is `view`, nothing is augmented), or in training by (epoch, index): then the
+    view is `view` with probability `crop_prob`, else the full photo, and both that and `augment` depend on
+    (seed, epoch, index) alone. A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
+    """
+
+    def __init__(self, samples: list[Sample], size: int, view: str = "full", crop_prob: float = 1.0, augment: Callable = v2.Identity(), seed: int = 0):
+        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed = samples, size, view, crop_prob, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, int]] | ValueError:
+        if not isinstance(key, tuple):
+            return self._item(key, crop=True)
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "sample", epoch, index))
+            item = self._item(index, crop=torch.rand(()).item() < self.crop_prob)
+            return item if isinstance(item, ValueError) else (self.augment(item[0]), item[1])
+
+    def _item(self, index: int, crop: bool) -> tuple[Tensor, dict[str, int]] | ValueError:
+        sample = self.samples[index]
+        try:
+            return to_pixels(load_photo(sample.path), sample.boxes.get(self.view) if crop else None, self.size), sample.labels
+        except (ValueError, OSError) as error:
+            return ValueError(f"{sample.where}: {error}")
+
+
+class EpochBatches(torch.utils.data.Sampler):
+    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone; a short last batch is kept. Set `epoch` before each pass."""
+
+    def __init__(self, n: int, batch_size: int, seed: int):
+        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))).tolist()
+        for start in range(0, self.n, self.batch_size):
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+
+
+def _collate(items: list) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
+    bad = [item for item in items if isinstance(item, ValueError)]
+    return ValueError("\n".join(map(str, bad))) if bad else torch.utils.data.default_collate(items)
+
+
+def make_loader(photos: Photos, batch_size: int, workers: int, epochs: EpochBatches | None = None) -> DataLoader:
+    """A loader of (images uint8 (N, 3, H, W), {label: int64 (N,)}): in order, or by `epochs`. Read it through `batches`."""
+    order = {"batch_sampler": epochs} if epochs is not None else {"batch_size": batch_size}
+    return DataLoader(
+        photos,
+        num_workers=workers,
+        collate_fn=_collate,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
+        **order,
+    )
+
+
+def default_workers(workers: int | None) -> int:
+    """`workers`, or where it is None a process for each CPU core that this one may use, at most 8."""
+    if workers is not None:
+        return workers
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def batches(loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """The batches of a loader. Raises the ValueError of a photo that could not be decoded, with its row and without a worker's traceback."""
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+# ---------------------------------------------------------------- python data.py DATASET
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def describe(
+    data: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")] = "Dataset",
+    subtask: Annotated[int, typer.Option(min=1, max=2, help="Which sub-task's CSVs to read.")] = 1,
+    all_images: Annotated[bool, typer.Option("--all", help="Decode every image instead of 200 a split.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Describe and check a dataset: splits, rows, classes, images, boxes. Exit code 1 where something is wrong."""
+    root = find_dataset(data, subtask)
+    say(f"{data}: {root}")
+    classes, wrong = None, []
+    for split in SPLITS:
+        if not (root / csv_name(split, subtask)).is_file():
+            note(f"no {csv_name(split, subtask)}")
+            wrong += [f"{csv_name(split, subtask)} is missing"] if split != "test" else []
+            continue
+        try:
+            read = read_split(root, split, classes, subtask)
+            classes = read.classes if split == "train" else classes
+            _describe_split(split, read)
+            wrong += _describe_images(split, read.samples, all_images)
+        except (ValueError, OSError) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    say("nothing wrong found" + ("" if all_images else " (a sample of the images was decoded; --all decodes every one)"))
+
+
+def _describe_split(split: str, read: Split) -> None:
+    say(f"\n{split}: {len(read.samples):,} rows, {'with' if read.has('bbox') else 'without'} boxes, labels: {', '.join(read.labelled) or 'none'}")
+    rows = []
+    for label in read.labelled:
+        counts = Counter(sample.labels[label] for sample in read.samples)
+        names = CLASS_NAMES.get(label, tuple(map(str, range(read.classes[label]))))
+        rows += [[label, str(c), names[c], str(counts[c]), f"{counts[c] / len(read.samples):.1%}"] for c in range(read.classes[label])]
+    if rows:
+        show_table("classes", ["label", "class", "name", "rows", "share"], rows)
+
+
+def _describe_images(split: str, samples: list[Sample], all_images: bool) -> list[str]:
+    """Decode the images (evenly spread ones unless `all_images`), print their sizes and kinds and the boxes'; returns what is wrong."""
+    chosen = samples if all_images else samples[:: max(1, len(samples) // 200)]
+    kinds, wrong, sizes = Counter(), [], []
+    with progress(len(chosen), f"decoding {split}") as bar:
+        for sample in chosen:
+            try:
+                with open_image(sample.path) as image:
+                    kinds[f"{image.format} {image.mode}"] += 1
+                sizes.append(load_photo(sample.path).size)
+            except ValueError as error:
+                wrong.append(f"{sample.where}: {error}")
+            bar.advance(1)
+    say(f"images: {len(chosen):,} decoded; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")
+    rows = [["image", *_quartiles(sizes)]] if sizes else []
+    for view in samples[0].boxes:
+        rows.append([view, *_quartiles([(s.boxes[view][2] - s.boxes[view][0], s.boxes[view][3] - s.boxes[view][1]) for s in samples])])
+    show_table("width x height in pixels", ["of", "smallest", "median", "largest"], rows)
+    return [_report(f"{split}: {len(wrong)} of {len(chosen)} decoded images are damaged", wrong)] if wrong else []
+
+
+def _quartiles(sizes: list[tuple[int, int]]) -> list[str]:
+    return [f"{w:.0f} x {h:.0f}" for w, h in (f(np.array(sizes), axis=0) for f in (np.min, np.median, np.max))]
+
+
+if __name__ == "__main__":
+    run_app(app)

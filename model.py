@@ -1,0 +1,314 @@
+"""A timm backbone with one linear head per label; the size budget; saving, loading and evaluating. Prints nothing."""
+
+import difflib
+import io
+import logging
+import os
+import socket
+import sys
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import huggingface_hub
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cli import whole_file
+
+FORMAT = "fashion-attributes 1"
+MAX_IMAGE_SIZE = 4096
+
+
+class FashionModel(nn.Module):
+    """`backbone` maps (N, 3, H, W) to pooled features (N, width); a linear head a label maps these to its logits.
+
+    Takes uint8 images, as data.py gives them, and normalises them itself with the backbone's own mean and std: whoever
+    holds the model cannot normalise wrongly.
+    """
+
+    def __init__(self, backbone: nn.Module, width: int, classes: dict[str, int], mean: Iterable[float], std: Iterable[float]):
+        super().__init__()
+        self.backbone, self.classes = backbone, dict(classes)
+        self.heads = nn.ModuleList(nn.Linear(width, n) for n in classes.values())  # a list: a label may have any name
+        self.register_buffer("mean", torch.tensor([*mean]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([*std]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}."""
+        features = self.backbone((images.float() / 255 - self.mean) / self.std)
+        return {label: head(features) for label, head in zip(self.classes, self.heads)}
+
+
+# ---------------------------------------------------------------- building
+
+
+def check_backbone(name: str) -> None:
+    """Raises ValueError where timm knows no such model (naming close ones) or no such pretrained tag of it."""
+    architecture, _, tag = name.partition(".")
+    if ":" in name or not timm.is_model(architecture):
+        known = timm.list_models() + timm.list_pretrained()
+        close = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or [m for m in known if architecture.split("_")[0] in m][:5]
+        raise ValueError(f"timm has no model {name!r}" + (f"; close: {', '.join(close)}" if close else "; timm.list_models() lists them"))
+    tags = [m.partition(".")[2] for m in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if tag and tag not in tags:
+        raise ValueError(f"timm has no pretrained tag {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
+
+
+def build_model(name: str, classes: dict[str, int], image_size: int | None = None, pretrained: bool = False) -> tuple[FashionModel, int]:
+    """The model with random or pretrained backbone weights, and its image size (None: the backbone's own).
+
+    Raises ValueError where the name is unknown or the backbone takes no images of that size, OSError where the download fails.
+    """
+    check_backbone(name)
+    own = timm.get_pretrained_cfg(name)
+    size = image_size or own.input_size[-1]
+    if pretrained:
+        _stay_offline_without_network()
+    try:
+        backbone = _create(name, pretrained, size)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if not pretrained:
+            raise ValueError(f"{name} cannot be built for images of {size} px: {error}") from None
+        if not own.has_weights:
+            raise ValueError(f"timm has no pretrained weights for {name}; use --no-pretrained or --weights FILE") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); offline: --weights FILE, or --no-pretrained") from None
+    config = timm.data.resolve_model_data_config(backbone)
+    return FashionModel(backbone, _pooled_width(backbone, name, size), classes, config["mean"], config["std"]), size
+
+
+def _create(name: str, pretrained: bool, size: int) -> nn.Module:
+    """The backbone without its classifier. Some take `img_size`, and resample their position embeddings to it; the others take any size."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+def _stay_offline_without_network() -> None:
+    """Where the model hub's name does not resolve, let its client look into its cache only: it would retry for a minute, aloud."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        if not urllib.request.getproxies():
+            socket.getaddrinfo(urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
+    """The width of the pooled features, by trying: `num_features` is another number in some backbones."""
+    backbone.eval()
+    try:
+        with torch.inference_mode():
+            features = backbone(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{name} takes no images of {size} px ({str(error).splitlines()[0]}); choose another --image-size") from None
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise ValueError(f"{name} gives no pooled features (N, width); choose another --model")
+    return features.shape[1]
+
+
+# ---------------------------------------------------------------- where and in which precision
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, Apple's MPS or the CPU, the first that is there. Raises ValueError for a device that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
+
+
+def choose_amp(choice: str, device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype, None for float32. `auto`: on CUDA bf16 where the chip has it, else fp16; bf16 on CPUs with AVX-512 bf16 or AMX; float32 elsewhere."""
+    if choice == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if choice == "auto" and device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        choice = "bf16" if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()) else "off"
+    if choice == "fp16" and device.type != "cuda":
+        raise ValueError("fp16 needs a CUDA GPU; use bf16 or off")
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choice)
+
+
+# ---------------------------------------------------------------- the loop's other half: predicting and scoring
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: FashionModel,
+    batches: Iterable[tuple[Tensor, dict[str, Tensor]]],
+    device: torch.device,
+    amp: torch.dtype | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Logits {label: float32 (N, classes)} and targets {label: int64 (N,)} of all batches, on the CPU. `amp`: autocast's dtype, None: off."""
+    model.eval()
+    logits: dict[str, list[Tensor]] = {label: [] for label in model.classes}
+    targets: dict[str, list[Tensor]] = {}
+    for images, labels in batches:
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            outputs = model(images.to(device, non_blocking=True))
+        for label in logits:
+            logits[label].append(outputs[label].float().cpu())
+        for label, values in labels.items():
+            targets.setdefault(label, []).append(values)
+        advance(len(images))
+    return {label: torch.cat(parts) for label, parts in logits.items()}, {label: torch.cat(parts) for label, parts in targets.items()}
+
+
+def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, float]:
+    """`top1_<label>`, the share of images that are right, `acsa_<label>`, the mean recall of the classes that occur, and both's means over the labels."""
+    scores: dict[str, float] = {}
+    for label, target in targets.items():
+        right = logits[label].argmax(-1) == target
+        scores[f"top1_{label}"] = right.sum().item() / len(target)
+        recalls = [(right & (target == c)).sum().item() / (target == c).sum().item() for c in target.unique()]
+        scores[f"acsa_{label}"] = sum(recalls) / len(recalls)
+    for kind in ("top1", "acsa") if targets else ():
+        scores[f"{kind}_mean"] = sum(scores[f"{kind}_{label}"] for label in targets) / len(targets)
+    return scores
+
+
+# ---------------------------------------------------------------- checkpoints and weights
+
+
+def checkpoint_bytes(state: dict) -> int:
+    """The size in bytes of the file that `save_checkpoint` would write."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.tell()
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Write `state` whole or not at all."""
+    with whole_file(path, "wb") as f:
+        torch.save(state, f)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """A checkpoint of this program, its checksums verified (torch loads a flipped bit in silence). Raises FileNotFoundError, ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    state = _read_torch_file(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this program (weights of another one go to train.py --weights)")
+    return state
+
+
+def _read_torch_file(path: str | os.PathLike) -> object:
+    """Tensors and plain values of a file of torch.save; nothing in it is run. Raises ValueError."""
+    damaged = f"{path} is damaged or was cut short; copy it again"
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError(f"{path} was not written by torch.save (it is compressed)")
+                if archive.testzip():
+                    raise ValueError(damaged)
+        elif Path(path).read_bytes()[:2] == b"PK":
+            raise ValueError(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ValueError:
+        raise
+    except Exception as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
+            raise ValueError(f"{path} holds something other than tensors and plain values (or is no file of torch.save); it was not loaded") from None
+        raise ValueError(damaged) from None
+
+
+def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
+    """The model of a `best.pt` and the whole checkpoint. Raises FileNotFoundError, ValueError."""
+    state = read_checkpoint(path)
+    try:
+        classes, weights, size = state["classes"], state["weights"], state["image_size"]
+        fits = all(weights[f"heads.{i}.weight"].shape[0] == n for i, n in enumerate(classes.values())) and 0 < size <= MAX_IMAGE_SIZE
+        model, _ = build_model(state["backbone"], classes, size)
+        model.load_state_dict(weights)
+        model.mean.copy_(torch.tensor(state["mean"]).view(3, 1, 1))
+        model.std.copy_(torch.tensor(state["std"]).view(3, 1, 1))
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is no complete best.pt ({str(error).splitlines()[0]})") from None
+    if not fits:
+        raise ValueError(f"{path} contradicts itself: its heads do not have the classes that it lists")
+    return model, state
+
+
+def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> list[str]:
+    """Load a .safetensors, .pth or .pt file into the model's backbone, or a `best.pt` of this program into backbone and heads of the same labels.
+
+    Returns a line for each kind of thing that did not match. Raises FileNotFoundError, and ValueError where nothing of the backbone matched.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    notes = []
+    if str(path).endswith(".safetensors"):
+        try:
+            given = load_file(path)
+        except Exception as error:
+            raise ValueError(f"{path} is no safetensors file, or is damaged ({error})") from None
+    else:
+        given = _read_torch_file(path)
+    if isinstance(given, dict) and given.get("format") == FORMAT:
+        notes += _load_heads(model, given)
+        given = {key.removeprefix("backbone."): value for key, value in given["weights"].items() if key.startswith("backbone.")}
+    else:
+        given = _backbone_tensors(given, model.backbone, path, name)
+    own = model.backbone.state_dict()
+    matching = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+    if not matching:
+        raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
+    model.backbone.load_state_dict(matching, strict=False)
+    missing, left = [key for key in own if key not in matching], [key for key in given if key not in matching]
+    if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
+        notes.append(f"{len(missing)} of the backbone's {len(own)} tensors are not in {path} and stay random: {_some(missing)}")
+    if left:
+        notes.append(f"{len(left)} tensors of {path} have no place in the model: {_some(left)}")
+    return notes
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _backbone_tensors(given: object, backbone: nn.Module, path: str | os.PathLike, name: str) -> dict[str, Tensor]:
+    """The tensors of a foreign checkpoint under timm's names; timm's own filter renames and resamples them where it has one."""
+    for wrapper in ("state_dict_ema", "state_dict", "model_ema", "model"):
+        if isinstance(given, dict) and isinstance(given.get(wrapper), dict):
+            given = given[wrapper]
+            break
+    if not isinstance(given, dict) or not given or not all(isinstance(value, Tensor) for value in given.values()):
+        raise ValueError(f"{path} holds no weights (a table of tensors by name)")
+    given = timm.models.clean_state_dict(given)
+    filter_fn = getattr(sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__], "checkpoint_filter_fn", None)
+    if filter_fn is None:
+        return given
+    try:
+        return filter_fn(dict(given), backbone)
+    except Exception:  # made for other files of the same family: the names decide then
+        return given
+
+
+def _load_heads(model: FashionModel, state: dict) -> list[str]:
+    """Copy the heads of the same labels and classes from a `best.pt`; returns a line on those that did not match."""
+    fresh = []
+    for label, head in zip(model.classes, model.heads):
+        if state["classes"].get(label) != model.classes[label]:
+            fresh.append(label)
+            continue
+        j = list(state["classes"]).index(label)
+        weight, bias = state["weights"][f"heads.{j}.weight"], state["weights"][f"heads.{j}.bias"]
+        if weight.shape == head.weight.shape:
+            head.load_state_dict({"weight": weight, "bias": bias})
+        else:
+            fresh.append(label)
+    return [f"new heads, which the checkpoint does not have: {', '.join(fresh)}"] if fresh else []

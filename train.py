@@ -1,0 +1,451 @@
+"""Train a classifier of garment attributes: one backbone, a linear head per label.
+
+    python train.py --data demo --no-pretrained --model test_resnet --image-size 80 --epochs 12 --t-0 12 --lr 4e-3   # the built-in set
+    python train.py --loss focal --crop-prob 0.7                          # the organisers' Dataset/ folder, the notes' settings
+    python train.py --resume runs/NAME                                    # go on after an interruption, or with more --epochs
+
+Writes runs/NAME/: config.json, metrics.csv (a row an epoch), best.pt (to predict with and to send in), last.pt (to go on from)
+and val_predictions.csv (the best epoch's). The defaults are those of the notes' last entry; they suit a GPU and 11,058 photos.
+"""
+
+import copy
+import json
+import math
+import platform
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import timm
+import torch
+import torchvision
+import typer
+from torch import Tensor
+
+import losses
+from cli import misuse, note, progress, run_app, say, show_scores, whole_file, write_csv
+from data import EpochBatches, Photos, Split, augmentation, batches, default_workers, derive_seed, find_dataset, make_loader, read_split
+from model import (
+    FORMAT,
+    MAX_IMAGE_SIZE,
+    build_model,
+    check_backbone,
+    checkpoint_bytes,
+    choose_amp,
+    choose_device,
+    load_weights,
+    predict_logits,
+    read_checkpoint,
+    save_checkpoint,
+    score,
+)
+
+CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "epochs"}
+MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def option(panel: str, help: str, *names: str, **kwargs) -> typer.models.OptionInfo:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **kwargs)
+
+
+DATA, MODEL, LOSS, OPTIMISATION, RUN = "Data", "Model", "Loss", "Optimisation", "Run"
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    data: Annotated[str, option(DATA, "Dataset folder, or `demo` for the built-in set.")] = "Dataset",
+    subtask: Annotated[int, option(DATA, "Which sub-task's CSVs to read.", min=1, max=2)] = 1,
+    crop_prob: Annotated[float, option(DATA, "Probability that a training photo is shown as its box, else whole.", min=0, max=1)] = 1.0,
+    val_view: Annotated[Literal["bbox", "full"], option(DATA, "What validation sees: the box, or the whole photo as the test does.")] = "bbox",
+    augment: Annotated[Literal["basic", "none"], option(DATA, "Augmentation of training images.")] = "basic",
+    image_size: Annotated[int | None, option(DATA, "Side of the square image in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the backbone's")] = None,
+    workers: Annotated[int | None, option(DATA, "Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
+    model: Annotated[str, option(MODEL, "Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k",
+    pretrained: Annotated[bool, option(MODEL, "Start from timm's pretrained weights (downloaded once).")] = True,
+    weights: Annotated[Path | None, option(MODEL, "Start from this .safetensors, .pth or .pt file, or a best.pt; no download.")] = None,
+    max_mb: Annotated[float, option(MODEL, "Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0,
+    loss: Annotated[Literal["ce", "focal", "asymmetric"], option(LOSS, "Cross-entropy, focal or asymmetric loss, summed over the labels.")] = "ce",
+    label_smoothing: Annotated[float, option(LOSS, "Smoothing of ce and asymmetric.", min=0, max=1)] = 0.1,
+    focal_gamma: Annotated[float, option(LOSS, "Focusing of focal.", min=0)] = 2.0,
+    asym_gamma_pos: Annotated[float, option(LOSS, "Focusing of asymmetric on the target class.", min=0)] = 1.0,
+    asym_gamma_neg: Annotated[float, option(LOSS, "Focusing of asymmetric on the other classes.", min=0)] = 4.0,
+    class_weights: Annotated[bool, option(LOSS, "Weight each class by 1 - its share of the training rows.", "--class-weights")] = False,
+    epochs: Annotated[int, option(OPTIMISATION, "Passes over the training rows.", min=1)] = 300,
+    batch_size: Annotated[int, option(OPTIMISATION, "Images a step.", min=1)] = 256,
+    grad_accum: Annotated[int, option(OPTIMISATION, "Pieces that a batch is split into: the same step in less memory.", min=1)] = 1,
+    lr: Annotated[float, option(OPTIMISATION, "Learning rate of AdamW at each restart.")] = 5e-6,
+    weight_decay: Annotated[float, option(OPTIMISATION, "Weight decay of AdamW.", min=0)] = 0.01,
+    t_0: Annotated[int, option(OPTIMISATION, "Epochs to the first restart of the cosine schedule.", "--t-0", min=1)] = 30,
+    t_mult: Annotated[int, option(OPTIMISATION, "Each stretch between restarts is this many times the one before.", min=1)] = 2,
+    eta_min: Annotated[float, option(OPTIMISATION, "Lowest learning rate.", min=0)] = 5e-8,
+    patience: Annotated[int, option(OPTIMISATION, "Stop after this many epochs without a better one.", min=1)] = 50,
+    monitor: Annotated[Literal["top1", "acsa", "loss"], option(OPTIMISATION, "Which validation figure picks the best epoch.")] = "top1",
+    amp: Annotated[Literal["auto", "fp16", "bf16", "off"], option(OPTIMISATION, "Mixed precision; auto: what the device is fastest with.")] = "auto",
+    name: Annotated[str | None, option(RUN, "Name of the run's folder under runs/.", show_default="date and time")] = None,
+    seed: Annotated[int, option(RUN, "Seed of everything random.", min=0)] = 1103,
+    resume: Annotated[Path | None, option(RUN, "Go on with this run (runs/NAME), with its settings.")] = None,
+    device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug")] = False,
+) -> None:
+    """Train on a dataset's train split, validate on its val split, keep the best epoch."""
+    flags = SimpleNamespace(**{key: value for key, value in locals().items() if key != "ctx"})
+
+    # ------------------------------------------------ set up
+    config = resume_settings(ctx, flags) if flags.resume else None
+    run = flags.resume or Path("runs") / (flags.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
+    device, amp_dtype = check_flags(flags)
+    if not config and run.exists():
+        raise misuse("--name", f"{run} exists; choose another --name, or go on with it: --resume {run}")
+
+    # ------------------------------------------------ data
+    root = find_dataset(flags.data, flags.subtask)
+    train_split = read_split(root, "train", subtask=flags.subtask)
+    val_split = read_split(root, "val", train_split.classes, flags.subtask)
+    view = flags.val_view if val_split.has(flags.val_view) else "full"
+    say_what_is_idle(ctx, flags, train_split, view)
+
+    # ------------------------------------------------ model
+    torch.manual_seed(derive_seed(flags.seed, "weights"))
+    net, size = make_model(flags, train_split.classes)
+    best = {  # all that predict.py needs; weights and scores follow with each best epoch
+        "format": FORMAT, "backbone": flags.model, "image_size": size, "classes": train_split.classes,
+        "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": net.state_dict(),
+        "data": {"path": "demo" if flags.data == "demo" else str(root.resolve()), "subtask": flags.subtask, "view": view},
+        "batch_size": flags.batch_size, "epoch": 0, "scores": placeholder_scores(train_split.classes),
+    }  # fmt: skip
+    megabytes = check_budget(best, flags.max_mb)
+    check_smallest_batch(net, flags, len(train_split.samples), size)
+    net.to(device)
+
+    # ------------------------------------------------ loaders, optimiser, schedule
+    workers = default_workers(flags.workers)
+    order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed)
+    photos = Photos(train_split.samples, size, "bbox", flags.crop_prob, augmentation(flags.augment), flags.seed)
+    train_loader = make_loader(photos, flags.batch_size, workers, order)
+    val_loader = make_loader(Photos(val_split.samples, size, view), flags.batch_size, workers)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, flags.t_0, flags.t_mult, flags.eta_min)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    criteria = make_criteria(flags, train_split, device)
+
+    # ------------------------------------------------ resume, or claim the run's folder
+    fingerprint = {"train": train_split.fingerprint, "val": val_split.fingerprint}
+    state = restore(run, config, fingerprint, parts) if config else {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}
+    if finished(state, flags):
+        say(f"{run} is finished after {state['epoch']} epochs; nothing was changed")
+        return
+    if not config:
+        run.mkdir(parents=True)
+    write_config(run, flags, device, amp_dtype, fingerprint)
+    say(f"{run}: {flags.model}, {size} px, best.pt {megabytes:.2f} MB, {device}, {amp_dtype or torch.float32}")
+    say(f"{len(photos):,} training photos (boxed with probability {flags.crop_prob:g}), {len(val_split.samples):,} validation photos ({view})")
+
+    # ------------------------------------------------ the loop
+    try:
+        while not finished(state, flags):
+            start = time.monotonic()
+            epoch = order.epoch = state["epoch"] + 1
+            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            with progress(len(photos), f"epoch {epoch}/{flags.epochs}") as bar:
+                row["train_loss"] = train_one_epoch(parts, batches(train_loader), criteria, epoch, flags, amp_dtype, bar.advance)
+            rate = len(photos) / (time.monotonic() - start)
+            schedule.step()
+            with progress(len(val_split.samples), f"epoch {epoch}/{flags.epochs}, validation") as bar:
+                logits, targets = predict_logits(net, batches(val_loader), device, amp_dtype, bar.advance)
+            row["val_loss"] = mean_loss(logits, targets, criteria)
+            scores = score(logits, targets)
+            row |= {f"val_{key}": value for key, value in scores.items()} | {"seconds": round(time.monotonic() - start, 2)}
+            state |= {"epoch": epoch, "metrics": [*state["metrics"], row]}
+            column, sign = MONITORS[flags.monitor]
+            if sign * row[column] > state["best_value"]:
+                state |= {"best_epoch": epoch, "best_value": sign * row[column]}
+                best |= {"weights": net.state_dict(), "epoch": epoch, "scores": scores}
+                write_predictions(run / "val_predictions.csv", val_split, logits)
+                save_checkpoint(best, run / "best.pt")
+            write_csv(run / "metrics.csv", list(row), [list(past.values()) for past in state["metrics"]])
+            # The last file of an epoch: whatever is interrupted before it is there is done again, to the same bits.
+            save_checkpoint(state | {"format": FORMAT} | {part: it.state_dict() for part, it in parts.items()}, run / "last.pt")
+            say(epoch_line(row, flags.epochs, rate, state["best_epoch"] == epoch))
+    except BaseException as error:
+        if not config and not (run / "last.pt").exists():
+            shutil.rmtree(run)  # no epoch was finished: leave no run that could not go on
+        elif isinstance(error, KeyboardInterrupt):
+            note(f"stopped; to go on: python train.py --resume {run}")
+        raise
+
+    # ------------------------------------------------ finish
+    if state["epoch"] < flags.epochs:
+        say(f"stopped early: no better {flags.monitor} for {flags.patience} epochs")
+    final = read_checkpoint(run / "best.pt")
+    show_scores(f"validation ({view}), best epoch {final['epoch']} of {state['epoch']}", final["scores"])
+    say(f"best.pt: {(run / 'best.pt').stat().st_size / 1e6:.2f} MB" + (f" of at most {flags.max_mb:g} MB" if flags.max_mb else ""))
+    say(f"files: {run}/best.pt, last.pt, metrics.csv, val_predictions.csv, config.json")
+    say(f"next: python predict.py {run}/best.pt")
+
+
+# ---------------------------------------------------------------- one epoch
+
+
+def train_one_epoch(
+    parts: dict, batches: Iterable, criteria: dict, epoch: int, flags: SimpleNamespace, amp_dtype: torch.dtype | None, advance: Callable
+) -> float:
+    """One pass over the training batches; returns the mean loss over the images (weighted means: over their weight), summed over the heads.
+
+    Raises ValueError where a head's loss is not finite.
+    """
+    net, optimizer, scaler = parts["model"].train(), parts["optimizer"], parts["scaler"]
+    device = net.mean.device
+    totals = torch.zeros(2, len(criteria), device=device)  # sums of losses, and of weights
+    recent: list[Tensor] = []  # losses of the steps since the last check: one wait for the device in 20 steps
+    for step, (images, targets) in enumerate(batches, start=1):
+        # what is random in the model (dropout, drop path) depends on (seed, step) alone
+        torch.manual_seed(derive_seed(flags.seed, "step", epoch, step))
+        images = images.to(device, non_blocking=True)
+        targets = {label: target.to(device, non_blocking=True) for label, target in targets.items()}
+        divisors = torch.stack([losses.total_weight(targets[label], weights) for label, (_, weights) in criteria.items()]).to(device)
+        sums = torch.zeros(len(criteria), device=device)
+        for piece in torch.arange(len(images)).chunk(flags.grad_accum):
+            piece = slice(piece[0].item(), piece[-1].item() + 1)
+            with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+                logits = net(images[piece])
+            piece_sums = torch.stack([criterion(logits[label], targets[label][piece], reduction="sum") for label, (criterion, _) in criteria.items()])
+            scaler.scale((piece_sums / divisors).sum()).backward()
+            sums += piece_sums.detach()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        totals += torch.stack([sums, divisors])
+        recent.append(sums)
+        if len(recent) == 20:
+            check_finite(recent, criteria, epoch, step)
+        advance(len(images))
+    check_finite(recent, criteria, epoch, step)
+    return (totals[0] / totals[1]).sum().item()
+
+
+def check_finite(recent: list[Tensor], criteria: dict, epoch: int, step: int) -> None:
+    """Empty `recent`, the heads' losses of the steps up to `step`. Raises ValueError with the first step and head whose loss is not finite."""
+    if recent:
+        bad = (~torch.stack(recent).isfinite()).nonzero()
+        if len(bad):
+            at, head = bad[0].tolist()
+            label, at = list(criteria)[head], step - len(recent) + 1 + at
+            raise ValueError(f"the loss of {label} is not finite at epoch {epoch}, step {at}; lower --lr, or try --amp off")
+        recent.clear()
+
+
+def make_criteria(flags: SimpleNamespace, split: Split, device: torch.device) -> dict[str, tuple[Callable, Tensor | None]]:
+    """{label: (its loss, its class weights)}; the loss is a function of logits, targets and reduction."""
+    chosen = {
+        "ce": partial(losses.cross_entropy, smoothing=flags.label_smoothing),
+        "focal": partial(losses.focal, gamma=flags.focal_gamma),
+        "asymmetric": partial(losses.asymmetric, gamma_pos=flags.asym_gamma_pos, gamma_neg=flags.asym_gamma_neg, smoothing=flags.label_smoothing),
+    }[flags.loss]
+    criteria = {}
+    for label, n in split.classes.items():
+        counts = Counter(sample.labels[label] for sample in split.samples)
+        weights = torch.tensor([1 - counts[c] / len(split.samples) for c in range(n)], device=device) if flags.class_weights else None
+        criteria[label] = (partial(chosen, class_weights=weights), weights)
+    return criteria
+
+
+def mean_loss(logits: dict[str, Tensor], targets: dict[str, Tensor], criteria: dict) -> float:
+    """The loss of a whole split, from its logits (N, classes) and targets (N,) on the CPU, summed over the heads. Raises ValueError where it is not finite."""
+    total = 0.0
+    for label, (criterion, weights) in criteria.items():
+        weights = None if weights is None else weights.cpu()
+        total += criterion(logits[label], targets[label], class_weights=weights).item()
+        if not math.isfinite(total):
+            raise ValueError(f"the validation loss of {label} is not finite; lower --lr, or try --amp off")
+    return total
+
+
+# ---------------------------------------------------------------- checks before the first step
+
+
+def check_flags(flags: SimpleNamespace) -> tuple[torch.device, torch.dtype | None]:
+    """What Typer's bounds do not say: raises BadParameter. Returns the device and autocast's dtype."""
+    for key, value in vars(flags).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise misuse("--" + key.replace("_", "-"), f"{value} is not a finite number")
+    if flags.lr <= 0:
+        raise misuse("--lr", f"{flags.lr} is not above 0")
+    if flags.eta_min > flags.lr:
+        raise misuse("--eta-min", f"{flags.eta_min} is above --lr {flags.lr}")
+    if flags.name is not None and (flags.name in ("", ".", "..") or "/" in flags.name or "\\" in flags.name or len(flags.name) > 100):
+        raise misuse("--name", f"{flags.name!r} is no name for a folder under runs/")
+    if flags.grad_accum > flags.batch_size:
+        raise misuse("--grad-accum", f"{flags.grad_accum} pieces of a batch of {flags.batch_size}")
+    try:
+        check_backbone(flags.model)
+    except ValueError as error:
+        raise misuse("--model", error) from None
+    try:
+        device = choose_device(flags.device)
+    except ValueError as error:
+        raise misuse("--device", error) from None
+    try:
+        return device, choose_amp(flags.amp, device)
+    except ValueError as error:
+        raise misuse("--amp", error) from None
+
+
+def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str) -> None:
+    """A line for each setting that cannot act in this run."""
+    if view != flags.val_view:
+        note(f"validation has no boxes: it sees whole photos (--val-view {flags.val_view} cannot act)")
+    if flags.crop_prob > 0 and not split.has("bbox"):
+        note(f"training has no boxes: it sees whole photos (--crop-prob {flags.crop_prob:g} cannot act)")
+    if flags.t_0 > flags.epochs:
+        note(f"--t-0 {flags.t_0} is longer than the run of {flags.epochs} epochs: the learning rate does not come down to --eta-min")
+    if flags.patience >= flags.epochs:
+        note(f"--patience {flags.patience} cannot act in {flags.epochs} epochs")
+    users = {"label_smoothing": ("ce", "asymmetric"), "focal_gamma": ("focal",), "asym_gamma_pos": ("asymmetric",), "asym_gamma_neg": ("asymmetric",)}
+    for key, used_by in users.items():
+        if flags.loss not in used_by and given(ctx, key):
+            note(f"--{key.replace('_', '-')} cannot act with --loss {flags.loss}")
+    if flags.weights and given(ctx, "pretrained") and flags.pretrained:
+        note("--pretrained cannot act beside --weights")
+    if flags.subtask == 2 and (flags.pretrained or flags.weights):
+        note("the rules of sub-task 2 admit no pretrained models: use --no-pretrained for an entry")
+
+
+def given(ctx: typer.Context, key: str) -> bool:
+    return ctx.get_parameter_source(key).name == "COMMANDLINE"
+
+
+def make_model(flags: SimpleNamespace, classes: dict[str, int]) -> tuple[torch.nn.Module, int]:
+    """The model with its first weights, and its image size; says which tensors of --weights did not match."""
+    try:
+        net, size = build_model(flags.model, classes, flags.image_size, flags.pretrained and not flags.weights)
+    except ValueError as error:
+        raise misuse("--model" if flags.image_size is None else "--image-size", error) from None
+    for line in load_weights(net, flags.weights, flags.model) if flags.weights else ():
+        note(line)
+    return net, size
+
+
+def placeholder_scores(classes: dict[str, int]) -> dict[str, float]:
+    """Scores with the keys of the real ones, for the size of the file."""
+    return score({label: torch.zeros(1, n) for label, n in classes.items()}, {label: torch.zeros(1, dtype=torch.int64) for label in classes})
+
+
+def check_budget(best: dict, max_mb: float) -> float:
+    """The size of best.pt in MB (1,000,000 bytes), from the bytes that would be saved. Raises BadParameter over `max_mb` (0: no limit)."""
+    megabytes = checkpoint_bytes(best) / 1e6
+    if 0 < max_mb < megabytes:
+        advice = "choose a smaller backbone, or --max-mb 0 where the model is not sent in"
+        raise misuse("--model", f"best.pt would take {megabytes:.2f} MB, over --max-mb {max_mb:g}; {advice}")
+    return megabytes
+
+
+def check_smallest_batch(net: torch.nn.Module, flags: SimpleNamespace, n: int, size: int) -> None:
+    """Batch norm over pooled features cannot train on one image: raises BadParameter where a batch, or a piece of one, would hold one."""
+    whole = min(n, flags.batch_size)
+    if all(len(torch.arange(length).chunk(flags.grad_accum)[-1]) > 1 for length in (whole, n % whole or whole)):
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(net).train()(torch.zeros(1, 3, size, size))
+    except ValueError:
+        advice = f"a step would see one image alone (of {n}), on which {flags.model} cannot train; change it by one"
+        raise misuse("--batch-size", advice + (" or lower --grad-accum" if flags.grad_accum > 1 else "")) from None
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> dict:
+    """Fill `flags` with the settings of the run to resume; returns its config. Raises BadParameter for a setting that was given and differs."""
+    path = flags.resume / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        saved = {key: config["settings"][key] for key in vars(flags)}
+    except FileNotFoundError:
+        raise misuse("--resume", f"{flags.resume} is no run (it has no config.json); give the folder, runs/NAME") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged or of another version of this program; the run cannot go on") from None
+    for key, value in saved.items():
+        if not given(ctx, key):
+            setattr(flags, key, Path(value) if key == "weights" and value else value)
+        elif key not in CHANGEABLE_ON_RESUME and str(getattr(flags, key)) != str(value):
+            may = ", ".join(sorted(CHANGEABLE_ON_RESUME - {"resume"}))
+            raise misuse("--" + key.replace("_", "-"), f"the run was started with {value}; only {may} may change")
+    if flags.epochs < saved["epochs"]:
+        raise misuse("--epochs", f"the run was started with {saved['epochs']}; fewer cannot be asked for")
+    return config
+
+
+def restore(run: Path, config: dict, fingerprint: dict[str, str], parts: dict) -> dict:
+    """Load model, optimiser, schedule and scaler from last.pt; returns the loop's state. Raises ValueError where data or files do not fit."""
+    if config.get("data") != fingerprint:
+        raise ValueError(f"the data are not those that {run} was started with (rows, labels or image files changed); start a new run")
+    path = run / "last.pt"
+    if not path.exists():
+        note(f"{run} was stopped before its first epoch ended: it starts again")
+        return {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}
+    saved = read_checkpoint(path)
+    try:
+        for part, it in parts.items():
+            it.load_state_dict(saved[part])
+        return {key: saved[key] for key in ("epoch", "best_epoch", "best_value", "metrics")}
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not fit the run's settings ({str(error).splitlines()[0]})") from None
+
+
+def finished(state: dict, flags: SimpleNamespace) -> bool:
+    return state["epoch"] >= flags.epochs or state["epoch"] - state["best_epoch"] >= flags.patience
+
+
+def write_config(run: Path, flags: SimpleNamespace, device: torch.device, amp_dtype: torch.dtype | None, fingerprint: dict[str, str]) -> None:
+    """config.json: every setting, and what else decides a run's numbers."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = {"device": str(device), "chip": chip, "threads": torch.get_num_threads(), "precision": str(amp_dtype or torch.float32)}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(flags).items()} | {"resume": None}
+    config = {"settings": settings, "versions": versions, **machine, "commit": git_commit(), "data": fingerprint}
+    with whole_file(run / "config.json") as f:
+        f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def git_commit() -> str | None:
+    """The commit of these scripts, with "+changes" where files differ from it; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        return commit + ("+changes" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_predictions(path: Path, split: Split, logits: dict[str, Tensor]) -> None:
+    """val_predictions.csv: image_name, and for each label its truth, prediction and probabilities."""
+    header, columns = ["image_name"], [[sample.name for sample in split.samples]]
+    for label, values in logits.items():
+        header += [label, f"{label}_predicted", *(f"{label}_p{c}" for c in range(values.shape[1]))]
+        columns += [[sample.labels[label] for sample in split.samples], values.argmax(-1).tolist(), *values.softmax(-1).T.tolist()]
+    write_csv(path, header, [list(row) for row in zip(*columns)])
+
+
+def epoch_line(row: dict, epochs: int, images_per_second: float, best: bool) -> str:
+    labels = [key.removeprefix("val_top1_") for key in row if key.startswith("val_top1_") and key != "val_top1_mean"]
+    each = ", ".join(f"{label} {row[f'val_top1_{label}']:.3f}" for label in labels)
+    accuracy = f"top1 {row['val_top1_mean']:.4f} ({each})  acsa {row['val_acsa_mean']:.4f}"
+    losses = f"lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  val_loss {row['val_loss']:.3f}"
+    return f"epoch {row['epoch']}/{epochs}  {losses}  {accuracy}  {images_per_second:.0f} images/s  {row['seconds']:.0f} s" + ("  best" if best else "")
+
+
+if __name__ == "__main__":
+    run_app(app)
