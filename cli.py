@@ -64,8 +64,9 @@ def run_app(app: typer.Typer) -> None:
         if _is_out_of_memory(error):
             _fail(OUT_OF_MEMORY, 1)
         # The errors that our code raises on purpose explain themselves; of any other, the type is part of the message.
-        expected = type(error) in (ValueError, RuntimeError, OSError, FileNotFoundError, FileExistsError, PermissionError)
-        _fail(str(error) if expected and str(error) else f"{type(error).__name__}: {error}  (--debug shows where)", 1)
+        code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
+        expected = type(error) is ValueError or isinstance(error, OSError)
+        _fail(str(error) if expected and str(error) else f"{type(error).__name__}: {error}  (--debug shows where)", code)
 
 
 class _PlainProgress:

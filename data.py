@@ -42,9 +42,7 @@ MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mista
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LAYOUT = """{root}/
-  Fashion-How24_sub{subtask}_train.csv, ..._val.csv, ..._test.csv     (image_name, BBox_xmin, ..., Daily, Gender, Embellishment)
-  train/  val/  test/                                    (the images)"""
+LAYOUT = "Fashion-How24_sub{subtask}_train.csv, ..._val.csv and ..._test.csv beside the folders train/, val/ and test/ with the images"
 
 Box = tuple[int, int, int, int]
 
@@ -84,8 +82,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     root = Path(data)
     if not any((root / csv_name(split, subtask)).is_file() for split in SPLITS):
         kind = "holds no Fashion-How24 CSV" if root.is_dir() else "does not exist"
-        layout = LAYOUT.format(root=data, subtask=subtask)
-        raise FileNotFoundError(f"--data {data} {kind}; use --data demo for the built-in set, or give a folder of this layout:\n{layout}")
+        raise FileNotFoundError(f"--data {data} {kind}; it should hold {LAYOUT.format(subtask=subtask)}; --data demo is the built-in set")
     return root
 
 
@@ -149,7 +146,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], "hash
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a dataset looks like this:\n{LAYOUT.format(root=path.parent, subtask=1)}") from None
+        raise FileNotFoundError(f"{path}: no such file; a dataset holds {LAYOUT.format(subtask=1)}") from None
     for encoding in ("utf-8-sig", "cp949"):
         try:
             text = raw.decode(encoding)

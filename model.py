@@ -231,15 +231,14 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
     state = read_checkpoint(path)
     try:
         classes, weights, size = state["classes"], state["weights"], state["image_size"]
-        fits = all(weights[f"heads.{i}.weight"].shape[0] == n for i, n in enumerate(classes.values())) and 0 < size <= MAX_IMAGE_SIZE
+        if not 0 < size <= MAX_IMAGE_SIZE or any(weights[f"heads.{i}.weight"].shape[0] != n for i, n in enumerate(classes.values())):
+            raise ValueError("its heads or image size are not what it says")
         model, _ = build_model(state["backbone"], classes, size)
         model.load_state_dict(weights)
         model.mean.copy_(torch.tensor(state["mean"]).view(3, 1, 1))
         model.std.copy_(torch.tensor(state["std"]).view(3, 1, 1))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no complete best.pt ({str(error).splitlines()[0]})") from None
-    if not fits:
-        raise ValueError(f"{path} contradicts itself: its heads do not have the classes that it lists")
     return model, state
 
 

@@ -179,7 +179,9 @@ def train(
             say(epoch_line(row, flags.epochs, rate, state["best_epoch"] == epoch))
     except BaseException as error:
         if not config and not (run / "last.pt").exists():
-            shutil.rmtree(run)  # no epoch was finished: leave no run that could not go on
+            shutil.rmtree(run)  # no epoch was finished: leave no run that has nothing
+            if not any(run.parent.iterdir()):
+                run.parent.rmdir()
         elif isinstance(error, KeyboardInterrupt):
             note(f"stopped; to go on: python train.py --resume {run}")
         raise

@@ -1,0 +1,440 @@
+"""Draw the built-in demo set: photos of made-up garments in the organisers' layout and file names.
+
+    python demo.py OUT --train 2400 --val 400 --test 400 --seed 0
+
+writes `OUT/Fashion-How24_sub1_{train,val,test}.csv` and the photos under `OUT/{train,val,test}/`; about 3,200 photos in
+15 s on two cores. The test CSV has labels but no boxes. `--data demo` draws the same set into the user's cache folder.
+
+Each photo is a cluttered, slightly blurred scene with one sharp garment in it. What the labels mean here:
+Daily is the garment's silhouette, Gender the pattern of its cloth, Embellishment the number of ornaments sewn on it
+(none, one, many). Colours, sizes, places and scenes say nothing about them. Two thirds of the photos come in pairs
+that show one garment. Photo `i` of a split depends on (seed, split, i) alone; the bytes of a seed never change under
+one Pillow release.
+"""
+
+import colorsys
+import csv
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import PIL
+import typer
+from PIL import Image, ImageChops, ImageDraw
+
+from cli import misuse, run_app, say
+from cli import progress as progress_bar
+
+DRAWING = 1  # number of this drawing: part of the cache folder's name
+TRAIN, VAL, TEST = 2400, 400, 400
+SPLITS = ("train", "val", "test")
+BOX_COLUMNS = ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax")
+LABEL_SHARES = {  # one share a class, in the order of DESIGN.md section 1
+    "Daily": (0.14, 0.28, 0.20, 0.10, 0.12, 0.16),
+    "Gender": (0.18, 0.30, 0.26, 0.15, 0.11),
+    "Embellishment": (0.45, 0.33, 0.22),
+}
+PLAIN, UPRIGHT, ACROSS, CHECKS, DOTS = range(5)  # the prints, by Gender: mannish, unisex, girlish, elegant, sexy
+FOLDERS = ("1209/BO{:05d}", "1906/JK{:05d}", "2COAT 2019/co{:04d}", "3DRESS 2018/dr{:04d}", "KNIT 2020/kn{:05d}")
+FILE_KINDS = {"jpg": 0.80, "grey jpg": 0.05, "png": 0.05, "grey png": 0.02, "rgba png": 0.08}
+SAVING = {"jpg": {"quality": 90}, "png": {"compress_level": 1}}
+IN_PROCESS = 64  # fewer photos than this are drawn without helper processes
+
+# Right half of each silhouette, collar to hem: x from the middle line (0) to the widest point (1), y from -1 to 1.
+# The last number is width over height. None is another one's upside-down, so flips keep the label.
+SILHOUETTES = (
+    (((0.20, -0.98), (1.00, -0.88), (1.00, -0.20), (0.48, -0.15), (0.52, 1.00)), 0.95),  # loungewear: kimono
+    (((0.24, -1.00), (0.55, -0.92), (1.00, -0.35), (0.80, -0.10), (0.62, -0.35), (0.62, 1.00)), 0.90),  # light outing: T-shirt
+    (((0.20, -1.00), (0.52, -0.92), (1.00, 0.70), (0.78, 0.84), (0.50, -0.20), (0.54, 1.00)), 0.85),  # office: long sleeves
+    (((0.26, -0.90), (0.46, -1.00), (0.52, -0.60), (0.28, -0.22), (1.00, 1.00)), 0.65),  # formal: waisted dress
+    (((0.28, -1.00), (0.62, -0.36), (0.40, -0.36), (0.82, 0.30), (0.58, 0.30), (1.00, 1.00)), 0.70),  # event: tiered gown
+    (((0.56, -1.00), (0.66, -0.55), (1.00, 1.00), (0.46, 1.00), (0.00, -0.20)), 0.65),  # sportswear: trousers
+)
+SHORT_SIDE, LONG_SIDE, LANDSCAPE = (270, 320), (360, 430), 0.3  # pixels, pixels, share of the photos
+GARMENT_HEIGHT, MAX_GARMENT_WIDTH = (0.48, 0.75), 0.8  # of the photo's height and width
+MARGIN = 6  # pixels between a garment and the photo's edge, at least
+MAX_ANGLE = 12  # degrees
+FOLDS = (4, 5)  # spots of light and shade across a garment
+CUTOUT_RIMS = (12, 120)  # transparent photos keep so much of the scene about the garment: none worth mention, or some
+POINT_JITTER = 0.05
+DARK_CLOTH, LIGHT_CLOTH = (35, 85), (165, 215)  # brightness, 0..255
+DARK_SCENE, LIGHT_SCENE = (40, 105), (150, 215)
+PRINT_CONTRAST = (40, 95)
+PRINT_PERIODS = (0.22, 0.34)
+MANY = (5, 9)  # ornaments
+ORNAMENT_LUMAS = ((200, 245), (10, 60))  # rim and middle, either way round
+ORNAMENT_RADII = (0.08, 0.13)
+SUPERSAMPLING = 2  # garments are drawn this much larger, then averaged
+GRAIN = 0.05
+SCENE_SHRINK = 3  # scenes are drawn this much smaller, then enlarged: out of focus, and quick
+
+Point = tuple[float, float]
+Colour = tuple[int, int, int]
+Progress = Callable[[int], object] | None
+Box = tuple[int, int, int, int]
+Row = tuple[str, Box, tuple[int, ...]]  # file name, box, labels
+
+
+@dataclass
+class Garment:
+    """What two photos of a garment share. Coordinates have their origin in its middle; its height is 2."""
+
+    name: str
+    labels: tuple[int, ...]
+    outline: list[Point]
+    cloth: Colour
+    cloth_luma: float
+    print_colour: Colour
+    print_period: float
+    print_phase: Point
+    ornaments: list[Point]
+    ornament_kind: int
+    ornament_radius: float
+    ornament_colours: tuple[Colour, Colour]
+
+
+def draw(
+    out: Path, train: int = TRAIN, val: int = VAL, test: int = TEST, seed: int = 0, processes: int | None = None, progress: Progress = None
+) -> None:
+    """Draw the three splits into the folder `out`, which may exist only if it is empty. All or nothing.
+
+    `processes`: None is one a core. `progress` is called with the number of newly drawn photos.
+    Raises FileExistsError where `out` holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder")
+    out = out.resolve()
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}-{threading.get_ident()}")
+    unfinished.mkdir(parents=True)
+    try:
+        for split, photos in zip(SPLITS, (train, val, test), strict=True):
+            draw_split(unfinished, split, photos, seed, processes, progress)
+        os.rename(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def cached() -> Path:
+    """The default demo set in the user's cache folder, drawn there the first time."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes"
+    out = cache / f"demo-{DRAWING}-{TRAIN}-{VAL}-{TEST}-seed0-pillow{PIL.__version__}"
+    if not out.exists():
+        try:
+            with progress_bar(TRAIN + VAL + TEST, "drawing the demo set", "photos") as bar:
+                draw(out, progress=bar.advance)
+        except OSError:
+            if not out.exists():  # else another process has finished it in the meantime
+                raise
+    return out
+
+
+def draw_split(folder: Path, split: str, photos: int, seed: int, processes: int | None, progress: Progress) -> None:
+    (folder / split).mkdir()
+    for name in FOLDERS:
+        (folder / split / name.split("/")[0]).mkdir()
+    columns = ["image_name", *(() if split == "test" else BOX_COLUMNS), *LABEL_SHARES]
+    with (folder / f"Fashion-How24_sub1_{split}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for name, box, labels in drawn(partial(draw_photo, folder / split, seed, split), photos, processes):
+            writer.writerow([name, *(() if split == "test" else box), *labels])
+            if progress:
+                progress(1)
+
+
+def drawn(draw_one: Callable[[int], Row], photos: int, processes: int | None) -> Iterator[Row]:
+    """Yield `draw_one(i)` in order, from several processes where that pays."""
+    if processes is None:
+        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes == 1 or photos < IN_PROCESS:
+        yield from map(draw_one, range(photos))
+        return
+    # Forked helpers need not import the running script (and torch with it) once more.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(processes, context, initializer=start_helper) as pool:
+        yield from pool.map(draw_one, range(photos), chunksize=16)
+
+
+def start_helper() -> None:
+    """Leave Ctrl-C to the parent, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+# ---------------------------------------------------------------------------------------------------------- garments
+
+
+def draw_photo(folder: Path, seed: int, split: str, index: int) -> Row:
+    """Draw and save one photo. The right and lower ends of the box are exclusive, as in slices."""
+    group, place = divmod(index, 3)  # of three photos the first two show one garment
+    garment = make_garment(seed, split, 2 * group + place // 2)
+    rng = random.Random(f"photo {seed} {split} {index}")
+    kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
+    photo, box, cutout = paint_photo(rng, garment)
+    if "grey" in kind:
+        photo = photo.convert("L")
+    if "rgba" in kind:
+        photo.putalpha(cutout)
+    name = f"{garment.name}-{place % 2 + 1}.{kind.split()[-1]}"
+    photo.save(folder / name, **SAVING[kind.split()[-1]])
+    return name, box, garment.labels
+
+
+def make_garment(seed: int, split: str, index: int) -> Garment:
+    rng = random.Random(f"garment {seed} {split} {index}")
+    labels = tuple(rng.choices(range(len(shares)), shares)[0] for shares in LABEL_SHARES.values())
+    daily, _, embellishment = labels
+    dark = rng.random() < 0.5
+    cloth_luma = rng.uniform(*(DARK_CLOTH if dark else LIGHT_CLOTH))
+    contrast = rng.uniform(*PRINT_CONTRAST)
+    outline = make_outline(rng, *SILHOUETTES[daily])
+    ornaments, radius = place_ornaments(rng, outline, (0, 1, rng.randint(*MANY))[embellishment])
+    ornament_colours = [make_colour(rng, rng.uniform(*luma), 1.0) for luma in ORNAMENT_LUMAS]
+    rng.shuffle(ornament_colours)
+    return Garment(
+        name=rng.choice(FOLDERS).format(len(SPLITS) * index + SPLITS.index(split) + 1),
+        labels=labels,
+        outline=outline,
+        cloth=make_colour(rng, cloth_luma, 0.8),
+        cloth_luma=cloth_luma,
+        print_colour=make_colour(rng, cloth_luma + contrast if dark else cloth_luma - contrast, 0.8),
+        print_period=rng.uniform(*PRINT_PERIODS),
+        print_phase=(rng.random(), rng.random()),
+        ornaments=ornaments,
+        ornament_kind=rng.randrange(4),
+        ornament_radius=radius,
+        ornament_colours=tuple(ornament_colours),
+    )
+
+
+def make_colour(rng: random.Random, luma: float, saturation: float) -> Colour:
+    """A colour of random hue and of this brightness (0..255), which a grey photo keeps."""
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, saturation), 1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    strength = min(luma, 255 - luma) * 1.4
+    return tuple(round(min(255, max(0, luma + strength * (part - grey)))) for part in (red, green, blue))
+
+
+def make_outline(rng: random.Random, half: tuple[Point, ...], aspect: float) -> list[Point]:
+    """A closed outline, symmetric, of height 2: the jittered half, a neckline, and the half mirrored."""
+    aspect *= rng.uniform(0.85, 1.15)
+    half = [(x + rng.uniform(-1, 1) * POINT_JITTER * (x > 0), y + rng.uniform(-1, 1) * POINT_JITTER) for x, y in half]
+    neckline = (0.0, half[0][1] + rng.uniform(0.0, 0.22))
+    right = [(x * aspect, y) for x, y in half]
+    left = [(-x, y) for x, y in reversed(right) if x > 0]
+    outline = [neckline, *right, *left]
+    if rng.random() < 0.5:  # cut every corner, for a softer shape
+        outline = [
+            (ax + (bx - ax) * t, ay + (by - ay) * t)
+            for (ax, ay), (bx, by) in zip(outline, outline[1:] + outline[:1], strict=True)
+            for t in (0.15, 0.85)
+        ]
+    return outline
+
+
+def place_ornaments(rng: random.Random, outline: list[Point], count: int) -> tuple[list[Point], float]:
+    """`count` places wholly on the cloth and apart from each other, and the ornaments' radius."""
+    width = max(x for x, _ in outline)
+    radius = rng.uniform(*ORNAMENT_RADII)
+    while True:
+        places: list[Point] = []
+        for _ in range(200):
+            if len(places) == count:
+                return places, radius
+            x, y = rng.uniform(-width, width), rng.uniform(-1, 1)
+            apart = all(math.dist((x, y), other) > 2.6 * radius for other in places)
+            rim = ((x + 1.2 * radius * dx, y + 1.2 * radius * dy) for dx, dy in star(4, 1))
+            if apart and all(inside(point, outline) for point in rim):
+                places.append((x, y))
+        radius *= 0.95
+
+
+def inside(point: Point, outline: list[Point]) -> bool:
+    x, y = point
+    result = False
+    for (ax, ay), (bx, by) in zip(outline, outline[1:] + outline[:1], strict=True):
+        if (ay > y) != (by > y) and x < ax + (y - ay) / (by - ay) * (bx - ax):
+            result = not result
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ photos
+
+
+def paint_photo(rng: random.Random, garment: Garment) -> tuple[Image.Image, Box, Image.Image]:
+    """The photo, the garment's box in it, and the cut-out (L) that transparent photos use."""
+    size = [rng.randint(*SHORT_SIDE), rng.randint(*LONG_SIDE)]
+    if rng.random() < LANDSCAPE:
+        size.reverse()
+    width, height = size
+    angle, shear, stretch = math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE)), rng.uniform(-0.08, 0.08), rng.uniform(0.92, 1.08)
+
+    def turn(point: Point) -> Point:
+        x, y = point[0] * stretch + shear * point[1], point[1]
+        return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
+
+    xs, ys = zip(*map(turn, garment.outline), strict=True)
+    scale = min(rng.uniform(*GARMENT_HEIGHT) * height / (max(ys) - min(ys)), MAX_GARMENT_WIDTH * width / (max(xs) - min(xs)))
+    garment_width, garment_height = math.ceil(scale * (max(xs) - min(xs))), math.ceil(scale * (max(ys) - min(ys)))
+    left, top = rng.randint(MARGIN, width - MARGIN - garment_width), rng.randint(MARGIN, height - MARGIN - garment_height)
+
+    def place(point: Point) -> Point:  # in pixels of the photo
+        x, y = turn(point)
+        return left + (x - min_x) * scale, top + (y - min_y) * scale
+
+    min_x, min_y = min(xs), min(ys)
+    photo = paint_scene(rng, (width, height), garment.cloth_luma, [place(point) for point in garment.outline])
+
+    corner = (left - MARGIN, top - MARGIN)
+    canvas = ((garment_width + 2 * MARGIN) * SUPERSAMPLING, (garment_height + 2 * MARGIN) * SUPERSAMPLING)
+
+    def on_canvas(point: Point) -> Point:
+        x, y = place(point)
+        return (x - corner[0]) * SUPERSAMPLING, (y - corner[1]) * SUPERSAMPLING
+
+    outline = [on_canvas(point) for point in garment.outline]
+    shape = Image.new("L", canvas)
+    ImageDraw.Draw(shape).polygon(outline, fill=255)
+    mask = shape.reduce(SUPERSAMPLING)
+    cloth = paint_cloth(garment, canvas, on_canvas, scale * SUPERSAMPLING).reduce(SUPERSAMPLING)
+    folds = Image.frombytes("L", FOLDS, bytes(rng.randint(170, 255) for _ in range(math.prod(FOLDS))))
+    photo.paste(ImageChops.multiply(cloth, grey(folds.resize(cloth.size, Image.Resampling.BICUBIC))), corner, mask)
+    box = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
+
+    cutout = Image.new("L", (width, height))
+    ImageDraw.Draw(shape).line([*outline, outline[0]], fill=255, width=rng.choice(CUTOUT_RIMS), joint="curve")
+    cutout.paste(shape.reduce(SUPERSAMPLING), corner)
+    return photo, (box[0] + corner[0], box[1] + corner[1], box[2] + corner[0], box[3] + corner[1]), cutout
+
+
+def grey(image: Image.Image) -> Image.Image:
+    return Image.merge("RGB", (image, image, image))
+
+
+def paint_cloth(garment: Garment, canvas: tuple[int, int], on_canvas: Callable[[Point], Point], scale: float) -> Image.Image:
+    """The garment's cloth with print and ornaments, filling the canvas."""
+    cloth = Image.new("RGB", canvas, garment.cloth)
+    pen = ImageDraw.Draw(cloth)
+    period, (phase_x, phase_y) = garment.print_period, garment.print_phase
+    steps = range(-8, 9)
+    columns = [(step + phase_x) * period for step in steps]
+    rows = [(step + phase_y) * period for step in steps]
+    width = round(0.42 * period * scale)
+    gender = garment.labels[1]
+    if gender in (UPRIGHT, CHECKS):
+        for x in columns:
+            pen.line([on_canvas((x, -1.5)), on_canvas((x, 1.5))], garment.print_colour, width)
+    if gender in (ACROSS, CHECKS):
+        for y in rows:
+            pen.line([on_canvas((-1.5, y)), on_canvas((1.5, y))], garment.print_colour, width)
+    if gender == DOTS:
+        for column, x in enumerate(columns):
+            for y in rows:
+                pen.circle(on_canvas((x, y + period / 2 * (column % 2))), 0.27 * period * scale, garment.print_colour)
+    radius = garment.ornament_radius
+    edge, middle = garment.ornament_colours
+    for x, y in garment.ornaments:
+        for size, colour in ((radius, edge), (0.6 * radius, middle)):
+            pen.polygon([on_canvas((x + dx * size, y + dy * size)) for dx, dy in ORNAMENTS[garment.ornament_kind]], colour)
+    pen.line([on_canvas(p) for p in [*garment.outline, garment.outline[0]]], tuple(part * 2 // 3 for part in garment.cloth), 2 * SUPERSAMPLING)
+    return cloth
+
+
+def star(points: int, dent: float) -> list[Point]:
+    """A star of radius 1 whose inner corners lie at `dent`."""
+    radii = (1, dent) * points
+    return [(r * math.sin(math.pi * k / points), -r * math.cos(math.pi * k / points)) for k, r in enumerate(radii)]
+
+
+ORNAMENTS = (star(8, 0.93), star(5, 0.5), star(6, 0.6), star(4, 0.75))
+
+
+def paint_scene(rng: random.Random, size: tuple[int, int], cloth_luma: float, shadow: list[Point]) -> Image.Image:
+    """A room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow in it."""
+    width, height = small = (size[0] // SCENE_SHRINK, size[1] // SCENE_SHRINK)
+    luma = rng.uniform(*(LIGHT_SCENE if cloth_luma < 128 else DARK_SCENE))
+
+    def tint(spread: float) -> Colour:
+        return make_colour(rng, min(245, max(10, luma + rng.uniform(-spread, spread))), 0.6)
+
+    light = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(small)
+    scene = Image.composite(Image.new("RGB", small, tint(20)), Image.new("RGB", small, tint(20)), light)
+    pen = ImageDraw.Draw(scene)
+    floor = rng.uniform(0.55, 0.9) * height
+    pen.polygon([(0, floor), (width, floor + rng.uniform(-8, 8)), (width, height), (0, height)], tint(30))
+    for _ in range(rng.randint(5, 9)):
+        paint_object(rng, pen, rng.uniform(-0.1, 1) * width, rng.uniform(-0.1, 1) * height, rng.uniform(0.1, 0.35) * width, tint)
+    scene = Image.blend(scene, grey(Image.frombytes("L", small, rng.randbytes(width * height))), GRAIN)
+    shade = Image.new("L", small)
+    dx, dy = rng.uniform(-3, 3), rng.uniform(1, 4)
+    ImageDraw.Draw(shade).polygon([(x / SCENE_SHRINK + dx, y / SCENE_SHRINK + dy) for x, y in shadow], fill=90)
+    scene.paste((0, 0, 0), mask=shade)
+    return scene.resize(size, Image.Resampling.BICUBIC)
+
+
+def paint_object(rng: random.Random, pen: ImageDraw.ImageDraw, x: float, y: float, side: float, tint: Callable[[float], Colour]) -> None:
+    """A piece of furniture, a ball, a striped cushion, a dotted box or a pole."""
+    right, bottom = x + side, y + side * rng.uniform(0.6, 1.6)
+    kind = rng.randrange(5)
+    if kind == 0:
+        for leg in (x, right - 2):
+            pen.rectangle((leg, bottom, leg + 2, bottom + side), tint(45))
+        pen.rectangle((x, y, right, bottom), tint(45))
+    elif kind == 1:
+        pen.ellipse((x, y, right, y + side), tint(45))
+    elif kind == 4:
+        pen.line((x, y, x + rng.uniform(-20, 20), bottom + 3 * side), tint(45), 3)
+    else:
+        pen.rectangle((x, y, right, bottom), tint(35))
+        colour = tint(60)
+        step = max(4, side / 5)
+        for k in range(1, 5):
+            if kind == 2:
+                pen.line((x + k * step, y, x + k * step, bottom), colour, 2)
+            else:
+                pen.ellipse((x + k * step - 2, y + k * step - 2, x + k * step + 1, y + k * step + 1), colour)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Argument(help="folder to draw into; must not exist or be empty")],
+    train: Annotated[int, typer.Option(help="training photos")] = TRAIN,
+    val: Annotated[int, typer.Option(help="validation photos")] = VAL,
+    test: Annotated[int, typer.Option(help="test photos")] = TEST,
+    seed: Annotated[int, typer.Option(help="another seed, other garments")] = 0,
+) -> None:
+    """Draw a demo set in the organisers' layout."""
+    for flag, photos in (("--train", train), ("--val", val), ("--test", test)):
+        if photos < 0:
+            raise misuse(flag, f"{photos} photos cannot be drawn")
+    try:
+        with progress_bar(train + val + test, "drawing", "photos") as bar:
+            draw(out, train, val, test, seed, progress=bar.advance)
+    except FileExistsError as error:
+        raise misuse("OUT", error) from None
+    say(f"{train + val + test:,} photos in {out}")
+
+
+if __name__ == "__main__":
+    run_app(app)

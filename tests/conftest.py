@@ -1,0 +1,50 @@
+"""What the tests share: a small drawn dataset, and the real scripts run as a user runs them (in this process, or in one of their own)."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import cli
+import demo
+
+ROOT = Path(__file__).parent.parent
+TINY = "--no-pretrained --model test_vit --image-size 32 --epochs 2 --t-0 2 --patience 1 --lr 1e-3 --batch-size 16 --workers 0".split()
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """40 / 20 / 20 drawn photos; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("drawn") / "Demo"
+    demo.draw(out, 40, 20, 20, seed=7, processes=1)
+    return out
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """run("train", "--data", ...) runs a script in this process, in an empty folder: .code, .out, .err."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: str, *args: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.run_app(importlib.import_module(script).app)
+        return SimpleNamespace(code=stop.value.code, **dict(zip(("out", "err"), capfd.readouterr())))
+
+    return call
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """shell("train", ...) runs a script in a process of its own."""
+
+    def call(script: str, *args: object, **env: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, **env})
+
+    return call

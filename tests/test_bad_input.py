@@ -1,0 +1,314 @@
+"""Bad input: one clear line that names the file, row or flag; the right exit code; nothing written; no traceback."""
+
+import io
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+TRAIN_CSV, VAL_CSV = "Fashion-How24_sub1_train.csv", "Fashion-How24_sub1_val.csv"
+
+
+@pytest.fixture
+def dataset(drawn, tmp_path) -> Path:
+    folder = tmp_path / "Data set"
+    shutil.copytree(drawn, folder)
+    return folder
+
+
+def edit(dataset: Path, line: int, change, name: str = TRAIN_CSV) -> str:
+    """Change the cells of a line (the header is line 1); returns the line's image_name before the change."""
+    lines = (dataset / name).read_text().splitlines()
+    cells = lines[line - 1].split(",")
+    image_name = cells[0]
+    change(cells)
+    lines[line - 1] = ",".join(cells)
+    (dataset / name).write_text("\n".join(lines) + "\n")
+    return image_name
+
+
+def refused(run, dataset, *args, code=1, says=()):
+    """Training is refused with this exit code and one `error:`, which holds every word of `says`; nothing is written."""
+    before = sorted(dataset.rglob("*")) if dataset.exists() else None
+    done = run("train", "--data", dataset, *TINY, *args)
+    assert done.code == code, done.err
+    assert done.err.count("error:") == 1 and "Traceback" not in done.err, done.err
+    for word in says:
+        assert str(word) in done.err, done.err
+    assert not Path("runs").exists()
+    assert before is None or sorted(dataset.rglob("*")) == before
+    return done
+
+
+def setter(i, value):
+    return lambda cells: cells.__setitem__(i, value)
+
+
+def test_no_dataset(run, tmp_path):
+    done = refused(run, tmp_path / "Nowhere", code=2, says=["Nowhere", "Fashion-How24_sub1_train.csv", "train/", "--data demo"])
+    assert len(done.err.strip().splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    refused(run, tmp_path / "empty", code=2, says=["empty", "--data demo"])
+    done = run("train", *TINY)
+    assert done.code == 2 and "--data Dataset" in done.err
+
+
+def test_a_split_is_missing(run, dataset):
+    (dataset / VAL_CSV).unlink()
+    refused(run, dataset, code=2, says=[VAL_CSV])
+
+
+@pytest.mark.parametrize("column", ["image_name", "BBox_xmax"])
+def test_a_column_is_missing(run, dataset, column):
+    path = dataset / TRAIN_CSV
+    path.write_text(path.read_text().replace(column, "x", 1))
+    refused(run, dataset, says=[TRAIN_CSV, column])
+
+
+def test_a_label_is_missing_in_val(run, dataset):
+    path = dataset / VAL_CSV
+    path.write_text(path.read_text().replace("Gender", "Mask_gender", 1))
+    refused(run, dataset, says=[VAL_CSV, "Gender"])
+
+
+@pytest.mark.parametrize("text", ["", "image_name,Daily\n", "image_name,Daily\n\n , \n"])
+def test_an_empty_split(run, dataset, text):
+    (dataset / TRAIN_CSV).write_text(text)
+    refused(run, dataset, says=[TRAIN_CSV, "no rows"])
+
+
+@pytest.mark.parametrize("cell", ["1.5", "", "abc", "nan", "inf", "-1", "6", "99999999999999999999", "1e400"])
+def test_a_label_that_is_none(run, dataset, cell):
+    edit(dataset, 3, setter(5, cell))
+    refused(run, dataset, says=[TRAIN_CSV, "line 3", "Daily"])
+
+
+def test_a_label_of_ones_own_is_bounded(run, dataset):
+    edit(dataset, 1, setter(5, "Color"))
+    edit(dataset, 3, setter(5, "1000000000"))
+    refused(run, dataset, says=["line 3", "Color"])
+
+
+@pytest.mark.parametrize("name", ["../val/x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "link_out.jpg", "folder_out/x.jpg"])
+def test_an_image_outside_the_dataset(run, dataset, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    Image.new("RGB", (400, 400)).save(tmp_path / "outside" / "x.jpg")
+    (dataset / "train" / "link_out.jpg").symlink_to(tmp_path / "outside" / "x.jpg")
+    (dataset / "train" / "folder_out").symlink_to(tmp_path / "outside")
+    edit(dataset, 4, setter(0, name))
+    refused(run, dataset, says=["line 4", "leaves the dataset folder"])
+
+
+def test_images_that_are_none_are_reported_together(run, dataset):
+    (dataset / "train" / "text.jpg").write_text("no image")
+    (dataset / "train" / "empty.png").write_bytes(b"")
+    (dataset / "train" / "folder.jpg").mkdir()
+    os.mkfifo(dataset / "train" / "pipe.jpg")
+    for line, name in ((2, "text.jpg"), (3, "empty.png"), (4, "gone.jpg"), (5, "folder.jpg"), (6, "pipe.jpg"), (7, "")):
+        edit(dataset, line, setter(0, name))
+    refused(run, dataset, says=["6 of 40 rows", *(f"line {n}" for n in range(2, 8)), "text.jpg", "gone.jpg"])
+
+
+def test_only_the_first_twenty_bad_rows_are_listed(run, dataset):
+    for line in range(2, 32):
+        edit(dataset, line, setter(5, "x"))
+    done = refused(run, dataset, says=["30 of 40 rows", "and 10 more"])
+    assert done.err.count("not a whole number") == 20
+
+
+BOXES = {"9,9,9,20": "empty", "30,9,9,20": "inverted", "a,9,9,20": "not four numbers", "nan,1,2,3": "not four numbers", "5000,1,6000,20": "outside the photo"}
+
+
+@pytest.mark.parametrize(("box", "says"), BOXES.items())
+def test_a_box_that_is_none(run, dataset, box, says):
+    edit(dataset, 2, lambda cells: cells.__setitem__(slice(1, 5), box.split(",")))
+    refused(run, dataset, says=["line 2", says])
+
+
+def test_a_truncated_image_stops_the_run_with_its_row(run, dataset):
+    name = edit(dataset, 5, lambda cells: None)
+    path = dataset / "train" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for workers in (0, 1):
+        done = refused(run, dataset, "--workers", workers, says=[f"{TRAIN_CSV}, line 5", name, "damaged"])
+        assert len(done.err.strip().splitlines()) == 1
+
+
+def test_a_bomb_of_pixels(run, dataset):
+    name = edit(dataset, 5, setter(0, "huge.png")) and "huge.png"
+    Image.new("1", (20_000, 5_001)).save(dataset / "train" / name)
+    refused(run, dataset, says=["line 5", "20000 x 5001", "100,000,000"])
+
+
+def test_rows_that_are_no_rows(run, dataset):
+    edit(dataset, 4, lambda cells: cells.pop())
+    refused(run, dataset, says=["line 4", "7 cells for 8 columns"])
+    (dataset / TRAIN_CSV).write_bytes(b"image_name,Daily\n\x81\xff\xfe,1\n")
+    refused(run, dataset, says=[TRAIN_CSV, "UTF-8"])
+    (dataset / TRAIN_CSV).write_text('image_name,Daily\n"a"b,1\n')
+    refused(run, dataset, says=[TRAIN_CSV, "line 2"])
+    (dataset / TRAIN_CSV).write_text("image_name,Daily,Daily\na,1,1\n")
+    refused(run, dataset, says=["Daily occurs more than once"])
+
+
+FLAGS = """--crop-prob 1.5, --crop-prob nan, --epochs 0, --lr nan, --lr 0, --lr -1, --lr inf, --batch-size 0, --grad-accum 17, --t-0 0, --eta-min 1,
+--label-smoothing 2, --max-mb 0.1, --model no_such_model, --model hf-hub:a/b, --name ../x, --name , --device nonsense, --amp fp16, --workers -1, --seed -1,
+--monitor f1, --image-size 8, --weights none.pth, --loss mse"""
+
+
+@pytest.mark.parametrize(("flag", "value"), [part.strip("\n").removeprefix(" ").split(" ") for part in FLAGS.split(",")])
+def test_a_flag_out_of_range(run, drawn, flag, value):
+    if flag == "--amp" and torch.cuda.is_available():
+        pytest.skip("fp16 is allowed on CUDA")
+    done = refused(run, drawn, flag, value, code=2, says=["" if flag in ("--weights", "--max-mb") else flag])
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_an_unknown_model_lists_close_ones(run, drawn):
+    done = refused(run, drawn, "--model", "eva02_tiny_patch14", code=2, says=["eva02_tiny_patch14_224"])
+    assert "close" in done.err
+
+
+def test_an_image_size_that_the_backbone_refuses(run, drawn):
+    refused(run, drawn, "--model", "levit_128", "--image-size", "100", code=2, says=["levit_128", "--image-size"])
+
+
+def test_a_download_that_fails_names_the_offline_ways(run, drawn, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    done = run("train", "--data", drawn, "--model", "test_vit2", "--image-size", "32")
+    assert done.code == 1 and "--weights FILE" in done.err and "--no-pretrained" in done.err and not Path("runs").exists()
+
+
+def test_a_run_name_that_exists(run, drawn, tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    done = run("train", "--data", drawn, *TINY, "--name", "a")
+    assert done.code == 2 and "runs/a exists" in done.err and not any((tmp_path / "runs" / "a").iterdir())
+
+
+def test_a_loss_that_is_not_finite_names_step_and_head(run, drawn):
+    refused(run, drawn, "--lr", "1e30", "--batch-size", 8, "--model", "test_resnet", says=["not finite", "epoch 1, step", "--lr"])
+
+
+def test_one_image_alone_under_batch_norm(run, drawn):
+    refused(run, drawn, "--model", "mobilenetv4_conv_small", "--batch-size", 39, code=2, says=["--batch-size", "one image"])
+
+
+# ---------------------------------------------------------------- checkpoints and weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint(drawn, tmp_path_factory) -> bytes:
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(drawn), *TINY, "--epochs", "1", "--name", "a"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=dict(os.environ))
+    return (folder / "runs" / "a" / "best.pt").read_bytes()
+
+
+class Code:
+    def __reduce__(self):
+        return (os.system, ("touch was_run",))
+
+
+def with_code() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"format": "fashion-attributes 1", "weights": Code()}, buffer)
+    return buffer.getvalue()
+
+
+def flipped(content: bytes, where: float) -> bytes:
+    changed = bytearray(content)
+    changed[int(len(changed) * where)] ^= 4
+    return bytes(changed)
+
+
+DAMAGES = {
+    "text": lambda c: b"hello",
+    "empty": lambda c: b"",
+    "half": lambda c: c[: len(c) // 2],
+    "last bytes gone": lambda c: c[:-30],
+    "a flipped bit": lambda c: flipped(c, 0.5),
+    "another flipped bit": lambda c: flipped(c, 0.8),
+    "code": lambda c: with_code(),
+    "bare pickled code": lambda c: pickle.dumps(Code()),
+    "another program's": lambda c: saved({"state_dict": {"a": torch.zeros(2)}}),
+    "a list": lambda c: saved([1, 2]),
+    "too little": lambda c: saved({"format": "fashion-attributes 1", "classes": {"Daily": 6}}),
+    "compressed": lambda c: compressed(c),
+    "heads that lie": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"classes": {"Daily": 10**9, "Gender": 5, "Embellishment": 3}}),
+    "a monstrous image": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"image_size": 10**6}),
+    "a strange backbone": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"backbone": "hf-hub:a/b"}),
+}
+
+
+def saved(it) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(it, buffer)
+    return buffer.getvalue()
+
+
+def compressed(content: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as a, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_is_none(run, checkpoint, tmp_path, damage):
+    (tmp_path / "bad.pt").write_bytes(DAMAGES[damage](checkpoint))
+    done = run("predict", "bad.pt")
+    assert done.code == 1 and "bad.pt" in done.err and "Traceback" not in done.err, done.err
+    assert len(done.err.strip().splitlines()) == 1, done.err
+    assert {p.name for p in tmp_path.iterdir()} == {"bad.pt"}
+
+
+@pytest.mark.parametrize("damage", ["text", "half", "a flipped bit", "code", "a list"])
+def test_weights_that_are_none(run, drawn, checkpoint, tmp_path, damage):
+    for name in ("bad.pth", "bad.safetensors"):
+        (tmp_path / name).write_bytes(DAMAGES[damage](checkpoint))
+        refused(run, drawn, "--weights", name, says=[name])
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_predict_flags(run, checkpoint, drawn, tmp_path):
+    (tmp_path / "best.pt").write_bytes(checkpoint)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
+    Path("broken.jpg").write_bytes(Path("x.jpg").read_bytes()[:300])
+    Path("none").mkdir()
+    for args, code, says in [
+        (["none.pt"], 2, "none.pt"),
+        (["best.pt", "x.jpg", "--data", drawn], 2, "--data"),
+        (["best.pt", "gone.jpg"], 2, "gone.jpg"),
+        (["best.pt", "none"], 1, "no images"),
+        (["best.pt", "x.jpg", "broken.jpg"], 1, "broken.jpg"),
+        (["best.pt", "--out", "nowhere/p.csv"], 2, "--out"),
+        (["best.pt", "--data", "Nowhere"], 2, "Nowhere"),
+        (["best.pt", "--split", "exam"], 2, "--split"),
+        (["best.pt", "--batch-size", "0"], 2, "--batch-size"),
+        ([], 2, "CHECKPOINT"),
+    ]:
+        done = run("predict", *args)
+        assert done.code == code and says.lower() in done.err.lower() and "Traceback" not in done.err, (args, done.err)
+        assert not Path("predictions.csv").exists() and not Path("nowhere").exists()
+
+
+def test_debug_shows_the_traceback(shell, drawn):
+    done = shell("train", "--data", "Nowhere", "--debug")
+    assert done.returncode != 0 and "Traceback" in done.stderr

@@ -1,0 +1,261 @@
+"""The real scripts end to end: train, resume, predict; what is written, and that the numbers repeat."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import train as train_script
+from model import load_model, read_checkpoint
+
+RUN_FILES = {"config.json", "metrics.csv", "best.pt", "last.pt", "val_predictions.csv"}
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def metrics(run_folder):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(run_folder / "metrics.csv")]
+
+
+def weights(run_folder):
+    return read_checkpoint(run_folder / "best.pt")["weights"]
+
+
+def same_run(a, b):
+    assert metrics(a) == metrics(b)
+    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+    assert (a / "val_predictions.csv").read_bytes() == (b / "val_predictions.csv").read_bytes()
+
+
+def table(out):
+    return [line.split() for line in out.splitlines() if re.fullmatch(r"\s+\w+\s+[\d.]+\s+[\d.]+", line)]
+
+
+@pytest.fixture(scope="session")
+def trained(drawn, tmp_path_factory):
+    """A finished run of the real script in a process of its own, and what it printed."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(drawn), *TINY, "--name", "a", "--amp", "off"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "a", done.stdout
+
+
+def test_a_run_writes_its_files_and_prints_its_table(trained):
+    run_folder, out = trained
+    assert {p.name for p in run_folder.iterdir()} == RUN_FILES
+    assert {p.name for p in run_folder.parent.parent.iterdir()} == {"runs"}
+    assert "\x1b" not in out
+    history = rows(run_folder / "metrics.csv")
+    assert list(history[0]) == [
+        "epoch", "lr", "train_loss", "val_loss", "val_top1_Daily", "val_acsa_Daily", "val_top1_Gender", "val_acsa_Gender",
+        "val_top1_Embellishment", "val_acsa_Embellishment", "val_top1_mean", "val_acsa_mean", "seconds",
+    ]  # fmt: skip
+    assert [r["epoch"] for r in history] == ["1", "2"]
+    best = max(history, key=lambda r: float(r["val_top1_mean"]))
+    assert table(out)[-1] == ["mean", f"{float(best['val_top1_mean']):.4f}", f"{float(best['val_acsa_mean']):.4f}"]
+    size = (run_folder / "best.pt").stat().st_size
+    assert f"best.pt: {size / 1e6:.2f} MB of at most 25 MB" in out
+    assert len(re.findall(r"^epoch \d/2 .*images/s", out, re.M)) == 2
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["settings"]["lr"] == 1e-3 and config["settings"]["seed"] == 1103 and config["versions"]["torch"] == torch.__version__
+
+
+def test_val_predictions_hold_the_best_epochs_numbers(trained, drawn):
+    run_folder, _ = trained
+    written = rows(run_folder / "val_predictions.csv")
+    truth = rows(drawn / "Fashion-How24_sub1_val.csv")
+    assert [r["image_name"] for r in written] == [r["image_name"] for r in truth] and [r["Daily"] for r in written] == [r["Daily"] for r in truth]
+    top1 = sum(r["Daily"] == r["Daily_predicted"] for r in written) / len(written)
+    best = max(rows(run_folder / "metrics.csv"), key=lambda r: float(r["val_top1_mean"]))
+    assert float(best["val_top1_Daily"]) == top1
+    assert sum(float(written[0][f"Gender_p{c}"]) for c in range(5)) == pytest.approx(1)
+
+
+def test_predicting_the_validation_split_repeats_trainings_numbers(trained, run):
+    run_folder, out = trained
+    done = run("predict", run_folder / "best.pt", "--split", "val", "--amp", "off", "--out", "p.csv", "--workers", 1)
+    assert done.code == 0, done.err
+    assert table(done.out) == table(out)
+    _, saved = load_model(run_folder / "best.pt")
+    assert [r["daily"] for r in rows("p.csv")] == [r["Daily_predicted"] for r in rows(run_folder / "val_predictions.csv")]
+    assert saved["scores"]["top1_mean"] == max(float(r["val_top1_mean"]) for r in rows(run_folder / "metrics.csv"))
+
+
+def test_predicting_by_the_checkpoint_alone(trained, run, drawn, tmp_path):
+    shutil.copy(trained[0] / "best.pt", tmp_path / "best.pt")
+    done = run("predict", "best.pt")
+    assert done.code == 0, done.err
+    assert "the test split" in done.out and "sees whole photos" in done.out
+    written = rows("predictions.csv")
+    assert list(written[0]) == ["image_name", "daily", "gender", "embel"]
+    assert [r["image_name"] for r in written] == [r["image_name"] for r in rows(drawn / "Fashion-How24_sub1_test.csv")]
+    assert {r["daily"] for r in written} <= set("012345")
+
+
+def test_probabilities_and_names(trained, run, drawn):
+    done = run("predict", trained[0] / "best.pt", "--data", drawn, "--split", "test", "--out", "p.csv", "--probs", "--names")
+    assert done.code == 0, done.err
+    for row in rows("p.csv"):
+        p = [float(row[f"embel_p{c}"]) for c in range(3)]
+        assert sum(p) == pytest.approx(1) and p.index(max(p)) == int(row["embel"])
+        assert row["embel_name"] == ("none", "point", "lots")[int(row["embel"])]
+
+
+def test_predicting_image_files_and_folders(trained, run, tmp_path):
+    (tmp_path / "photos" / "한글 폴더").mkdir(parents=True)
+    Image.new("RGB", (60, 80), "red").save(tmp_path / "photos" / "a b.jpg")
+    Image.new("RGBA", (60, 80), (0, 255, 0, 0)).save(tmp_path / "photos" / "한글 폴더" / "옷.png")
+    Image.new("L", (30, 20)).save(tmp_path / "one.png")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    done = run("predict", trained[0] / "best.pt", "photos", "one.png", "--out", "p.csv")
+    assert done.code == 0, done.err
+    assert [r["image_name"] for r in rows("p.csv")] == ["photos/a b.jpg", "photos/한글 폴더/옷.png", "one.png"]
+
+
+def test_the_same_bits_again_with_other_workers(trained, run, drawn, tmp_path):
+    done = run("train", "--data", drawn, *TINY, "--name", "b", "--amp", "off", "--workers", 2)
+    assert done.code == 0, done.err
+    same_run(trained[0], tmp_path / "runs" / "b")
+
+
+def test_a_resumed_run_ends_with_the_same_bits(run, drawn, tmp_path, monkeypatch):
+    args = ["--data", drawn, *TINY, "--epochs", 4, "--patience", 9, "--crop-prob", 0.5, "--val-view", "full", "--amp", "off", "--model", "test_resnet"]
+    assert run("train", *args, "--name", "whole").code == 0
+    save, count = train_script.save_checkpoint, 0
+
+    def interrupted(state, path):
+        nonlocal count
+        save(state, path)
+        count += path.name == "last.pt"
+        if count == 2 and path.name == "best.pt":  # in epoch 3: best.pt is new already, last.pt is not
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_script, "save_checkpoint", interrupted)
+    monkeypatch.setattr(train_script, "MONITORS", {"top1": ("epoch", 1)})  # every epoch is the best
+    stopped = run("train", *args, "--name", "cut")
+    assert stopped.code == 130 and "--resume" in stopped.out and "Traceback" not in stopped.err
+    assert len(metrics(tmp_path / "runs" / "cut")) == 2
+    monkeypatch.setattr(train_script, "save_checkpoint", save)
+    done = run("train", "--resume", "runs/cut", "--workers", 1)
+    assert done.code == 0, done.err
+    assert metrics(tmp_path / "runs" / "cut") == metrics(tmp_path / "runs" / "whole")
+    a, b = (read_checkpoint(tmp_path / "runs" / name / "last.pt")["model"] for name in ("cut", "whole"))
+    assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_resume_refuses_what_changed_and_leaves_what_is_finished(trained, run, drawn, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "runs" / "a")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "runs" / "a").iterdir()}
+    refused = run("train", "--resume", "runs/a", "--lr", "0.5")
+    assert refused.code == 2 and "--lr" in refused.err and "0.001" in refused.err
+    assert run("train", "--resume", "runs/a", "--epochs", 1).code == 2
+    done = run("train", "--resume", "runs/a")
+    assert done.code == 0 and "finished" in done.out
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "runs" / "a").iterdir()}
+    missing = run("train", "--resume", "runs/none")
+    assert missing.code == 2 and "runs/none" in missing.err
+    other = tmp_path / "Other"
+    shutil.copytree(drawn, other)
+    text = (other / "Fashion-How24_sub1_val.csv").read_text()
+    (other / "Fashion-How24_sub1_val.csv").write_text(text.replace(",1\n", ",2\n", 1))
+    changed = run("train", "--resume", "runs/a", "--data", other, "--epochs", 3)
+    assert changed.code == 1 and "not those" in changed.err
+
+
+def test_resume_with_more_epochs_goes_on(trained, run, drawn, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "runs" / "a")
+    config = tmp_path / "runs" / "a" / "config.json"
+    config.write_text(config.read_text().replace('"patience": 1', '"patience": 9'))
+    moved = tmp_path / "Moved"
+    shutil.copytree(drawn, moved)
+    done = run("train", "--resume", "runs/a", "--epochs", 3, "--data", moved)
+    assert done.code == 0, done.err
+    assert [r["epoch"] for r in rows("runs/a/metrics.csv")] == ["1", "2", "3"]
+    assert metrics(tmp_path / "runs" / "a")[:2] == metrics(trained[0])
+
+
+def test_grad_accum_takes_the_same_step(run, drawn, tmp_path):
+    args = ["--data", drawn, *TINY, "--epochs", 1, "--amp", "off", "--class-weights"]
+    losses = {}
+    for pieces in (1, 3):
+        assert run("train", *args, "--grad-accum", pieces, "--name", f"g{pieces}").code == 0
+        losses[pieces] = float(metrics(tmp_path / "runs" / f"g{pieces}")[0]["train_loss"])
+        weights_of = weights(tmp_path / "runs" / f"g{pieces}")
+        losses[f"w{pieces}"] = torch.cat([v.flatten() for v in weights_of.values()])
+    assert losses[1] == pytest.approx(losses[3], rel=1e-5)
+    # AdamW's first steps turn the rounding of gradients near zero into whole steps, so the mean decides, not the largest
+    assert (losses["w1"] - losses["w3"]).abs().mean() < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["focal", "asymmetric"])
+def test_every_loss_trains_and_any_label_column_works(run, drawn, tmp_path, loss):
+    folder = tmp_path / "Color"
+    shutil.copytree(drawn, folder)
+    for split in ("train", "val", "test"):
+        path = folder / f"Fashion-How24_sub1_{split}.csv"
+        kept = [row | {"fit.type": str((i * 7) % 4)} for i, row in enumerate(rows(path))]
+        header = [k for k in kept[0] if k not in ("Daily", "Gender", "Embellishment")]
+        path.write_text("\n".join([",".join(header), *(",".join(r[k] for k in header) for r in kept)]), encoding="utf-8-sig")
+    done = run("train", "--data", folder, *TINY, "--epochs", 1, "--loss", loss, "--name", "c")
+    assert done.code == 0, done.err
+    assert "val_top1_fit.type" in metrics(tmp_path / "runs" / "c")[0]
+    done = run("predict", "runs/c/best.pt")
+    assert done.code == 0 and list(rows("runs/c/predictions.csv")[0]) == ["image_name", "fit.type"]
+
+
+def test_weights_of_a_best_pt_bring_backbone_and_heads(trained, run, drawn, tmp_path):
+    still = ["--lr", 1e-12, "--eta-min", 1e-13, "--epochs", 1, "--amp", "off"]
+    done = run("train", "--data", drawn, *TINY, *still, "--weights", trained[0] / "best.pt", "--name", "w")
+    assert done.code == 0, done.err
+    given, ours = weights(trained[0]), weights(tmp_path / "runs" / "w")
+    assert all((given[k] - ours[k]).abs().max() < 1e-6 for k in given)
+    other = run("train", "--data", drawn, *TINY, "--model", "test_resnet", "--weights", trained[0] / "best.pt")
+    assert other.code == 1 and "test_resnet" in other.err
+
+
+def test_settings_that_cannot_act_are_said(run, drawn):
+    done = run("train", "--data", drawn, *TINY, "--epochs", 1, "--t-0", 5, "--loss", "focal", "--label-smoothing", 0.2)
+    for flag in ("--t-0 5", "--patience 1", "--label-smoothing cannot act with --loss focal"):
+        assert flag in done.out
+    assert done.code == 0
+
+
+def test_a_dataset_without_boxes_trains_on_whole_photos(run, drawn, tmp_path):
+    folder = tmp_path / "Plain"
+    shutil.copytree(drawn, folder)
+    for split in ("train", "val"):
+        path = folder / f"Fashion-How24_sub1_{split}.csv"
+        kept = rows(path)
+        header = [k for k in kept[0] if not k.startswith("BBox")]
+        path.write_text("\n".join([",".join(header), *(",".join(r[k] for k in header) for r in kept)]), encoding="cp949")
+    done = run("train", "--data", folder, *TINY, "--epochs", 1)
+    assert done.code == 0, done.err
+    assert "validation has no boxes" in done.out and "training has no boxes" in done.out and "(full)" in done.out
+
+
+def test_early_stopping(run, drawn, tmp_path):
+    done = run("train", "--data", drawn, *TINY, "--epochs", 30, "--lr", 1e-12, "--eta-min", 0, "--patience", 2, "--name", "e")
+    assert done.code == 0, done.err
+    assert "stopped early" in done.out and len(metrics(tmp_path / "runs" / "e")) == 3
+
+
+def test_help_has_panels_and_defaults(shell):
+    done = shell("train", "--help", COLUMNS="200", TERMINAL_WIDTH="200")
+    for word in ("Data", "Model", "Loss", "Optimisation", "Run", "[default: 5e-06]", "[default: eva02_tiny_patch14_224.mim_in22k]"):
+        assert word in done.stdout, word
+    for script in ("predict", "data", "demo"):
+        assert shell(script, "--help").returncode == 0
