@@ -1,7 +1,10 @@
 """What the tests share: a small drawn dataset, and the real scripts run as a user runs them (in this process, or in one of their own)."""
 
-import importlib
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on a shared machine: a second thread would only wait; the scripts in processes of their own inherit it
+
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,8 @@ import cli
 import demo
 
 ROOT = Path(__file__).parent.parent
-TINY = "--no-pretrained --model test_vit --image-size 32 --epochs 2 --t-0 2 --patience 1 --lr 1e-3 --batch-size 16 --workers 0".split()
+TINY = ["--no-pretrained", "--model", "test_vit", "--image-size", "32", "--batch-size", "16", "--workers", "0"]
+TINY += ["--epochs", "2", "--t-0", "2", "--patience", "1", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="session")
