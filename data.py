@@ -76,8 +76,8 @@ class Split:
 
 
 def find_dataset(data: str, subtask: int = 1) -> Path:
-    """The folder of a dataset; `demo` is the built-in one, drawn if need be. Raises FileNotFoundError with the layout expected."""
-    if data == "demo" and not Path("demo").is_dir():
+    """The folder of a dataset; `demo` is the built-in one, drawn if need be (./demo is a folder). Raises FileNotFoundError with the layout expected."""
+    if data == "demo":
         return demo.cached()
     root = Path(data)
     if not any((root / csv_name(split, subtask)).is_file() for split in SPLITS):
@@ -399,10 +399,14 @@ class Photos(Dataset):
         if not isinstance(key, tuple):
             return self._item(key, crop=True)
         epoch, index = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, "sample", epoch, index))
+        state = torch.get_rng_state()
+        try:
+            # not torch.manual_seed: without CUDA it keeps a note of each call, for a GPU that never comes
+            torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
             item = self._item(index, crop=torch.rand(()).item() < self.crop_prob)
             return item if isinstance(item, ValueError) else (self.augment(item[0]), item[1])
+        finally:
+            torch.set_rng_state(state)
 
     def _item(self, index: int, crop: bool) -> tuple[Tensor, dict[str, int]] | ValueError:
         sample = self.samples[index]

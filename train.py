@@ -95,6 +95,7 @@ def train(
     seed: Annotated[int, option(RUN, "Seed of everything random.", min=0)] = 1103,
     resume: Annotated[Path | None, option(RUN, "Go on with this run (runs/NAME), with its settings.")] = None,
     device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    threads: Annotated[int | None, option(RUN, "CPU threads of the model; the decoding processes want a core too.", min=1, show_default="torch's")] = None,
     debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug")] = False,
 ) -> None:
     """Train on a dataset's train split, validate on its val split, keep the best epoch."""
@@ -104,6 +105,7 @@ def train(
     config = resume_settings(ctx, flags) if flags.resume else None
     run = flags.resume or Path("runs") / (flags.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
     device, amp_dtype = check_flags(flags)
+    torch.set_num_threads(flags.threads or torch.get_num_threads())
     if not config and run.exists():
         raise misuse("--name", f"{run} exists; choose another --name, or go on with it: --resume {run}")
 
@@ -212,7 +214,9 @@ def train_one_epoch(
     recent: list[Tensor] = []  # losses of the steps since the last check: one wait for the device in 20 steps
     for step, (images, targets) in enumerate(batches, start=1):
         # what is random in the model (dropout, drop path) depends on (seed, step) alone
-        torch.manual_seed(derive_seed(flags.seed, "step", epoch, step))
+        torch.default_generator.manual_seed(derive_seed(flags.seed, "step", epoch, step))
+        if device.type != "cpu":
+            torch.manual_seed(derive_seed(flags.seed, "step", epoch, step))
         images = images.to(device, non_blocking=True)
         targets = {label: target.to(device, non_blocking=True) for label, target in targets.items()}
         divisors = torch.stack([losses.total_weight(targets[label], weights) for label, (_, weights) in criteria.items()]).to(device)
