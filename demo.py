@@ -412,7 +412,7 @@ def paint_object(rng: random.Random, pen: ImageDraw.ImageDraw, x: float, y: floa
 
 # ------------------------------------------------------------------------------------------------------ command line
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -422,6 +422,7 @@ def main(
     val: Annotated[int, typer.Option(help="validation photos")] = VAL,
     test: Annotated[int, typer.Option(help="test photos")] = TEST,
     seed: Annotated[int, typer.Option(help="another seed, other garments")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Draw a demo set in the organisers' layout."""
     for flag, photos in (("--train", train), ("--val", val), ("--test", test)):

@@ -121,7 +121,7 @@ def train(
     net, size = make_model(flags, train_split.classes)
     best = {  # all that predict.py needs; weights and scores follow with each best epoch
         "format": FORMAT, "backbone": flags.model, "image_size": size, "classes": train_split.classes,
-        "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": net.state_dict(),
+        "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": weights_of(net),
         "data": {"path": "demo" if flags.data == "demo" else str(root.resolve()), "subtask": flags.subtask, "view": view},
         "batch_size": flags.batch_size, "epoch": 0, "scores": placeholder_scores(train_split.classes),
     }  # fmt: skip
@@ -172,7 +172,7 @@ def train(
             column, sign = MONITORS[flags.monitor]
             if sign * row[column] > state["best_value"]:
                 state |= {"best_epoch": epoch, "best_value": sign * row[column]}
-                best |= {"weights": net.state_dict(), "epoch": epoch, "scores": scores}
+                best |= {"weights": weights_of(net), "epoch": epoch, "scores": scores}
                 write_predictions(run / "val_predictions.csv", val_split, logits)
                 save_checkpoint(best, run / "best.pt")
             write_csv(run / "metrics.csv", list(row), [list(past.values()) for past in state["metrics"]])
@@ -340,6 +340,11 @@ def make_model(flags: SimpleNamespace, classes: dict[str, int]) -> tuple[torch.n
     for line in load_weights(net, flags.weights, flags.model) if flags.weights else ():
         note(line)
     return net, size
+
+
+def weights_of(net: torch.nn.Module) -> dict[str, Tensor]:
+    """The model's tensors on the CPU, so that best.pt is the same file whatever device trained it."""
+    return {key: value.cpu() for key, value in net.state_dict().items()}
 
 
 def placeholder_scores(classes: dict[str, int]) -> dict[str, float]:
