@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 OUT_OF_MEMORY = "out of memory: lower --batch-size, or split it into pieces with --grad-accum (the same training in less memory)"
@@ -25,12 +26,12 @@ OUT_OF_MEMORY = "out of memory: lower --batch-size, or split it into pieces with
 
 def say(text: str) -> None:
     """Print one line to stdout, as it is (no markup)."""
-    console.print(escape(text))
+    console.print(text, markup=False, emoji=False)
 
 
 def note(text: str) -> None:
     """Print one line that the user should notice: a fallback, or a setting that cannot act in this run."""
-    console.print(f"[yellow]note:[/] {escape(text)}")
+    console.print(Text.assemble(("note:", "yellow"), " ", text))
 
 
 def misuse(flag: str, message: object) -> typer.BadParameter:
@@ -43,7 +44,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", message))
     raise SystemExit(code)
 
 
@@ -137,7 +138,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a file that appears under its name only when it is complete: a temporary file in the same folder, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""})) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -148,5 +149,5 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
 
 def write_csv(path: Path, header: list[str], rows: Iterable[list]) -> None:
     """Write a CSV file, UTF-8, whole or not at all."""
-    with whole_file(path) as f:
+    with whole_file(path) as f:  # a file name of other bytes than UTF-8 keeps its bytes
         csv.writer(f, lineterminator="\n").writerows([header, *rows])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -43,6 +43,16 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LAYOUT = "Fashion-How24_sub{subtask}_train.csv, ..._val.csv and ..._test.csv beside the folders train/, val/ and test/ with the images"
+
+TURNS = {  # what makes an image of this EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Box = tuple[int, int, int, int]
 
@@ -80,10 +90,15 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     if data == "demo":
         return demo.cached()
     root = Path(data)
-    if not any((root / csv_name(split, subtask)).is_file() for split in SPLITS):
+    if not data or not any((root / csv_name(split, subtask)).is_file() for split in SPLITS):
         kind = "holds no Fashion-How24 CSV" if root.is_dir() else "does not exist"
         raise FileNotFoundError(f"--data {data} {kind}; it should hold {LAYOUT.format(subtask=subtask)}; --data demo is the built-in set")
     return root
+
+
+def submission_column(label: str) -> str:
+    """The column of a label in the organisers' format."""
+    return "embel" if label == "Embellishment" else label.lower()
 
 
 def csv_name(split: str, subtask: int = 1) -> str:
@@ -124,7 +139,7 @@ def image_samples(inputs: Sequence[str]) -> Split:
     samples = []
     for given in inputs:
         path = Path(given)
-        if not path.exists():
+        if not path.is_file() and not path.is_dir():
             raise FileNotFoundError(f"{given}: no such image or folder")
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else [path]
         if not found:
@@ -146,7 +161,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], "hash
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a dataset holds {LAYOUT.format(subtask=1)}") from None
+        raise FileNotFoundError(f"{path}: no such file (python data.py {path.parent} shows what is there)") from None
     for encoding in ("utf-8-sig", "cp949"):
         try:
             text = raw.decode(encoding)
@@ -189,6 +204,9 @@ def _columns(path: Path, header: list[str], rows: list, split: str, classes: dic
         labels = tuple(label for label in classes if label in labels)
     elif not labels:
         raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
+    columns = Counter(["image_name", "mean", *map(submission_column, labels)])  # mean: the tables' last row
+    if clash := [label for label in labels if columns[submission_column(label)] > 1]:
+        raise ValueError(f"{path}: the label {clash[0]} would be a second column {submission_column(clash[0])} of the results; rename it")
     return boxes, labels
 
 
@@ -317,8 +335,10 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
     with open_image(path) as image:
         try:
             image.load()
-            if _orientation(image) != 1:
-                image = ImageOps.exif_transpose(image)
+            if _orientation(image) in TURNS:
+                image = image.transpose(TURNS[_orientation(image)])
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, whose range is not known; save it with 8 bits a channel")
             if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
                 pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
                 return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -326,6 +346,8 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
                 return image.convert("RGB")
             rgba = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
 

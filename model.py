@@ -1,5 +1,6 @@
 """A timm backbone with one linear head per label; the size budget; saving, loading and evaluating. Prints nothing."""
 
+import copy
 import difflib
 import io
 import logging
@@ -71,7 +72,7 @@ def build_model(name: str, classes: dict[str, int], image_size: int | None = Non
         _stay_offline_without_network()
     try:
         backbone = _create(name, pretrained, size)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         if not pretrained:
             raise ValueError(f"{name} cannot be built for images of {size} px: {error}") from None
         if not own.has_weights:
@@ -104,10 +105,10 @@ def _stay_offline_without_network() -> None:
 
 def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
     """The width of the pooled features, by trying: `num_features` is another number in some backbones."""
-    backbone.eval()
     try:
         with torch.inference_mode():
-            features = backbone(torch.zeros(1, 3, size, size))
+            # on a copy: some backbones keep what they computed in eval mode, here from weights that will be replaced
+            features = copy.deepcopy(backbone).eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"{name} takes no images of {size} px ({str(error).splitlines()[0]}); choose another --image-size") from None
     if not isinstance(features, Tensor) or features.ndim != 2:
@@ -123,7 +124,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
@@ -258,10 +259,12 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> lis
     else:
         given = _read_torch_file(path)
     if isinstance(given, dict) and given.get("format") == FORMAT:
-        notes += _load_heads(model, given)
-        given = {key.removeprefix("backbone."): value for key, value in given["weights"].items() if key.startswith("backbone.")}
-    else:
-        given = _backbone_tensors(given, model.backbone, path, name)
+        try:
+            notes += _load_heads(model, given)
+            given = {key.removeprefix("backbone."): value for key, value in given["weights"].items() if key.startswith("backbone.")}
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"{path} is no best.pt (a last.pt is for --resume)") from None
+    given = _backbone_tensors(given, model.backbone, path, name)
     own = model.backbone.state_dict()
     matching = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
     if not matching:

@@ -15,10 +15,8 @@ import typer
 from torch import Tensor
 
 from cli import misuse, note, progress, run_app, say, show_scores, write_csv
-from data import CLASS_NAMES, Photos, Split, batches, csv_name, default_workers, find_dataset, image_samples, make_loader, read_split
+from data import CLASS_NAMES, Photos, Split, batches, csv_name, default_workers, find_dataset, image_samples, make_loader, read_split, submission_column
 from model import choose_amp, choose_device, load_model, predict_logits, score
-
-SUBMISSION_COLUMNS = {"Embellishment": "embel"}  # any other label: its name in lower case
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,23 +32,25 @@ def predict(
     names: Annotated[bool, typer.Option("--names", help="Add the classes' names.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.", min=1, show_default="training's")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
-    amp: Annotated[Literal["auto", "fp16", "bf16", "off"], typer.Option(help="Mixed precision; auto: what the device is fastest with.")] = "auto",
+    amp: Annotated[Literal["auto", "fp16", "bf16", "off"] | None, typer.Option(help="Mixed precision.", show_default="training's, where it can be had")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Predict the labels of a dataset's split, or of image files and folders."""
     if inputs and (data or split):
         raise misuse("--data" if data else "--split", "give either a dataset and split, or image files and folders")
+    model, saved = load_model(checkpoint)
     try:
         place = choose_device(device)
-        amp_dtype = choose_amp(amp, place)
+        amp_dtype = choose_amp("auto" if amp is None and saved["amp"] == "fp16" and place.type != "cuda" else amp or saved["amp"], place)
     except ValueError as error:
         raise misuse("--amp" if "fp16" in str(error) else "--device", error) from None
-    model, saved = load_model(checkpoint)
     out = out or checkpoint.with_name("predictions.csv")
     if out.is_dir() or not out.parent.is_dir():
         raise misuse("--out", f"{out} is a folder" if out.is_dir() else f"no folder {out.parent}")
     rows = image_samples(inputs) if inputs else read_labelled(saved, data, split)
+    if out.resolve() in {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}:
+        raise misuse("--out", f"{out} is what is predicted from")
     view = saved["data"]["view"]
     if not rows.has(view):
         boxed, here = f"this model was validated on boxed garments (Top-1 {saved['scores']['top1_mean']:.4f})", rows.csv.name if not inputs else "these photos"
@@ -81,7 +81,7 @@ def write_predictions(path: Path, rows: Split, logits: dict[str, Tensor], probs:
     """The organisers' format, image_name and a column a label; then, where asked for, the names and the probabilities of the classes."""
     header, columns, more = ["image_name"], [[sample.name for sample in rows.samples]], []
     for label, values in logits.items():
-        column, best = SUBMISSION_COLUMNS.get(label, label.lower()), values.argmax(-1).tolist()
+        column, best = submission_column(label), values.argmax(-1).tolist()
         header.append(column)
         columns.append(best)
         if names:

@@ -1,6 +1,6 @@
 """Train a classifier of garment attributes: one backbone, a linear head per label.
 
-    python train.py --data demo --no-pretrained --model test_resnet --image-size 80 --epochs 12 --t-0 12 --lr 4e-3   # the built-in set
+    python train.py --data demo --no-pretrained --model test_resnet --image-size 80 --epochs 9 --t-0 9 --lr 4e-3     # the built-in set
     python train.py --loss focal --crop-prob 0.7                          # the organisers' Dataset/ folder, the notes' settings
     python train.py --resume runs/NAME                                    # go on after an interruption, or with more --epochs
 
@@ -118,12 +118,12 @@ def train(
 
     # ------------------------------------------------ model
     torch.manual_seed(derive_seed(flags.seed, "weights"))
-    net, size = make_model(flags, train_split.classes)
+    net, size = make_model(flags, train_split.classes, fresh=not (run / "last.pt").exists())
     best = {  # all that predict.py needs; weights and scores follow with each best epoch
         "format": FORMAT, "backbone": flags.model, "image_size": size, "classes": train_split.classes,
         "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": weights_of(net),
         "data": {"path": "demo" if flags.data == "demo" else str(root.resolve()), "subtask": flags.subtask, "view": view},
-        "batch_size": flags.batch_size, "epoch": 0, "scores": placeholder_scores(train_split.classes),
+        "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "scores": placeholder_scores(train_split.classes),
     }  # fmt: skip
     megabytes = check_budget(best, flags.max_mb)
     check_smallest_batch(net, flags, len(train_split.samples), size)
@@ -147,14 +147,15 @@ def train(
     if finished(state, flags):
         say(f"{run} is finished after {state['epoch']} epochs; nothing was changed")
         return
+    new_parent = not run.parent.exists()
     if not config:
         run.mkdir(parents=True)
-    write_config(run, flags, device, amp_dtype, fingerprint)
     say(f"{run}: {flags.model}, {size} px, best.pt {megabytes:.2f} MB, {device}, {amp_dtype or torch.float32}")
     say(f"{len(photos):,} training photos (boxed with probability {flags.crop_prob:g}), {len(val_split.samples):,} validation photos ({view})")
 
     # ------------------------------------------------ the loop
     try:
+        write_config(run, flags, device, amp_dtype, fingerprint, config)
         while not finished(state, flags):
             start = time.monotonic()
             epoch = order.epoch = state["epoch"] + 1
@@ -177,12 +178,13 @@ def train(
                 save_checkpoint(best, run / "best.pt")
             write_csv(run / "metrics.csv", list(row), [list(past.values()) for past in state["metrics"]])
             # The last file of an epoch: whatever is interrupted before it is there is done again, to the same bits.
-            save_checkpoint(state | {"format": FORMAT} | {part: it.state_dict() for part, it in parts.items()}, run / "last.pt")
+            whole = state | {"format": FORMAT, "settings": fixed_settings(flags)} | {part: it.state_dict() for part, it in parts.items()}
+            save_checkpoint(whole, run / "last.pt")
             say(epoch_line(row, flags.epochs, rate, state["best_epoch"] == epoch))
     except BaseException as error:
         if not config and not (run / "last.pt").exists():
             shutil.rmtree(run)  # no epoch was finished: leave no run that has nothing
-            if not any(run.parent.iterdir()):
+            if new_parent:
                 run.parent.rmdir()
         elif isinstance(error, KeyboardInterrupt):
             note(f"stopped; to go on: python train.py --resume {run}")
@@ -232,7 +234,7 @@ def train_one_epoch(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         totals += torch.stack([sums, divisors])
-        recent.append(sums)
+        recent.append(sums / divisors)
         if len(recent) == 20:
             check_finite(recent, criteria, epoch, step)
         advance(len(images))
@@ -261,6 +263,8 @@ def make_criteria(flags: SimpleNamespace, split: Split, device: torch.device) ->
     criteria = {}
     for label, n in split.classes.items():
         counts = Counter(sample.labels[label] for sample in split.samples)
+        if flags.class_weights and len(counts) == 1:
+            raise misuse("--class-weights", f"every training row has the same {label}, whose weight would be 0")
         weights = torch.tensor([1 - counts[c] / len(split.samples) for c in range(n)], device=device) if flags.class_weights else None
         criteria[label] = (partial(chosen, class_weights=weights), weights)
     return criteria
@@ -331,13 +335,13 @@ def given(ctx: typer.Context, key: str) -> bool:
     return ctx.get_parameter_source(key).name == "COMMANDLINE"
 
 
-def make_model(flags: SimpleNamespace, classes: dict[str, int]) -> tuple[torch.nn.Module, int]:
-    """The model with its first weights, and its image size; says which tensors of --weights did not match."""
+def make_model(flags: SimpleNamespace, classes: dict[str, int], fresh: bool) -> tuple[torch.nn.Module, int]:
+    """The model and its image size; if `fresh` with its first weights, else they will be last.pt's. Says which tensors of --weights did not match."""
     try:
-        net, size = build_model(flags.model, classes, flags.image_size, flags.pretrained and not flags.weights)
+        net, size = build_model(flags.model, classes, flags.image_size, fresh and flags.pretrained and not flags.weights)
     except ValueError as error:
-        raise misuse("--model" if flags.image_size is None else "--image-size", error) from None
-    for line in load_weights(net, flags.weights, flags.model) if flags.weights else ():
+        raise misuse("--image-size" if flags.image_size and " px" in str(error) else "--model", error) from None
+    for line in load_weights(net, flags.weights, flags.model) if fresh and flags.weights else ():
         note(line)
     return net, size
 
@@ -407,6 +411,10 @@ def restore(run: Path, config: dict, fingerprint: dict[str, str], parts: dict) -
         note(f"{run} was stopped before its first epoch ended: it starts again")
         return {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}
     saved = read_checkpoint(path)
+    if not (run / "best.pt").is_file():
+        raise ValueError(f"{run}/best.pt is gone; without it the run cannot go on")
+    if saved.get("settings") != {key: config["settings"][key] for key in saved.get("settings", {})}:
+        raise ValueError(f"{run}/config.json was changed since {path} was written; put the old settings back, or start a new run")
     try:
         for part, it in parts.items():
             it.load_state_dict(saved[part])
@@ -419,13 +427,25 @@ def finished(state: dict, flags: SimpleNamespace) -> bool:
     return state["epoch"] >= flags.epochs or state["epoch"] - state["best_epoch"] >= flags.patience
 
 
-def write_config(run: Path, flags: SimpleNamespace, device: torch.device, amp_dtype: torch.dtype | None, fingerprint: dict[str, str]) -> None:
-    """config.json: every setting, and what else decides a run's numbers."""
+def saved_settings(flags: SimpleNamespace) -> dict:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(flags).items()} | {"resume": None}
+
+
+def fixed_settings(flags: SimpleNamespace) -> dict:
+    """The settings that a resumed run must share with the interrupted one."""
+    return {key: value for key, value in saved_settings(flags).items() if key not in CHANGEABLE_ON_RESUME}
+
+
+def write_config(
+    run: Path, flags: SimpleNamespace, device: torch.device, amp_dtype: torch.dtype | None, fingerprint: dict[str, str], before: dict | None
+) -> None:
+    """config.json: every setting, and what else decides a run's numbers. Says what of it is not as `before`, when the run was started."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     machine = {"device": str(device), "chip": chip, "threads": torch.get_num_threads(), "precision": str(amp_dtype or torch.float32)}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(flags).items()} | {"resume": None}
-    config = {"settings": settings, "versions": versions, **machine, "commit": git_commit(), "data": fingerprint}
+    config = {"settings": saved_settings(flags), "versions": versions, **machine, "commit": git_commit(), "data": fingerprint}
+    if before and (other := [key for key in ("versions", *machine) if before.get(key) != config[key]]):
+        note(f"the run was started with other {', '.join(other)}: its last digits may differ from an undisturbed run's")
     with whole_file(run / "config.json") as f:
         f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 

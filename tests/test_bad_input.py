@@ -106,6 +106,22 @@ def test_an_image_outside_the_dataset(run, dataset, tmp_path, name):
     refused(run, dataset, says=["line 4", "leaves the dataset folder"])
 
 
+@pytest.mark.parametrize("label", ["mean", "Gender ", "daily", "Embel", "IMAGE_NAME"])
+def test_a_label_whose_results_would_collide(run, dataset, label):
+    path = dataset / TRAIN_CSV
+    path.write_text(path.read_text().replace("Gender", label, 1))
+    if label == "Gender ":  # spaces round a name mean nothing
+        assert run("data", dataset).code == 0
+    else:
+        refused(run, dataset, says=[TRAIN_CSV, "rename"])
+
+
+def test_class_weights_need_two_classes(run, dataset):
+    for line in range(2, 42):
+        edit(dataset, line, setter(7, "1"))
+    refused(run, dataset, "--class-weights", code=2, says=["--class-weights", "Embellishment"])
+
+
 def test_images_that_are_none_are_reported_together(run, dataset):
     (dataset / "train" / "text.jpg").write_text("no image")
     (dataset / "train" / "empty.png").write_bytes(b"")
@@ -292,6 +308,7 @@ def test_predict_flags(run, checkpoint, drawn, tmp_path):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
     Path("broken.jpg").write_bytes(Path("x.jpg").read_bytes()[:300])
     Path("none").mkdir()
+    os.mkfifo("pipe.jpg")
     for args, code, says in [
         (["none.pt"], 2, "none.pt"),
         (["best.pt", "x.jpg", "--data", drawn], 2, "--data"),
@@ -299,6 +316,10 @@ def test_predict_flags(run, checkpoint, drawn, tmp_path):
         (["best.pt", "none"], 1, "no images"),
         (["best.pt", "x.jpg", "broken.jpg"], 1, "broken.jpg"),
         (["best.pt", "--out", "nowhere/p.csv"], 2, "--out"),
+        (["best.pt", "--out", "best.pt"], 2, "--out"),
+        (["best.pt", "x.jpg", "--out", "./x.jpg"], 2, "--out"),
+        (["best.pt", "--device", "meta"], 2, "--device"),
+        (["best.pt", "pipe.jpg"], 2, "pipe.jpg"),
         (["best.pt", "--data", "Nowhere"], 2, "Nowhere"),
         (["best.pt", "--split", "exam"], 2, "--split"),
         (["best.pt", "--batch-size", "0"], 2, "--batch-size"),
@@ -307,6 +328,11 @@ def test_predict_flags(run, checkpoint, drawn, tmp_path):
         done = run("predict", *args)
         assert done.code == code and says.lower() in done.err.lower() and "Traceback" not in done.err, (args, done.err)
         assert not Path("predictions.csv").exists() and not Path("nowhere").exists()
+
+
+def test_a_last_pt_is_no_weights(run, drawn, checkpoint, tmp_path):
+    (tmp_path / "last.pt").write_bytes(saved({"format": "fashion-attributes 1", "model": {}}))
+    refused(run, drawn, "--weights", "last.pt", says=["last.pt is for --resume"])
 
 
 def test_debug_shows_the_traceback(shell, drawn):

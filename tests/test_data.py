@@ -149,6 +149,23 @@ def test_exif_orientation(tmp_path, orientation):
         assert data.upright_size(image) == expected.size
 
 
+def test_an_odd_exif_block_does_not_spoil_a_photo(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    checker().save(tmp_path / "a.jpg", exif=exif)
+    good = (tmp_path / "a.jpg").read_bytes()
+    start = good.index(b"Exif")
+    for at in range(start + 6, start + 50):
+        (tmp_path / "b.jpg").write_bytes(good[:at] + bytes([good[at] ^ 0x55]) + good[at + 1 :])
+        assert load_photo(tmp_path / "b.jpg").mode == "RGB"
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match="floating-point"):
+        load_photo(tmp_path / "f.tif")
+
+
 def test_transparency_goes_onto_the_background(tmp_path):
     rgba = np.zeros((10, 10, 4), np.uint8)
     rgba[..., 0], rgba[:, :5, 3] = 200, 255

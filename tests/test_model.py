@@ -55,6 +55,14 @@ def test_weights_of_a_best_pt_with_other_labels(tmp_path):
     assert torch.equal(model.heads[0].weight, source.heads[1].weight) and len(notes) == 1 and "Color, Daily" in notes[0]
 
 
+def test_weights_of_a_best_pt_at_another_size(tmp_path):
+    source, _ = build_model("test_vit", {"Daily": 6}, 64)
+    save_checkpoint({"format": FORMAT, "classes": source.classes, "weights": source.state_dict()}, tmp_path / "best.pt")
+    model, _ = build_model("test_vit", {"Daily": 6}, 96)
+    assert load_weights(model, tmp_path / "best.pt", "test_vit") == []
+    assert model.backbone.pos_embed.shape != source.backbone.pos_embed.shape
+
+
 def test_scores_against_a_count_by_hand():
     logits = {"a": torch.tensor([[2.0, 1, 0], [0, 2, 1], [2, 1, 0], [0, 0, 1]])}  # answers 0, 1, 0, 2
     scores = score(logits, {"a": torch.tensor([0, 1, 1, 1])})

@@ -95,6 +95,18 @@ def test_predicting_the_validation_split_repeats_trainings_numbers(trained, run)
     assert saved["scores"]["top1_mean"] == max(float(r["val_top1_mean"]) for r in rows(run_folder / "metrics.csv"))
 
 
+@pytest.mark.parametrize("model", ["tiny_vit_5m_224", "test_resnet"])
+def test_prediction_repeats_the_table_in_trainings_precision(run, drawn, tmp_path, model):
+    """TinyViT keeps attention biases between calls: a stale copy of them would show here."""
+    args = ["--data", drawn, *TINY, "--model", model, "--image-size", 64, "--augment", "none", "--amp", "bf16", "--name", "a"]
+    done = run("train", *args)
+    assert done.code == 0, done.err
+    again = run("predict", "runs/a/best.pt", "--split", "val", "--probs", "--workers", 0)
+    assert again.code == 0 and table(again.out) == table(done.out)
+    ours, theirs = (rows(tmp_path / "runs" / "a" / name)[0] for name in ("predictions.csv", "val_predictions.csv"))
+    assert float(ours["daily_p0"]) == pytest.approx(float(theirs["Daily_p0"]), rel=1e-6)
+
+
 def test_predicting_by_the_checkpoint_alone(trained, run, drawn, tmp_path):
     shutil.copy(trained[0] / "best.pt", tmp_path / "best.pt")
     done = run("predict", "best.pt")
@@ -177,15 +189,35 @@ def test_resume_refuses_what_changed_and_leaves_what_is_finished(trained, run, d
 
 
 def test_resume_with_more_epochs_goes_on(trained, run, drawn, tmp_path):
-    shutil.copytree(trained[0], tmp_path / "runs" / "a")
-    config = tmp_path / "runs" / "a" / "config.json"
-    config.write_text(config.read_text().replace('"patience": 1', '"patience": 9'))
+    assert run("train", "--data", drawn, *TINY, "--patience", 9, "--amp", "off", "--name", "a").code == 0
     moved = tmp_path / "Moved"
     shutil.copytree(drawn, moved)
     done = run("train", "--resume", "runs/a", "--epochs", 3, "--data", moved)
     assert done.code == 0, done.err
     assert [r["epoch"] for r in rows("runs/a/metrics.csv")] == ["1", "2", "3"]
     assert metrics(tmp_path / "runs" / "a")[:2] == metrics(trained[0])
+
+
+def test_a_resumed_run_is_the_run_that_was_started(run, drawn, tmp_path):
+    assert run("train", "--data", drawn, *TINY, "--epochs", 1, "--name", "first").code == 0
+    shutil.copy("runs/first/best.pt", "w.pt")
+    done = run("train", "--data", drawn, *TINY, "--epochs", 1, "--patience", 9, "--weights", "w.pt", "--name", "a")
+    assert done.code == 0, done.err
+    (tmp_path / "w.pt").unlink()  # it has done its work
+    config = (tmp_path / "runs" / "a" / "config.json").read_text()
+    for old, new in [('"crop_prob": 1.0', '"crop_prob": 7'), ('"monitor": "top1"', '"monitor": null')]:
+        (tmp_path / "runs" / "a" / "config.json").write_text(config.replace(old, new))
+        refused = run("train", "--resume", "runs/a", "--epochs", 2)
+        assert refused.code == 1 and "config.json was changed" in refused.err
+    for broken in ("", "[]", "{}", '{"settings": 3}'):
+        (tmp_path / "runs" / "a" / "config.json").write_text(broken)
+        assert "config.json is damaged" in run("train", "--resume", "runs/a", "--epochs", 2).err
+    (tmp_path / "runs" / "a" / "config.json").write_text(config.replace('\n  "threads": ', '\n  "threads": 9'))
+    (tmp_path / "runs" / "a" / "best.pt").rename("kept.pt")
+    assert "best.pt is gone" in run("train", "--resume", "runs/a", "--epochs", 2).err
+    (tmp_path / "kept.pt").rename(tmp_path / "runs" / "a" / "best.pt")
+    done = run("train", "--resume", "runs/a", "--epochs", 2)
+    assert done.code == 0 and "started with other threads" in done.out and len(metrics(tmp_path / "runs" / "a")) == 2
 
 
 def test_grad_accum_takes_the_same_step(run, drawn, tmp_path):
