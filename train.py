@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -72,14 +73,14 @@ def train(
     workers: Annotated[int | None, option(DATA, "Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
     model: Annotated[str, option(MODEL, "Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k",
     pretrained: Annotated[bool, option(MODEL, "Start from timm's pretrained weights (downloaded once).")] = True,
-    weights: Annotated[Path | None, option(MODEL, "Start from this .safetensors, .pth or .pt file, or a best.pt; no download.")] = None,
+    weights: Annotated[Path | None, option(MODEL, "Start from this .safetensors, .pth or .pt file, or a best.pt; no download.", show_default="none")] = None,
     max_mb: Annotated[float, option(MODEL, "Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0,
     loss: Annotated[Literal["ce", "focal", "asymmetric"], option(LOSS, "Cross-entropy, focal or asymmetric loss, summed over the labels.")] = "ce",
     label_smoothing: Annotated[float, option(LOSS, "Smoothing of ce and asymmetric.", min=0, max=1)] = 0.1,
     focal_gamma: Annotated[float, option(LOSS, "Focusing of focal.", min=0)] = 2.0,
     asym_gamma_pos: Annotated[float, option(LOSS, "Focusing of asymmetric on the target class.", min=0)] = 1.0,
     asym_gamma_neg: Annotated[float, option(LOSS, "Focusing of asymmetric on the other classes.", min=0)] = 4.0,
-    class_weights: Annotated[bool, option(LOSS, "Weight each class by 1 - its share of the training rows.", "--class-weights")] = False,
+    class_weights: Annotated[bool, option(LOSS, "Weight each class by 1 - its share of the training rows.", "--class-weights", show_default="off")] = False,
     epochs: Annotated[int, option(OPTIMISATION, "Passes over the training rows.", min=1)] = 300,
     batch_size: Annotated[int, option(OPTIMISATION, "Images a step.", min=1)] = 256,
     grad_accum: Annotated[int, option(OPTIMISATION, "Pieces that a batch is split into: the same step in less memory.", min=1)] = 1,
@@ -93,10 +94,10 @@ def train(
     amp: Annotated[Literal["auto", "fp16", "bf16", "off"], option(OPTIMISATION, "Mixed precision; auto: what the device is fastest with.")] = "auto",
     name: Annotated[str | None, option(RUN, "Name of the run's folder under runs/.", show_default="date and time")] = None,
     seed: Annotated[int, option(RUN, "Seed of everything random.", min=0)] = 1103,
-    resume: Annotated[Path | None, option(RUN, "Go on with this run (runs/NAME), with its settings.")] = None,
+    resume: Annotated[Path | None, option(RUN, "Go on with this run (runs/NAME), with its settings.", show_default="none")] = None,
     device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     threads: Annotated[int | None, option(RUN, "CPU threads of the model; the decoding processes want a core too.", min=1, show_default="torch's")] = None,
-    debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug")] = False,
+    debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug", show_default="off")] = False,
 ) -> None:
     """Train on a dataset's train split, validate on its val split, keep the best epoch."""
     flags = SimpleNamespace(**{key: value for key, value in locals().items() if key != "ctx"})
@@ -183,9 +184,10 @@ def train(
             say(epoch_line(row, flags.epochs, rate, state["best_epoch"] == epoch))
     except BaseException as error:
         if not config and not (run / "last.pt").exists():
-            shutil.rmtree(run)  # no epoch was finished: leave no run that has nothing
-            if new_parent:
-                run.parent.rmdir()
+            shutil.rmtree(run, ignore_errors=True)  # no epoch was finished: leave no run that has nothing
+            with suppress(OSError):  # another run may have come into it
+                if new_parent:
+                    run.parent.rmdir()
         elif isinstance(error, KeyboardInterrupt):
             note(f"stopped; to go on: python train.py --resume {run}")
         raise
