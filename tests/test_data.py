@@ -149,6 +149,7 @@ def test_exif_orientation(tmp_path, orientation):
         assert data.upright_size(image) == expected.size
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it skips
 def test_an_odd_exif_block_does_not_spoil_a_photo(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"

@@ -169,6 +169,14 @@ def test_a_resumed_run_ends_with_the_same_bits(run, drawn, tmp_path, monkeypatch
     assert all(torch.equal(a[key], b[key]) for key in b)
 
 
+def test_a_run_killed_in_its_first_epoch_starts_again(trained, run, tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    shutil.copy(trained[0] / "config.json", tmp_path / "runs" / "a")
+    done = run("train", "--resume", "runs/a")
+    assert done.code == 0 and "starts again" in done.out, done.err
+    same_run(trained[0], tmp_path / "runs" / "a")
+
+
 def test_resume_refuses_what_changed_and_leaves_what_is_finished(trained, run, drawn, tmp_path):
     shutil.copytree(trained[0], tmp_path / "runs" / "a")
     before = {p.name: p.read_bytes() for p in (tmp_path / "runs" / "a").iterdir()}
