@@ -341,7 +341,10 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
                 raise ValueError("its pixels are floating-point numbers, whose range is not known; save it with 8 bits a channel")
             if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
                 pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-                return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+                rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+                if "transparency" in image.info:  # one grey that stands for nothing
+                    rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
+                return rgb
             if not image.has_transparency_data:
                 return image.convert("RGB")
             rgba = image.convert("RGBA")

@@ -173,6 +173,8 @@ def test_transparency_goes_onto_the_background(tmp_path):
     Image.fromarray(rgba).save(tmp_path / "a.png")
     pixels = np.asarray(load_photo(tmp_path / "a.png", (0, 0, 99)))
     assert (pixels[:, :5] == (200, 0, 0)).all() and (pixels[:, 5:] == (0, 0, 99)).all()
+    Image.fromarray(np.array([[257, 9 * 257]], np.uint16)).save(tmp_path / "g.png", transparency=257)
+    assert np.asarray(load_photo(tmp_path / "g.png", (0, 0, 99)))[0].tolist() == [[0, 0, 99], [9, 9, 9]]
     palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     palette.putpalette([9, 9, 9, 50, 60, 70])
     palette.save(tmp_path / "p.png", transparency=0)
