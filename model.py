@@ -53,8 +53,8 @@ def check_backbone(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if ":" in name or not timm.is_model(architecture):
         known = timm.list_models() + timm.list_pretrained()
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or [m for m in known if architecture.split("_")[0] in m][:5]
-        raise ValueError(f"timm has no model {name!r}" + (f"; close: {', '.join(close)}" if close else "; timm.list_models() lists them"))
+        close = [m for m in known if architecture and m.startswith(architecture)] or difflib.get_close_matches(name, known, cutoff=0.5)
+        raise ValueError(f"timm has no model {name!r}" + (f"; close: {', '.join(close[:5])}" if close else "; timm.list_models() lists them"))
     tags = [m.partition(".")[2] for m in timm.list_models(f"{architecture}.*", pretrained=True)]
     if tag and tag not in tags:
         raise ValueError(f"timm has no pretrained tag {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
