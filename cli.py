@@ -39,6 +39,15 @@ def misuse(flag: str, message: object) -> typer.BadParameter:
     return typer.BadParameter(str(message), param_hint=flag)
 
 
+@contextmanager
+def blaming(flag: str) -> Iterator[None]:
+    """Turn a ValueError within into the misuse of `flag`."""
+    try:
+        yield
+    except ValueError as error:
+        raise misuse(flag, error) from None
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 

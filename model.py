@@ -234,6 +234,8 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
         classes, weights, size = state["classes"], state["weights"], state["image_size"]
         if not 0 < size <= MAX_IMAGE_SIZE or any(weights[f"heads.{i}.weight"].shape[0] != n for i, n in enumerate(classes.values())):
             raise ValueError("its heads or image size are not what it says")
+        if absent := [key for key in ("data", "batch_size", "amp", "scores") if key not in state]:
+            raise ValueError(f"it has no {absent[0]}")
         model, _ = build_model(state["backbone"], classes, size)
         model.load_state_dict(weights)
         model.mean.copy_(torch.tensor(state["mean"]).view(3, 1, 1))
@@ -270,10 +272,9 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> lis
     if not matching:
         raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
     model.backbone.load_state_dict(matching, strict=False)
-    missing, left = [key for key in own if key not in matching], [key for key in given if key not in matching]
-    if missing := [key for key in missing if not key.endswith("num_batches_tracked")]:
+    if missing := [key for key in own if key not in matching and not key.endswith("num_batches_tracked")]:
         notes.append(f"{len(missing)} of the backbone's {len(own)} tensors are not in {path} and stay random: {_some(missing)}")
-    if left:
+    if left := [key for key in given if key not in matching]:
         notes.append(f"{len(left)} tensors of {path} have no place in the model: {_some(left)}")
     return notes
 
@@ -302,15 +303,11 @@ def _backbone_tensors(given: object, backbone: nn.Module, path: str | os.PathLik
 
 def _load_heads(model: FashionModel, state: dict) -> list[str]:
     """Copy the heads of the same labels and classes from a `best.pt`; returns a line on those that did not match."""
+    given = {label: {kind: state["weights"][f"heads.{j}.{kind}"] for kind in ("weight", "bias")} for j, label in enumerate(state["classes"])}
     fresh = []
     for label, head in zip(model.classes, model.heads):
-        if state["classes"].get(label) != model.classes[label]:
-            fresh.append(label)
-            continue
-        j = list(state["classes"]).index(label)
-        weight, bias = state["weights"][f"heads.{j}.weight"], state["weights"][f"heads.{j}.bias"]
-        if weight.shape == head.weight.shape:
-            head.load_state_dict({"weight": weight, "bias": bias})
+        if label in given and given[label]["weight"].shape == head.weight.shape:
+            head.load_state_dict(given[label])
         else:
             fresh.append(label)
     return [f"new heads, which the checkpoint does not have: {', '.join(fresh)}"] if fresh else []

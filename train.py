@@ -31,7 +31,7 @@ import typer
 from torch import Tensor
 
 import losses
-from cli import misuse, note, progress, run_app, say, show_scores, whole_file, write_csv
+from cli import blaming, misuse, note, progress, run_app, say, show_scores, whole_file, write_csv
 from data import EpochBatches, Photos, Split, augmentation, batches, default_workers, derive_seed, find_dataset, make_loader, read_split
 from model import (
     FORMAT,
@@ -50,6 +50,7 @@ from model import (
 
 CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "epochs"}
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
+START = {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}  # the loop's state before the first epoch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -144,7 +145,7 @@ def train(
 
     # ------------------------------------------------ resume, or claim the run's folder
     fingerprint = {"train": train_split.fingerprint, "val": val_split.fingerprint}
-    state = restore(run, config, fingerprint, parts) if config else {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}
+    state = restore(run, config, fingerprint, parts) if config else dict(START)
     if finished(state, flags):
         say(f"{run} is finished after {state['epoch']} epochs; nothing was changed")
         return
@@ -218,9 +219,8 @@ def train_one_epoch(
     recent: list[Tensor] = []  # losses of the steps since the last check: one wait for the device in 20 steps
     for step, (images, targets) in enumerate(batches, start=1):
         # what is random in the model (dropout, drop path) depends on (seed, step) alone
-        torch.default_generator.manual_seed(derive_seed(flags.seed, "step", epoch, step))
-        if device.type != "cpu":
-            torch.manual_seed(derive_seed(flags.seed, "step", epoch, step))
+        seed = derive_seed(flags.seed, "step", epoch, step)
+        (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
         images = images.to(device, non_blocking=True)
         targets = {label: target.to(device, non_blocking=True) for label, target in targets.items()}
         divisors = torch.stack([losses.total_weight(targets[label], weights) for label, (_, weights) in criteria.items()]).to(device)
@@ -299,18 +299,12 @@ def check_flags(flags: SimpleNamespace) -> tuple[torch.device, torch.dtype | Non
         raise misuse("--name", f"{flags.name!r} is no name for a folder under runs/")
     if flags.grad_accum > flags.batch_size:
         raise misuse("--grad-accum", f"{flags.grad_accum} pieces of a batch of {flags.batch_size}")
-    try:
+    with blaming("--model"):
         check_backbone(flags.model)
-    except ValueError as error:
-        raise misuse("--model", error) from None
-    try:
+    with blaming("--device"):
         device = choose_device(flags.device)
-    except ValueError as error:
-        raise misuse("--device", error) from None
-    try:
+    with blaming("--amp"):
         return device, choose_amp(flags.amp, device)
-    except ValueError as error:
-        raise misuse("--amp", error) from None
 
 
 def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str) -> None:
@@ -411,7 +405,7 @@ def restore(run: Path, config: dict, fingerprint: dict[str, str], parts: dict) -
     path = run / "last.pt"
     if not path.exists():
         note(f"{run} was stopped before its first epoch ended: it starts again")
-        return {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}
+        return dict(START)
     saved = read_checkpoint(path)
     if not (run / "best.pt").is_file():
         raise ValueError(f"{run}/best.pt is gone; without it the run cannot go on")
@@ -420,7 +414,7 @@ def restore(run: Path, config: dict, fingerprint: dict[str, str], parts: dict) -
     try:
         for part, it in parts.items():
             it.load_state_dict(saved[part])
-        return {key: saved[key] for key in ("epoch", "best_epoch", "best_value", "metrics")}
+        return {key: saved[key] for key in START}
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{path} does not fit the run's settings ({str(error).splitlines()[0]})") from None
 
@@ -469,7 +463,7 @@ def write_predictions(path: Path, split: Split, logits: dict[str, Tensor]) -> No
     for label, values in logits.items():
         header += [label, f"{label}_predicted", *(f"{label}_p{c}" for c in range(values.shape[1]))]
         columns += [[sample.labels[label] for sample in split.samples], values.argmax(-1).tolist(), *values.softmax(-1).T.tolist()]
-    write_csv(path, header, [list(row) for row in zip(*columns)])
+    write_csv(path, header, zip(*columns))
 
 
 def epoch_line(row: dict, epochs: int, images_per_second: float, best: bool) -> str:

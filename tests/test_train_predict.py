@@ -287,6 +287,24 @@ def test_a_dataset_without_boxes_trains_on_whole_photos(run, drawn, tmp_path):
     assert "validation has no boxes" in done.out and "training has no boxes" in done.out and "(full)" in done.out
 
 
+def test_threads_subtask_and_monitor(run, drawn, tmp_path):
+    folder = tmp_path / "Colours"
+    shutil.copytree(drawn, folder)
+    for path in folder.glob("*.csv"):
+        path.rename(path.with_name(path.name.replace("sub1", "sub2")))
+    before = torch.get_num_threads()
+    try:
+        done = run("train", "--data", folder, *TINY, "--epochs", 4, "--subtask", 2, "--threads", 2, "--monitor", "loss", "--lr", 0.03, "--name", "s")
+        assert done.code == 0, done.err
+        assert torch.get_num_threads() == 2 == json.loads((tmp_path / "runs" / "s" / "config.json").read_text())["threads"]
+    finally:
+        torch.set_num_threads(before)
+    lowest = min(metrics(tmp_path / "runs" / "s"), key=lambda row: float(row["val_loss"]))
+    assert read_checkpoint(tmp_path / "runs" / "s" / "best.pt")["epoch"] == int(lowest["epoch"])
+    assert run("predict", "runs/s/best.pt").code == 0  # finds the sub2 CSV again
+    assert run("train", "--data", drawn, *TINY, "--subtask", 2).code == 2
+
+
 def test_early_stopping(run, drawn, tmp_path):
     done = run("train", "--data", drawn, *TINY, "--epochs", 30, "--lr", 1e-12, "--eta-min", 0, "--patience", 2, "--name", "e")
     assert done.code == 0, done.err
