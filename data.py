@@ -9,6 +9,7 @@ image_name, BBox_* and Mask_* have their meaning; every other column is a label.
 import csv
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -37,11 +38,15 @@ CLASS_NAMES = {  # the organisers' labels; any other label column has the classe
     "Gender": ("mannish", "unisex", "girlish", "elegant", "sexy"),
     "Embellishment": ("none", "point", "lots"),
 }
-BOX_COLUMNS = {"bbox": ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax")}
+BOX_COLUMNS = {  # the views that are boxes: the organisers', and the foreground's that preprocess.py found
+    "bbox": ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax"),
+    "mask": ("Mask_xmin", "Mask_ymin", "Mask_xmax", "Mask_ymax"),
+}
 MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
 LAYOUT = "Fashion-How24_sub{subtask}_train.csv, ..._val.csv and ..._test.csv beside the folders train/, val/ and test/ with the images"
 
 TURNS = {  # what makes an image of this EXIF orientation upright
@@ -82,7 +87,22 @@ class Split:
     fingerprint: str
 
     def has(self, view: str) -> bool:
-        return view == "full" or view in self.samples[0].boxes
+        return view == "full" or any(view in sample.boxes for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A split's CSV as it stands. `rows`: (cells, the Sample, or the ValueError that says what is wrong with the row); no image is opened.
+
+    `digest` is the running SHA-256 of the file, `sizes` the bytes of each image file by its path.
+    """
+
+    csv: Path
+    header: list[str]
+    rows: list[tuple[list[str], Sample | ValueError]]
+    labels: tuple[str, ...]
+    digest: "hashlib._Hash"
+    sizes: dict[str, int]
 
 
 def find_dataset(data: str, subtask: int = 1) -> Path:
@@ -94,6 +114,41 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
         kind = "holds no Fashion-How24 CSV" if root.is_dir() else "does not exist"
         raise FileNotFoundError(f"--data {data} {kind}; it should hold {LAYOUT.format(subtask=subtask)}; --data demo is the built-in set")
     return root
+
+
+def dataset_path(data: str) -> str:
+    """How a run records where its data lie: `demo`, or the whole path."""
+    return data if data == "demo" else str(Path(data).resolve())
+
+
+def read_preparation(root: Path) -> dict | None:
+    """What preprocess.py did to this dataset's photos (`preparation` of its preprocess.json); None: they are as they were taken.
+
+    Raises ValueError where the file is damaged or the dataset unfinished.
+    """
+    path = root / PREPARED
+    if not path.exists():
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        preparation = written["preparation"]
+        check_preparation(preparation)
+    except (ValueError, KeyError, TypeError, OSError):
+        raise ValueError(f"{path} is damaged or of another version of this program; make the dataset again with preprocess.py") from None
+    if not written.get("finished"):
+        raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
+    return preparation
+
+
+def check_preparation(preparation: dict) -> None:
+    """Raises ValueError, TypeError or KeyError where this is no record of preprocess.py."""
+    red, green, blue = preparation["background_color"]
+    numbers = (red, green, blue, preparation["weights_bytes"], preparation["box_margin"])
+    texts = (preparation["rembg_model"], preparation["checksum"])
+    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers) or not all(isinstance(t, str) for t in texts):
+        raise ValueError("not the values of a preparation")
+    if preparation["crop"] not in ("none", "bbox", "mask") or not isinstance(preparation["keep_background"], bool) or max(red, green, blue) > 255:
+        raise ValueError("not the values of a preparation")
 
 
 def submission_column(label: str) -> str:
@@ -111,27 +166,49 @@ def read_split(root: Path, split: str, classes: dict[str, int] | None = None, su
     `classes`: the training split's, for val and test (labels of other names are ignored); None derives them.
     Raises FileNotFoundError without the CSV, ValueError with all that is wrong with it: columns, rows, images.
     """
+    table = read_table(root, split, classes, subtask)
+    problems = [str(sample) for _, sample in table.rows if isinstance(sample, ValueError)]
+    checked = [_check_header(sample) for _, sample in table.rows if isinstance(sample, Sample)]
+    problems += [str(result) for result in checked if isinstance(result, ValueError)]
+    if problems:
+        raise ValueError(report(f"{table.csv}: {len(problems)} of {len(table.rows)} rows are wrong", problems))
+    if classes is None:
+        classes = {label: len(CLASS_NAMES.get(label, ())) or max(s.labels[label] for s in checked) + 1 for label in table.labels}
+        if single := [label for label, n in classes.items() if n < 2]:
+            raise ValueError(f"{table.csv}: the label {single[0]} has the same class in every row; remove the column or add images of other classes")
+    for sample in checked:
+        table.digest.update(f"{sample.name}\0{table.sizes[sample.path]}\n".encode())
+    return Split(table.csv, checked, classes, table.labels, table.digest.hexdigest())
+
+
+def read_table(root: Path, split: str, classes: dict[str, int] | None = None, subtask: int = 1) -> Table:
+    """Read a split's CSV and parse its rows, each by itself; `classes` as in `read_split`, {}: no label is looked at.
+
+    Raises FileNotFoundError without the CSV, ValueError where its columns are wrong.
+    """
     path = root / csv_name(split, subtask)
-    header, rows, digest = _read_csv(path)
-    box_columns, labels = _columns(path, header, rows, split, classes)
-    folder, samples, problems = _Folder(root, root / split), [], []
-    for line, row in rows:
+    header, lines, digest = _read_csv(path)
+    box_columns, labels = _columns(path, header, lines, split, classes)
+    folder, rows = _Folder(root, root / split), []
+    for line, row in lines:
         where = f"{path.name}, line {line}"
         try:
-            samples.append(_parse_row(header, row, where, box_columns, labels, classes, folder))
+            rows.append((row, _parse_row(header, row, where, box_columns, labels, classes, folder)))
         except ValueError as error:
-            problems.append(f"{where}: {error}")
-    checked = [_check_header(sample) for sample in samples]
-    problems += [str(result) for result in checked if isinstance(result, Exception)]
-    if problems:
-        raise ValueError(_report(f"{path}: {len(problems)} of {len(rows)} rows are wrong", problems))
-    if classes is None:
-        classes = {label: len(CLASS_NAMES.get(label, ())) or max(s.labels[label] for s in checked) + 1 for label in labels}
-        if single := [label for label, n in classes.items() if n < 2]:
-            raise ValueError(f"{path}: the label {single[0]} has the same class in every row; remove the column or add images of other classes")
-    for sample in samples:
-        digest.update(f"{sample.name}\0{folder.sizes[sample.path]}\n".encode())
-    return Split(path, checked, classes, labels, digest.hexdigest())
+            rows.append((row, ValueError(f"{where}: {error}")))
+    return Table(path, header, rows, labels, digest, folder.sizes)
+
+
+def join_splits(splits: Sequence[Split]) -> Split:
+    """The rows of several datasets, in order, as one split. Raises ValueError where their labels differ."""
+    if len(splits) == 1:
+        return splits[0]
+    for split in splits[1:]:
+        if set(split.classes) != set(splits[0].classes):
+            raise ValueError(f"the labels of {split.csv} ({', '.join(split.classes)}) are not those of {splits[0].csv} ({', '.join(splits[0].classes)})")
+    classes = {label: max(split.classes[label] for split in splits) for label in splits[-1].classes}
+    fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
+    return Split(splits[-1].csv, [sample for split in splits for sample in split.samples], classes, splits[-1].labelled, fingerprint)
 
 
 def image_samples(inputs: Sequence[str]) -> Split:
@@ -147,11 +224,12 @@ def image_samples(inputs: Sequence[str]) -> Split:
         samples += [Sample(str(p), str(p), str(p), {}, {}) for p in found]
     checked = [_check_header(sample) for sample in samples]
     if problems := [str(result) for result in checked if isinstance(result, Exception)]:
-        raise ValueError(_report(f"{len(problems)} of {len(samples)} images cannot be used", problems))
+        raise ValueError(report(f"{len(problems)} of {len(samples)} images cannot be used", problems))
     return Split(Path(inputs[0]), checked, {}, (), "")
 
 
-def _report(title: str, problems: list[str]) -> str:
+def report(title: str, problems: list[str]) -> str:
+    """One message for all that is wrong: the first 20 problems, the rest counted."""
     rest = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
     return "\n".join([title, *(f"  {problem}" for problem in problems[:20]), *rest])
 
@@ -188,7 +266,7 @@ def _columns(path: Path, header: list[str], rows: list, split: str, classes: dic
         raise ValueError(f"{path}: no column image_name (columns: {', '.join(header)})")
     silent = set()
     if split == "test":
-        silent = {name for i, name in enumerate(header) if len({row[i] if i < len(row) else "" for _, row in rows}) == 1}
+        silent = {name for i, name in enumerate(header) if len({row[i] if i < len(row) else "" for _, row in rows}) == 1 and not name.startswith("Mask_")}
     boxes = {}
     for view, names in BOX_COLUMNS.items():
         present = [name for name in names if name in header and name not in silent]
@@ -552,7 +630,7 @@ def _describe_images(split: str, samples: list[Sample], all_images: bool) -> lis
     for view in samples[0].boxes:
         rows.append([view, *_quartiles([(s.boxes[view][2] - s.boxes[view][0], s.boxes[view][3] - s.boxes[view][1]) for s in samples])])
     show_table("width x height in pixels", ["of", "smallest", "median", "largest"], rows)
-    return [_report(f"{split}: {len(wrong)} of {len(chosen)} decoded images are damaged", wrong)] if wrong else []
+    return [report(f"{split}: {len(wrong)} of {len(chosen)} decoded images are damaged", wrong)] if wrong else []
 
 
 def _quartiles(sizes: list[tuple[int, int]]) -> list[str]:

@@ -32,7 +32,21 @@ from torch import Tensor
 
 import losses
 from cli import blaming, misuse, note, progress, run_app, say, show_scores, whole_file, write_csv
-from data import EpochBatches, Photos, Split, augmentation, batches, default_workers, derive_seed, find_dataset, make_loader, read_split
+from data import (
+    EpochBatches,
+    Photos,
+    Split,
+    augmentation,
+    batches,
+    dataset_path,
+    default_workers,
+    derive_seed,
+    find_dataset,
+    join_splits,
+    make_loader,
+    read_preparation,
+    read_split,
+)
 from model import (
     FORMAT,
     MAX_IMAGE_SIZE,
@@ -65,10 +79,11 @@ DATA, MODEL, LOSS, OPTIMISATION, RUN = "Data", "Model", "Loss", "Optimisation", 
 @app.command()
 def train(
     ctx: typer.Context,
-    data: Annotated[str, option(DATA, "Dataset folder, or `demo` for the built-in set.")] = "Dataset",
+    data: Annotated[list[str], option(DATA, "Dataset folder, or `demo`. Given several times: trained on all, validated on the last.")] = ["Dataset"],  # noqa: B006
     subtask: Annotated[int, option(DATA, "Which sub-task's CSVs to read.", min=1, max=2)] = 1,
-    crop_prob: Annotated[float, option(DATA, "Probability that a training photo is shown as its box, else whole.", min=0, max=1)] = 1.0,
-    val_view: Annotated[Literal["bbox", "full"], option(DATA, "What validation sees: the box, or the whole photo as the test does.")] = "bbox",
+    crop_prob: Annotated[float, option(DATA, "Probability that a training photo is cut to --train-view, else whole.", min=0, max=1)] = 1.0,
+    train_view: Annotated[Literal["bbox", "mask"], option(DATA, "What it is cut to: the CSV's box, or the foreground's (preprocess.py).")] = "bbox",
+    val_view: Annotated[Literal["bbox", "full", "mask"], option(DATA, "What validation sees; `full` and `mask` can be had of test photos too.")] = "bbox",
     augment: Annotated[Literal["basic", "none"], option(DATA, "Augmentation of training images.")] = "basic",
     image_size: Annotated[int | None, option(DATA, "Side of the square image in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the backbone's")] = None,
     workers: Annotated[int | None, option(DATA, "Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
@@ -112,10 +127,11 @@ def train(
         raise misuse("--name", f"{run} exists; choose another --name, or go on with it: --resume {run}")
 
     # ------------------------------------------------ data
-    root = find_dataset(flags.data, flags.subtask)
-    train_split = read_split(root, "train", subtask=flags.subtask)
-    val_split = read_split(root, "val", train_split.classes, flags.subtask)
-    view = flags.val_view if val_split.has(flags.val_view) else "full"
+    roots = [find_dataset(data, flags.subtask) for data in flags.data]
+    preparation = read_preparation(roots[-1])
+    train_split = join_splits([read_split(root, "train", subtask=flags.subtask) for root in roots])
+    val_split = read_split(roots[-1], "val", train_split.classes, flags.subtask)
+    view = choose_views(flags, train_split, val_split)
     say_what_is_idle(ctx, flags, train_split, view)
 
     # ------------------------------------------------ model
@@ -124,7 +140,7 @@ def train(
     best = {  # all that predict.py needs; weights and scores follow with each best epoch
         "format": FORMAT, "backbone": flags.model, "image_size": size, "classes": train_split.classes,
         "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": weights_of(net),
-        "data": {"path": "demo" if flags.data == "demo" else str(root.resolve()), "subtask": flags.subtask, "view": view},
+        "data": {"path": dataset_path(flags.data[-1]), "subtask": flags.subtask, "view": view, "preparation": preparation},
         "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "scores": placeholder_scores(train_split.classes),
     }  # fmt: skip
     megabytes = check_budget(best, flags.max_mb)
@@ -134,7 +150,7 @@ def train(
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
     order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed)
-    photos = Photos(train_split.samples, size, "bbox", flags.crop_prob, augmentation(flags.augment), flags.seed)
+    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
     val_loader = make_loader(Photos(val_split.samples, size, view), flags.batch_size, workers)
     optimizer = torch.optim.AdamW(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
@@ -153,7 +169,7 @@ def train(
     if not config:
         run.mkdir(parents=True)
     say(f"{run}: {flags.model}, {size} px, best.pt {megabytes:.2f} MB, {device}, {amp_dtype or torch.float32}")
-    say(f"{len(photos):,} training photos (boxed with probability {flags.crop_prob:g}), {len(val_split.samples):,} validation photos ({view})")
+    say(f"{len(photos):,} training photos ({flags.train_view} with probability {flags.crop_prob:g}), {len(val_split.samples):,} validation photos ({view})")
 
     # ------------------------------------------------ the loop
     try:
@@ -307,12 +323,23 @@ def check_flags(flags: SimpleNamespace) -> tuple[torch.device, torch.dtype | Non
         return device, choose_amp(flags.amp, device)
 
 
+def choose_views(flags: SimpleNamespace, train_split: Split, val_split: Split) -> str:
+    """What validation sees: --val-view, or `full` where it is `bbox` and there are none. Raises BadParameter for masks that are not there."""
+    for flag, view, split in (("--train-view", flags.train_view, train_split), ("--val-view", flags.val_view, val_split)):
+        if view == "mask" and not split.has("mask"):
+            raise misuse(flag, f"{split.csv} has no Mask_ columns; python preprocess.py writes a dataset that has them")
+    return flags.val_view if val_split.has(flags.val_view) else "full"
+
+
 def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str) -> None:
     """A line for each setting that cannot act in this run."""
     if view != flags.val_view:
         note(f"validation has no boxes: it sees whole photos (--val-view {flags.val_view} cannot act)")
-    if flags.crop_prob > 0 and not split.has("bbox"):
+    unboxed = sum(flags.train_view not in sample.boxes for sample in split.samples)
+    if flags.crop_prob > 0 and unboxed == len(split.samples):
         note(f"training has no boxes: it sees whole photos (--crop-prob {flags.crop_prob:g} cannot act)")
+    elif flags.crop_prob > 0 and unboxed:
+        note(f"{unboxed:,} of {len(split.samples):,} training photos have no {flags.train_view} box: they are shown whole")
     if flags.t_0 > flags.epochs:
         note(f"--t-0 {flags.t_0} is longer than the run of {flags.epochs} epochs: the learning rate does not come down to --eta-min")
     if flags.patience >= flags.epochs:
