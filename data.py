@@ -151,6 +151,11 @@ def check_preparation(preparation: dict) -> None:
         raise ValueError("not the values of a preparation")
 
 
+def needs_remover(preparation: dict | None, view: str) -> bool:
+    """Whether a photo without a CSV box must go through rembg to be treated like this and seen in this view."""
+    return view == "mask" or (preparation is not None and (not preparation["keep_background"] or preparation["crop"] != "none"))
+
+
 def submission_column(label: str) -> str:
     """The column of a label in the organisers' format."""
     return "embel" if label == "Embellishment" else label.lower()
@@ -484,16 +489,31 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
+def as_it_is(sample: Sample) -> tuple[Image.Image, dict[str, Box]]:
+    """The photo of a sample and the boxes in it."""
+    return load_photo(sample.path), sample.boxes
+
+
 class Photos(Dataset):
     """The samples of a split as uint8 tensors (3, size, size) with their labels.
 
     An item is asked for by its index (its view is `view`, nothing is augmented), or in training by (epoch, index): then the
     view is `view` with probability `crop_prob`, else the full photo, and both that and `augment` depend on
-    (seed, epoch, index) alone. A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
+    (seed, epoch, index) alone. `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at prediction). A photo
+    that cannot be decoded comes as the ValueError that says so (see `batches`).
     """
 
-    def __init__(self, samples: list[Sample], size: int, view: str = "full", crop_prob: float = 1.0, augment: Callable = v2.Identity(), seed: int = 0):
-        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed = samples, size, view, crop_prob, augment, seed
+    def __init__(
+        self,
+        samples: list[Sample],
+        size: int,
+        view: str = "full",
+        crop_prob: float = 1.0,
+        augment: Callable = v2.Identity(),
+        seed: int = 0,
+        prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] = as_it_is,
+    ):
+        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = samples, size, view, crop_prob, augment, seed, prepare
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -514,7 +534,8 @@ class Photos(Dataset):
     def _item(self, index: int, crop: bool) -> tuple[Tensor, dict[str, int]] | ValueError:
         sample = self.samples[index]
         try:
-            return to_pixels(load_photo(sample.path), sample.boxes.get(self.view) if crop else None, self.size), sample.labels
+            photo, boxes = self.prepare(sample)
+            return to_pixels(photo, boxes.get(self.view) if crop else None, self.size), sample.labels
         except (ValueError, OSError) as error:
             return ValueError(f"{sample.where}: {error}")
 
