@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -144,7 +144,10 @@ def show_scores(title: str, scores: dict[str, float]) -> None:
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file that appears under its name only when it is complete: a temporary file in the same folder, fsync, rename."""
+    """Open a file that appears under its name only when it is complete: a temporary file in the same folder, fsync, rename.
+
+    Raises OSError with the path where it cannot be written (a full disk, a folder without permission); the old file is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""})) as f:
@@ -152,8 +155,37 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what `whole_file` left in a folder and those below it when its process was killed. Call it under `locked`."""
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone (where the system can: not on Windows). Raises ValueError where another one holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[list]) -> None:

@@ -197,17 +197,21 @@ def exported_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> di
     return weights
 
 
+def _serialised(state: dict) -> memoryview:
+    buffer = io.BytesIO()  # torch.save into a file hides why a write failed
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
 def checkpoint_bytes(state: dict) -> int:
     """The size in bytes of the file that `save_checkpoint` would write."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.tell()
+    return len(_serialised(state))
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
-    """Write `state` whole or not at all."""
+    """Write `state` whole or not at all. Raises OSError."""
     with whole_file(path, "wb") as f:
-        torch.save(state, f)
+        f.write(_serialised(state))
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:

@@ -18,7 +18,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 import typer
 from PIL import Image, ImageChops, ImageColor
 
-from cli import blaming, misuse, note, progress, run_app, say, whole_file, write_csv
+from cli import blaming, locked, misuse, note, progress, remove_leftovers, run_app, say, whole_file, write_csv
 from data import BOX_COLUMNS, PREPARED, SPLITS, Box, Sample, Table, clip_box, csv_name, default_workers, find_dataset, load_photo, read_table, report
 
 LOG = "preprocess.csv"
@@ -308,10 +308,9 @@ def preprocess(
     versions = {"python": platform.python_version()} | {package: version(package) for package in ("rembg", "onnxruntime", "pillow", "numpy", "scipy")}
     record = {"finished": False, "preparation": settings, "providers": providers, "versions": versions}
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / LOG) as log:
+    with locked(out), append_to(out / LOG) as log:
         write_json(out / PREPARED, record)
-        for leftover in out.rglob(".*.tmp"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(out)
         try:
             job.run(partial(prepare_photo, preparation=settings, remover=remover), workers, log)
         except KeyboardInterrupt:
@@ -503,21 +502,12 @@ def read_log(path: Path) -> dict[tuple[str, str], dict[str, str]]:
     return {(row["split"], row["image_name"]): row for row in rows if row["split"] in SPLITS and None not in row.values() and None not in row}
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[IO]:
-    """The log, open to append whole lines, for one process at a time. Raises ValueError where another one has it."""
-    with open(path, "ab+") as raw:
-        with suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-
-            try:
-                fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"another preprocess.py is writing into {path.parent}") from None
-        raw.seek(0)
-        raw.truncate(raw.read().rfind(b"\n") + 1)  # a line cut off by a kill
-        raw.seek(0, os.SEEK_END)
-        yield io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="")
+def append_to(path: Path) -> IO:
+    """The log, open to append whole lines: one that a kill cut off is taken away first."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def write_json(path: Path, content: dict) -> None:
