@@ -84,7 +84,8 @@ def train(
     crop_prob: Annotated[float, option(DATA, "Probability that a training photo is cut to --train-view, else whole.", min=0, max=1)] = 1.0,
     train_view: Annotated[Literal["bbox", "mask"], option(DATA, "What it is cut to: the CSV's box, or the foreground's (preprocess.py).")] = "bbox",
     val_view: Annotated[Literal["bbox", "full", "mask"], option(DATA, "What validation sees; `full` and `mask` can be had of test photos too.")] = "bbox",
-    augment: Annotated[Literal["basic", "none"], option(DATA, "Augmentation of training images.")] = "basic",
+    resize: Annotated[Literal["squash", "random-resized-crop"], option(DATA, "How a training view becomes square: whole, or a random part of it.")] = "squash",
+    augment: Annotated[Literal["basic", "randaugment", "none"], option(DATA, "Augmentation of training images: the notes', RandAugment, none.")] = "basic",
     image_size: Annotated[int | None, option(DATA, "Side of the square image in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the backbone's")] = None,
     workers: Annotated[int | None, option(DATA, "Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
     model: Annotated[str, option(MODEL, "Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k",
@@ -150,7 +151,7 @@ def train(
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
     order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed)
-    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed)
+    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, flags.resize)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
     val_loader = make_loader(Photos(val_split.samples, size, view), flags.batch_size, workers)
     optimizer = torch.optim.AdamW(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
