@@ -197,3 +197,80 @@ def test_the_same_bits_at_any_number_of_workers_and_threads(drawn, kind, resize)
         finally:
             torch.set_num_threads(before)
     assert torch.equal(loaded[0], loaded[1]) and torch.equal(loaded[0], loaded[2])
+
+
+# ---------------------------------------------------------------- CutMix
+
+CLASSES = {"Daily": 6, "Gender": 5, "Embellishment": 3}
+
+
+def numbered(n, height=24, width=40):
+    """Images of which each pixel tells its image (red) and place (green, blue), and targets of which no two neighbours are alike."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    images = torch.stack([torch.stack([torch.full_like(y, i), y, x]) for i in range(n)]).to(torch.uint8)
+    return images, {label: torch.arange(n).remainder(c) for label, c in CLASSES.items()}
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(2, 9), labels=st.permutations(sorted(CLASSES)), several=st.integers(1, 3), seed=st.integers(0, 10**9))
+def test_cutmix_mixes_targets_by_the_area_that_it_pastes(n, labels, several, seed):
+    images, targets = numbered(n)
+    before, chosen = images.clone(), labels[:several]
+    mixed, soft = data.cutmix(images, targets, CLASSES, chosen, seed)
+    assert torch.equal(images, before) and all(targets[label].ndim == 1 for label in CLASSES)
+    assert mixed.dtype == torch.uint8 and torch.equal(mixed[:, 1:], images[:, 1:])  # pixels keep their place: pasted from the unmixed images
+    for label in CLASSES:
+        if label not in chosen:
+            assert torch.equal(soft[label], targets[label])
+            continue
+        assert soft[label].shape == (n, CLASSES[label]) and torch.allclose(soft[label].sum(1), torch.ones(n))
+    for i in range(n):
+        sources = mixed[i, 0].flatten().bincount(minlength=n) / mixed[i, 0].numel()  # the share of each image's pixels
+        assert (sources > 0).sum() <= 1 + several
+        if several == 1:
+            (label,) = chosen
+            torch.testing.assert_close(soft[label][i], sources @ torch.nn.functional.one_hot(targets[label], CLASSES[label]).float())
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(2, 9), seed=st.integers(0, 10**9))
+def test_joint_cutmix_is_one_paste_for_all_labels(n, seed):
+    images, targets = numbered(n)
+    mixed, soft = data.cutmix(images, targets, CLASSES, ["joint"], seed)
+    for i in range(n):
+        sources = mixed[i, 0].flatten().bincount(minlength=n) / mixed[i, 0].numel()
+        for label, c in CLASSES.items():
+            torch.testing.assert_close(soft[label][i], sources @ torch.nn.functional.one_hot(targets[label], c).float())
+
+
+def test_each_labels_paste_is_its_own_and_counts_as_it_was_pasted(monkeypatch):
+    images, targets = numbered(8)
+    roll, pasted = torch.Tensor.roll, []  # of each paste: how far its partner is, and its pixels
+
+    def noting(self, by, dim):
+        if self.ndim == 4:
+            pasted.append((by, self.shape[-2:].numel()))
+        return roll(self, by, dim)
+
+    monkeypatch.setattr(torch.Tensor, "roll", noting)
+    partners, areas, three = set(), [], 0
+    for seed in range(300):
+        pasted.clear()
+        mixed, soft = data.cutmix(images, targets, CLASSES, ["Gender", "Daily"], seed)
+        for (by, pixels), label in zip(pasted, ("Gender", "Daily"), strict=True):
+            own = torch.nn.functional.one_hot(targets[label], CLASSES[label]).float()
+            torch.testing.assert_close(soft[label], own + pixels / 960 * (own.roll(by, 0) - own))
+            areas.append(pixels / 960)
+            partners.add(by)
+        three += len(mixed[0, 0].unique()) == 3
+    assert partners == set(range(1, 8)) and three > 60
+    assert min(areas) < 0.02 and max(areas) > 0.8 and 0.25 < sum(areas) / 600 < 0.5  # boxes of 0 to 100 %, cut at the border
+
+
+def test_cutmix_of_nothing_changes_nothing():
+    images, targets = numbered(1)
+    for labels in (None, [], ["Gender"], ["joint"]):
+        same, kept = data.cutmix(images, targets, CLASSES, labels, 1)
+        assert same is images and kept is targets
+    images, targets = numbered(4)
+    assert not torch.equal(data.cutmix(images, targets, CLASSES, ["joint"], 1)[0], data.cutmix(images, targets, CLASSES, ["joint"], 2)[0])
