@@ -106,7 +106,7 @@ class _RichProgress:
     def advance(self, n: int) -> None:
         self.done += n
         rate = self.done / max(time.monotonic() - self.start, 1e-9)
-        self.bar.update(self.task, advance=n, rate=f"{rate:.0f} {self.unit}/s")
+        self.bar.update(self.task, advance=n, rate=f"{rate:.{0 if rate >= 10 else 1}f} {self.unit}/s")
 
 
 @contextmanager

@@ -151,6 +151,11 @@ def check_preparation(preparation: dict) -> None:
         raise ValueError("not the values of a preparation")
 
 
+def needs_remover(preparation: dict | None, view: str) -> bool:
+    """Whether a photo without a CSV box must go through rembg to be treated like this and seen in this view."""
+    return view == "mask" or (preparation is not None and (not preparation["keep_background"] or preparation["crop"] != "none"))
+
+
 def submission_column(label: str) -> str:
     """The column of a label in the organisers' format."""
     return "embel" if label == "Embellishment" else label.lower()
@@ -678,13 +683,19 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
+def as_it_is(sample: Sample) -> tuple[Image.Image, dict[str, Box]]:
+    """The photo of a sample and the boxes in it."""
+    return load_photo(sample.path), sample.boxes
+
+
 class Photos(Dataset):
     """The samples of a split as uint8 tensors (3, size, size) with their labels.
 
     An item is asked for by its index (its view is `view`, squashed to size, nothing is augmented), or in training by (epoch, index): then
     the view is `view` with probability `crop_prob`, else the full photo; it is resized as `resize` says ("squash", or
     "random-resized-crop": a random part of 8 to 100 % of the view, of a side ratio between 3/4 and 4/3) and goes through `augment`.
-    All of that depends on (seed, epoch, index) alone. A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
+    All of that depends on (seed, epoch, index) alone. `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at
+    prediction). A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
     """
 
     def __init__(
@@ -695,9 +706,10 @@ class Photos(Dataset):
         crop_prob: float = 1.0,
         augment: Callable = v2.Identity(),
         seed: int = 0,
+        prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] = as_it_is,
         resize: str = "squash",
     ):
-        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed = samples, size, view, crop_prob, augment, seed
+        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = samples, size, view, crop_prob, augment, seed, prepare
         self.random_crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC) if resize == "random-resized-crop" else None
 
     def __len__(self) -> int:
@@ -721,7 +733,8 @@ class Photos(Dataset):
     def _item(self, index: int, crop: bool, random_crop: Callable | None = None) -> tuple[Tensor, dict[str, int]] | ValueError:
         sample = self.samples[index]
         try:
-            photo, box = load_photo(sample.path), sample.boxes.get(self.view) if crop else None
+            photo, boxes = self.prepare(sample)
+            box = boxes.get(self.view) if crop else None
             if random_crop:
                 photo, box = random_crop(photo if box is None else photo.crop(box)), None
             return to_pixels(photo, box, self.size), sample.labels

@@ -183,6 +183,20 @@ def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, fl
 # ---------------------------------------------------------------- checkpoints and weights
 
 
+def exported_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The model's tensors on the CPU, so that best.pt is the same file whatever device trained it; floating-point ones as `dtype`.
+
+    Raises ValueError where a number is too large for `dtype`.
+    """
+    weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    for key, value in weights.items():
+        if value.is_floating_point() and value.dtype != dtype:
+            weights[key] = value.to(dtype)
+            if not weights[key].isfinite().all():
+                raise ValueError(f"{key} holds numbers too large for half precision; use --export-dtype fp32")
+    return weights
+
+
 def checkpoint_bytes(state: dict) -> int:
     """The size in bytes of the file that `save_checkpoint` would write."""
     buffer = io.BytesIO()

@@ -3,20 +3,46 @@
     python predict.py runs/NAME/best.pt                                      # the test split of the data that it was trained on
     python predict.py runs/NAME/best.pt --data demo --split val              # repeats training's table
     python predict.py runs/NAME/best.pt photo.jpg a_folder_of_photos --names
+    python predict.py runs/NAME/best.pt --data Dataset --background keep --view full      # raw and whole, whatever it was trained on
+
+Photos are treated as the training photos were: where these were cleaned or cut by preprocess.py, raw ones are too, on the fly.
 
 Writes predictions.csv beside the checkpoint (replaced if there): image_name and a column a label, in the organisers' format.
 The demo set's 400 test photos take about 4 s on two CPU cores with README's small backbone, starting up included.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from PIL import Image
 from torch import Tensor
 
 from cli import blaming, misuse, note, progress, run_app, say, show_scores, write_csv
-from data import CLASS_NAMES, Photos, Split, batches, csv_name, default_workers, find_dataset, image_samples, make_loader, read_split, submission_column
+from data import (
+    CLASS_NAMES,
+    Photos,
+    Sample,
+    Split,
+    as_it_is,
+    batches,
+    check_preparation,
+    csv_name,
+    default_workers,
+    find_dataset,
+    image_samples,
+    make_loader,
+    needs_remover,
+    read_preparation,
+    read_split,
+    submission_column,
+)
 from model import choose_amp, choose_device, load_model, predict_logits, score
+from preprocess import Remover, find_weights, prepare_photo
+
+UNTRAINED = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}  # preprocess.py's defaults
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,6 +54,9 @@ def predict(
     data: Annotated[str | None, typer.Option(help="Dataset folder, or `demo`.", show_default="the one trained on")] = None,
     split: Annotated[Literal["train", "val", "test"] | None, typer.Option(help="Split of the dataset.", show_default="test, else val")] = None,
     out: Annotated[Path | None, typer.Option(help="The CSV to write.", show_default="predictions.csv beside the checkpoint")] = None,
+    view: Annotated[Literal["auto", "full", "bbox", "mask"], typer.Option(help="What the model sees; auto: as in validation, where that can be had.")] = "auto",
+    background: Annotated[Literal["auto", "keep", "remove"], typer.Option(help="auto: as in training; keep: raw photos as they are, whole.")] = "auto",
+    rembg_model: Annotated[str | None, typer.Option(help="Which of rembg's models cleans raw photos.", show_default="training's, else u2net")] = None,
     probs: Annotated[bool, typer.Option("--probs", help="Add the classes' probabilities.")] = False,
     names: Annotated[bool, typer.Option("--names", help="Add the classes' names.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.", min=1, show_default="training's")] = None,
@@ -40,6 +69,7 @@ def predict(
     if inputs and (data or split):
         raise misuse("--data" if data else "--split", "give either a dataset and split, or image files and folders")
     model, saved = load_model(checkpoint)
+    check_treatment(checkpoint, saved["data"])
     with blaming("--device"):
         place = choose_device(device)
     with blaming("--amp"):
@@ -50,13 +80,14 @@ def predict(
     rows = image_samples(inputs) if inputs else read_labelled(saved, data, split)
     if out.resolve() in {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}:
         raise misuse("--out", f"{out} is what is predicted from")
-    view = saved["data"]["view"]
-    if not rows.has(view):
-        boxed, here = f"this model was validated on boxed garments (Top-1 {saved['scores']['top1_mean']:.4f})", rows.csv.name if not inputs else "these photos"
-        note(f"{boxed}, and there are no boxes for {here}: it sees whole photos, so expect far less (the notes' author fell from 0.65 to 0.50)")
-        note("a model for whole photos is trained with --crop-prob below 1 and validated with --val-view full")
-        view = "full"
-    loader = make_loader(Photos(rows.samples, saved["image_size"], view), batch_size or saved["batch_size"], default_workers(workers))
+    there = None if inputs else read_preparation(rows.csv.parent)
+    preparation = choose_preparation(background, saved["data"]["preparation"], there, rembg_model)
+    view = choose_view(view, saved, rows, "these photos" if inputs else rows.csv.name, cleans=bool(preparation), raw=there is None)
+    if view == "mask" and not preparation and not rows.has("mask"):
+        preparation = find_garments(saved["data"]["preparation"], rembg_model)
+    prepare = start_preparing(preparation, saved["data"]["preparation"], view) if preparation else as_it_is
+    photos = Photos(rows.samples, saved["image_size"], view, prepare=prepare)
+    loader = make_loader(photos, batch_size or saved["batch_size"], default_workers(workers))
     with progress(len(rows.samples), "predicting") as bar:
         logits, targets = predict_logits(model.to(place), batches(loader), place, amp_dtype, bar.advance)
 
@@ -64,6 +95,87 @@ def predict(
     if targets:
         show_scores(f"{rows.csv.name} ({view})", score(logits, targets))
     say(f"{len(rows.samples):,} photos ({view}) predicted: {out}")
+
+
+# ---------------------------------------------------------------- how the photos are treated
+
+
+def check_treatment(checkpoint: Path, trained_on: dict) -> None:
+    """Raises ValueError where the checkpoint's record of its data makes no sense."""
+    try:
+        if trained_on["view"] not in ("full", "bbox", "mask") or (trained_on["preparation"] is not None and check_preparation(trained_on["preparation"])):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{checkpoint} does not say how its photos were treated; train again with this version") from None
+
+
+def choose_preparation(background: str, trained: dict | None, there: dict | None, rembg_model: str | None) -> dict | None:
+    """What preprocess.py's function is to do to each photo; None: nothing. `trained`, `there`: what was done to the training photos and to these."""
+    if there:
+        if background == "remove" and there["keep_background"]:
+            raise misuse("--background", "these photos went through preprocess.py --keep-background; give the raw ones")
+        if rembg_model and rembg_model != there["rembg_model"]:
+            raise misuse("--rembg-model", f"these photos were processed with {there['rembg_model']} already; give the raw ones")
+        if background != "keep" and there != trained:
+            said = f"the model was trained on {described(trained)}; these are {described(there)}, and stay so"
+            note(said + ("" if trained is None else "; give the raw photos, and they are treated as in training"))
+        return None
+    if background == "keep" or (background == "auto" and not trained):
+        return None
+    preparation = trained or UNTRAINED
+    if background == "remove":
+        preparation = preparation | {"keep_background": False}
+    return preparation | ({"rembg_model": rembg_model} if rembg_model else {})
+
+
+def described(preparation: dict | None) -> str:
+    """A preparation in words."""
+    if preparation is None:
+        return "raw photos"
+    color = "#{:02x}{:02x}{:02x}".format(*preparation["background_color"])
+    background = "with their background" if preparation["keep_background"] else f"with {color} for a background (by {preparation['rembg_model']})"
+    margin = f" with a margin of {preparation['box_margin']:g}" if preparation["box_margin"] else ""
+    return f"photos {background}" + (f", cut to {preparation['crop']}{margin}" if preparation["crop"] != "none" else "")
+
+
+def find_garments(trained: dict | None, rembg_model: str | None) -> dict:
+    """The preparation that finds the foreground's box and changes nothing else."""
+    preparation = (trained or UNTRAINED) | {"keep_background": True, "crop": "none"}
+    return preparation | ({"rembg_model": rembg_model} if rembg_model else {})
+
+
+def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, raw: bool) -> str:
+    """What the model sees: what was asked for, or what it was validated with, or the nearest thing that can be had here, saying so."""
+    if asked == "auto":
+        view = saved["data"]["view"]
+        if view != "bbox" or rows.has("bbox"):
+            return view if view != "mask" or raw or rows.has("mask") else "full"
+        boxed = f"this model was validated on boxed garments (Top-1 {saved['scores']['top1_mean']:.4f}), and there are no boxes for {these}"
+        if cleans or (rows.has("mask") and not raw):
+            note(f"{boxed}: it sees the box round the foreground (mask)")
+            return "mask"
+        note(f"{boxed}: it sees whole photos, so expect far less (the notes' author fell from 0.65 to 0.50)")
+        note("--view mask shows it the box round the foreground; --crop-prob below 1 with --val-view full trains for whole photos")
+        return "full"
+    if asked == "bbox" and not rows.has("bbox"):
+        raise misuse("--view", f"there are no boxes for {these}; --view mask finds them, --view full does without")
+    return asked
+
+
+def start_preparing(preparation: dict, trained: dict | None, view: str) -> Callable[[Sample], tuple[Image.Image, dict]]:
+    """preprocess.py's function for one photo, with its remover where a foreground is needed; says what is done."""
+    if not needs_remover(preparation, view):
+        return partial(prepare_photo, preparation=preparation, remover=None)
+    model = preparation["rembg_model"]
+    checksum, _ = find_weights(model)
+    if trained and trained["rembg_model"] == model and trained["checksum"] != checksum:
+        note(f"the weights of {model} here ({checksum}) are not those of training ({trained['checksum']})")
+    changed = not preparation["keep_background"] or preparation["crop"] != "none"
+    say(f"on the fly, raw photos become {described(preparation)}" if changed else f"on the fly, the foreground of raw photos is found with {model}")
+    return partial(prepare_photo, preparation=preparation, remover=Remover(model))
+
+
+# ---------------------------------------------------------------- rows in, rows out
 
 
 def read_labelled(saved: dict, data: str | None, split: str | None) -> Split:

@@ -45,6 +45,7 @@ from data import (
     find_dataset,
     join_splits,
     make_loader,
+    needs_remover,
     read_preparation,
     read_split,
 )
@@ -56,6 +57,7 @@ from model import (
     checkpoint_bytes,
     choose_amp,
     choose_device,
+    exported_weights,
     load_weights,
     predict_logits,
     read_checkpoint,
@@ -65,6 +67,7 @@ from model import (
 
 CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "epochs"}
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
+EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 START = {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}  # the loop's state before the first epoch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -93,6 +96,7 @@ def train(
     model: Annotated[str, option(MODEL, "Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k",
     pretrained: Annotated[bool, option(MODEL, "Start from timm's pretrained weights (downloaded once).")] = True,
     weights: Annotated[Path | None, option(MODEL, "Start from this .safetensors, .pth or .pt file, or a best.pt; no download.", show_default="none")] = None,
+    export_dtype: Annotated[Literal["fp32", "fp16"], option(MODEL, "Precision of the weights in best.pt; fp16 halves its size.")] = "fp32",
     max_mb: Annotated[float, option(MODEL, "Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0,
     loss: Annotated[Literal["ce", "focal", "asymmetric"], option(LOSS, "Cross-entropy, focal or asymmetric loss, summed over the labels.")] = "ce",
     label_smoothing: Annotated[float, option(LOSS, "Smoothing of ce and asymmetric.", min=0, max=1)] = 0.1,
@@ -143,18 +147,18 @@ def train(
     net, size = make_model(flags, train_split.classes, fresh=not (run / "last.pt").exists())
     best = {  # all that predict.py needs; weights and scores follow with each best epoch
         "format": FORMAT, "backbone": flags.model, "image_size": size, "classes": train_split.classes,
-        "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": weights_of(net),
+        "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]),
         "data": {"path": dataset_path(flags.data[-1]), "subtask": flags.subtask, "view": view, "preparation": preparation},
         "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "scores": placeholder_scores(train_split.classes),
     }  # fmt: skip
-    megabytes = check_budget(best, flags.max_mb)
+    megabytes = check_budget(best, flags)
     check_smallest_batch(net, flags, len(train_split.samples), size)
     net.to(device)
 
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
     order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed)
-    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, flags.resize)
+    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, resize=flags.resize)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
     val_loader = make_loader(Photos(val_split.samples, size, view), flags.batch_size, workers)
     optimizer = torch.optim.AdamW(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
@@ -195,7 +199,9 @@ def train(
             column, sign = MONITORS[flags.monitor]
             if sign * row[column] > state["best_value"]:
                 state |= {"best_epoch": epoch, "best_value": sign * row[column]}
-                best |= {"weights": weights_of(net), "epoch": epoch, "scores": scores}
+                best |= {"weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, "scores": scores}
+                if flags.export_dtype != "fp32":
+                    best |= {"scores": scores_as_saved(net, best["weights"], batches(val_loader), amp_dtype), "scores_fp32": scores}
                 write_predictions(run / "val_predictions.csv", val_split, logits)
                 save_checkpoint(best, run / "best.pt")
             write_csv(run / "metrics.csv", list(row), [list(past.values()) for past in state["metrics"]])
@@ -217,7 +223,11 @@ def train(
     if state["epoch"] < flags.epochs:
         say(f"stopped early: no better {flags.monitor} for {flags.patience} epochs")
     final = read_checkpoint(run / "best.pt")
-    show_scores(f"validation ({view}), best epoch {final['epoch']} of {state['epoch']}", final["scores"])
+    title = f"validation ({view}), best epoch {final['epoch']} of {state['epoch']}"
+    if flags.export_dtype != "fp32":
+        show_scores(f"{title}, in float32", final["scores_fp32"])
+        title += f", as saved in {flags.export_dtype}"
+    show_scores(title, final["scores"])
     say(f"best.pt: {(run / 'best.pt').stat().st_size / 1e6:.2f} MB" + (f" of at most {flags.max_mb:g} MB" if flags.max_mb else ""))
     say(f"files: {run}/best.pt, last.pt, metrics.csv, val_predictions.csv, config.json")
     say(f"next: python predict.py {run}/best.pt")
@@ -383,9 +393,11 @@ def make_model(flags: SimpleNamespace, classes: dict[str, int], fresh: bool) -> 
     return net, size
 
 
-def weights_of(net: torch.nn.Module) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, so that best.pt is the same file whatever device trained it."""
-    return {key: value.cpu() for key, value in net.state_dict().items()}
+def scores_as_saved(net: torch.nn.Module, weights: dict[str, Tensor], batches: Iterable, amp_dtype: torch.dtype | None) -> dict[str, float]:
+    """The scores of the model with the weights that are saved, which are rounded; `net` stays as it is."""
+    rounded = copy.deepcopy(net)
+    rounded.load_state_dict(weights)
+    return score(*predict_logits(rounded, batches, net.mean.device, amp_dtype))
 
 
 def placeholder_scores(classes: dict[str, int]) -> dict[str, float]:
@@ -393,12 +405,22 @@ def placeholder_scores(classes: dict[str, int]) -> dict[str, float]:
     return score({label: torch.zeros(1, n) for label, n in classes.items()}, {label: torch.zeros(1, dtype=torch.int64) for label in classes})
 
 
-def check_budget(best: dict, max_mb: float) -> float:
-    """The size of best.pt in MB (1,000,000 bytes), from the bytes that would be saved. Raises BadParameter over `max_mb` (0: no limit)."""
-    megabytes = checkpoint_bytes(best) / 1e6
-    if 0 < max_mb < megabytes:
-        advice = "choose a smaller backbone, or --max-mb 0 where the model is not sent in"
-        raise misuse("--model", f"best.pt would take {megabytes:.2f} MB, over --max-mb {max_mb:g}; {advice}")
+def check_budget(best: dict, flags: SimpleNamespace) -> float:
+    """The size of best.pt in MB (1,000,000 bytes), from the bytes that would be saved. Raises BadParameter over --max-mb (0: no limit).
+
+    Says where it is over only together with the remover's weights, which prediction needs for test photos.
+    """
+    megabytes, preparation = checkpoint_bytes(best) / 1e6, best["data"]["preparation"]
+    half = "--export-dtype fp16 halves best.pt" if flags.export_dtype == "fp32" else "choose a smaller backbone"
+    if 0 < flags.max_mb < megabytes:
+        advice = f"{half}, or --max-mb 0 where the model is not sent in"
+        raise misuse("--model", f"best.pt would take {megabytes:.2f} MB, over --max-mb {flags.max_mb:g}; {advice}")
+    if flags.max_mb and preparation and needs_remover(preparation, best["data"]["view"]):
+        remover = preparation["weights_bytes"] / 1e6
+        if megabytes + remover > flags.max_mb:
+            advice = half if remover < flags.max_mb else "clean with preprocess.py --rembg-model u2netp (4.6 MB), and " + half
+            both = f"best.pt ({megabytes:.2f} MB) and {preparation['rembg_model']} ({remover:.2f} MB), which prediction needs to treat raw photos alike"
+            note(f"{both}, are over --max-mb {flags.max_mb:g} together: {advice}")
     return megabytes
 
 
