@@ -449,36 +449,230 @@ def to_pixels(photo: Image.Image, box: Box | None, size: int) -> Tensor:
 # ---------------------------------------------------------------- augmentation
 
 
-class ShiftScaleRotate(torch.nn.Module):
-    """Shift by up to `shift` of the side, scale by 1 +- `scale`, rotate by +- `degrees`; the border is reflected. uint8 (3, H, W) in and out."""
+def uniform(low: float, high: float) -> float:
+    """A number between `low` and `high`, from torch's generator."""
+    return low + (high - low) * torch.rand(()).item()
 
-    def __init__(self, shift: float, scale: float, degrees: float):
+
+def to_uint8(image: Tensor) -> Tensor:
+    return image.round().clamp(0, 255).to(torch.uint8)
+
+
+class Hue(torch.nn.Module):
+    """Turn the hue by up to +- `turn` of the circle: torchvision's adjust_hue, which is HSV's, in a sixth of its time. uint8 (3, H, W) in and out."""
+
+    def __init__(self, turn: float):
         super().__init__()
-        self.shift, self.scale, self.degrees = shift, scale, degrees
+        self.turn = turn
 
     def forward(self, image: Tensor) -> Tensor:
-        dx, dy, s, a = (torch.rand(4) * 2 - 1).tolist()
-        angle, scale = math.radians(a * self.degrees), 1 + s * self.scale
-        cos, sin, (height, width) = math.cos(angle) / scale, math.sin(angle) / scale, image.shape[-2:]
-        # affine_grid wants the map from the result to the source, in units of half a side
-        theta = torch.tensor([[cos, sin * height / width, 2 * dx * self.shift], [-sin * width / height, cos, 2 * dy * self.shift]])
-        grid = F.affine_grid(theta[None], [1, *image.shape], align_corners=False)
-        moved = F.grid_sample(image[None].float(), grid, padding_mode="reflection", align_corners=False)[0]
-        return moved.round().clamp(0, 255).to(torch.uint8)
+        red, green, blue = image.float()
+        high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+        chroma = high - low
+        nonzero = chroma.clamp(min=1)
+        sixths = torch.where(high == green, 2 + (blue - red) / nonzero, 4 + (red - green) / nonzero)
+        sixths = torch.where(high == red, (green - blue) / nonzero, sixths) + 6 * uniform(-self.turn, self.turn)
+        sixths = sixths.remainder(6)
+        shares = [(sixths - 3).abs() - 1, 2 - (sixths - 2).abs(), 2 - (sixths - 4).abs()]
+        return to_uint8(torch.stack([torch.addcmul(low, chroma, share.clamp(0, 1)) for share in shares]))
+
+
+class CLAHE(torch.nn.Module):
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994) of the luma, whose change is added to all three channels.
+
+    Each of tiles x tiles parts of the image has its own curve, from its histogram cut at 1 to `clip` times its mean; a pixel's curve is
+    interpolated between those of the four nearest tiles. uint8 (3, H, W) in and out.
+    """
+
+    def __init__(self, clip: float, tiles: int):
+        super().__init__()
+        self.clip, self.tiles = clip, tiles
+
+    def forward(self, image: Tensor) -> Tensor:
+        luma = v2.functional.rgb_to_grayscale(image)[0].int()
+        (y, top, bottom, y_share), (x, left, right, x_share) = (self._tiles(side) for side in luma.shape)
+        across, down = int(right[-1]) + 1, int(bottom[-1]) + 1
+        counts = torch.bincount((luma + 256 * (y[:, None] * across + x)).flatten(), minlength=256 * across * down).view(-1, 256).int()
+        pixels = counts.sum(1, keepdim=True, dtype=torch.int32)
+        kept = torch.minimum(counts, (uniform(1, self.clip) * pixels / 256).int().clamp(min=1))
+        # What was cut off is spread as OpenCV does it: evenly, and the last of it, one each, from bin 0 up. Tiles of fewer than
+        # 256 pixels have nothing but this last part, and it brightens them: much of what CLAHE does to an image of 224 px.
+        cut = pixels - kept.sum(1, keepdim=True, dtype=torch.int32)
+        spread, last = cut // 256, cut % 256
+        bins = torch.arange(256, dtype=torch.int32)
+        added = spread * (bins + 1) + torch.minimum(bins // (256 // last.clamp(min=1)) + 1, last)
+        curves = ((kept.cumsum(1, dtype=torch.int32) + added) * (255 / pixels)).flatten()
+
+        def value(rows: Tensor, columns: Tensor) -> Tensor:
+            return curves.index_select(0, (luma + 256 * (rows[:, None] * across + columns)).flatten()).view_as(luma)
+
+        above, below = (torch.lerp(value(rows, left), value(rows, right), x_share) for rows in (top, bottom))
+        return to_uint8(image + (torch.lerp(above, below, y_share[:, None]) - luma))
+
+    def _tiles(self, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For each pixel along a side: its tile, the two tiles whose centres it lies between, and the share of the second."""
+        n, pixel = min(self.tiles, side), torch.arange(side, dtype=torch.int32)
+        at = (pixel + 0.5) * n / side - 0.5
+        return pixel * n // side, at.floor().int().clamp(min=0), (at.floor().int() + 1).clamp(max=n - 1), at - at.floor()
+
+
+def random_gamma(image: Tensor) -> Tensor:
+    """Gamma of 80 to 120 %. uint8 in and out."""
+    return v2.functional.adjust_gamma(image, uniform(0.8, 1.2))
+
+
+def shifted(image: Tensor) -> list[list[Tensor]]:
+    """The image (3, H, W) moved by -1, 0, 1 pixels: [row][column], the border reflected."""
+    height, width = image.shape[-2:]
+    padded = F.pad(image.float(), (1, 1, 1, 1), mode="reflect").to(image.dtype)
+    return [[padded[:, y : y + height, x : x + width] for x in range(3)] for y in range(3)]
+
+
+def motion_blur(image: Tensor) -> Tensor:
+    """The mean along a short line of random direction, length and place within 3 x 3 pixels. uint8 (3, H, W) in and out."""
+    angle, bias = uniform(0, 2 * math.pi), uniform(-1, 1)
+    start, stop = (-1, 1 - abs(bias)) if bias < 0 else (-1 + bias, 1)
+    shift_y, shift_x = uniform(-0.5, 0.5), uniform(-0.5, 0.5)
+    steps = (start, (start + stop) / 2, stop)
+    line = {(round(math.sin(angle) * t + shift_y), round(math.cos(angle) * t + shift_x)) for t in steps}
+    line = sorted({(min(max(y, -1), 1), min(max(x, -1), 1)) for y, x in line})
+    moved = shifted(image)
+    return to_uint8(sum(moved[y + 1][x + 1].float() for y, x in line) / len(line))
+
+
+def median_blur(image: Tensor) -> Tensor:
+    """The median of 3 x 3 pixels. uint8 (3, H, W) in and out."""
+
+    def sort(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        middle = torch.minimum(high, c)
+        return torch.minimum(low, middle), torch.maximum(low, middle), torch.maximum(high, c)
+
+    # of the columns' sorted pixels: the median of the largest low, the middle middle and the smallest high one
+    lows, middles, highs = zip(*(sort(*column) for column in zip(*shifted(image))))
+    return sort(sort(*lows)[2], sort(*middles)[1], sort(*highs)[0])[1]
+
+
+def gaussian_blur(image: Tensor, sigma: float = 0.8) -> Tensor:
+    """Gaussian blur over 3 x 3 pixels, `sigma` in pixels: v2.GaussianBlur(3, sigma) in a third of its time. uint8 (3, H, W) in and out."""
+    side = 1 / (2 + math.exp(0.5 / sigma**2))
+    padded = F.pad(image.float(), (1, 1, 1, 1), mode="reflect")
+    upright = torch.add(padded[:, 1:-1] * (1 - 2 * side), padded[:, :-2] + padded[:, 2:], alpha=side)
+    return to_uint8(torch.add(upright[:, :, 1:-1] * (1 - 2 * side), upright[:, :, :-2] + upright[:, :, 2:], alpha=side))
+
+
+def gaussian_noise(image: Tensor) -> Tensor:
+    """Normal noise of a variance of 3 to 9 grey levels, a number for each pixel and channel. uint8 in and out."""
+    return to_uint8(torch.randn(image.shape).mul_(uniform(3, 9) ** 0.5).add_(image))
+
+
+def lens_distortion(x: Tensor, y: Tensor, limit: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Radial distortion of a lens, 1 + k r^2 + k r^4 with |k| up to `limit` and r = 0.5 at the middle of a side. For `Warp`."""
+    r2 = (x * x + y * y) / 4
+    factor = 1 + uniform(-limit, limit) * (r2 + r2 * r2)
+    return x * factor, y * factor
+
+
+def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Each side in `steps` stretches, longer or shorter by up to `limit` before they are made to fill the side again. For `Warp`."""
+
+    def stretch(at: Tensor) -> Tensor:
+        lengths = 1 + limit * (2 * torch.rand(steps) - 1)
+        knots = F.pad(lengths.cumsum(0) * (2 / lengths.sum()), (1, 0)) - 1
+        place = (at + 1) * (steps / 2)
+        cell = place.long().clamp(0, steps - 1)
+        return torch.lerp(knots[cell], knots[cell + 1], place - cell)
+
+    return stretch(x), stretch(y)
+
+
+def shift_scale_rotate(x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 0.2, degrees: float = 20) -> tuple[Tensor, Tensor]:
+    """Shift by up to `shift` of the side, scale by 1 +- `scale`, rotate by +- `degrees`. For `Warp`."""
+    angle, size, aspect = math.radians(uniform(-degrees, degrees)), 1 + uniform(-scale, scale), y.shape[0] / x.shape[-1]
+    cos, sin, dx, dy = math.cos(angle) / size, math.sin(angle) / size, *(2 * uniform(-shift, shift) for _ in "xy")
+    return x * cos + (y * (sin * aspect) + dx), x * (-sin / aspect) + (y * cos + dy)
+
+
+class Warp(torch.nn.Module):
+    """Groups of distortions in one resampling: several cost what one costs. uint8 (3, H, W) in and out; the border is reflected.
+
+    A group is (probability, members), one of which is applied then. A member says where the pixels of its result come from: it maps
+    coordinates x (W,) and y (H, 1), or both (H, W), in units of half a side from the middle.
+    """
+
+    def __init__(self, *groups: tuple[float, list[Callable]]):
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, image: Tensor) -> Tensor:
+        chosen = [members[int(torch.randint(len(members), ()))] for p, members in self.groups if uniform(0, 1) < p]
+        if not chosen:
+            return image
+        height, width = image.shape[-2:]
+        x, y = (torch.arange(1, 2 * side, 2) / side - 1 for side in (width, height))
+        y = y[:, None]
+        for i, member in enumerate(reversed(chosen)):  # from the result back to the image
+            if i:  # beyond the border of what this one distorted
+                x, y = (1 - ((at + 1).remainder(4) - 2).abs() for at in (x, y))
+            x, y = member(x, y)
+        grid = torch.stack([at.expand(height, width) for at in (x, y)], dim=-1)
+        return to_uint8(F.grid_sample(image[None].float(), grid[None], padding_mode="reflection", align_corners=False)[0])
+
+
+def holes(image: Tensor) -> Tensor:
+    """One to three black rectangles, each side 4 pixels to 10 % of the image's. uint8 (3, H, W) in and out."""
+    image = image.clone()
+    for _ in range(int(torch.randint(1, 4, ()))):
+        (y, height), (x, width) = (_hole(side) for side in image.shape[-2:])
+        image[:, y : y + height, x : x + width] = 0
+    return image
+
+
+def _hole(side: int) -> tuple[int, int]:
+    """Start and length of a hole along a side."""
+    length = min(int(torch.randint(4, max(4, int(0.1 * side)) + 1, ())), side)
+    return int(torch.randint(side - length + 1, ())), length
 
 
 def augmentation(kind: str) -> Callable[[Tensor], Tensor]:
     """What happens to a training image, uint8 (3, H, W) in and out, drawn from torch's generator. Add a torchvision transform as a line of its own."""
     if kind == "none":
         return v2.Identity()
+    if kind == "randaugment":
+        return v2.Compose([v2.RandAugment(), v2.RandomErasing(0.5)])
+    jitter = v2.RandomOrder([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2), Hue(0.2)])
     return v2.Compose(
         [
             v2.RandomVerticalFlip(0.5),
             v2.RandomHorizontalFlip(0.5),
-            v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2)], 0.5),
-            v2.RandomApply([ShiftScaleRotate(shift=0.1, scale=0.2, degrees=20)], 0.3),
+            v2.RandomApply([v2.RandomChoice([jitter, CLAHE(clip=6, tiles=16), random_gamma], p=[0.3, 0.5, 0.5])], 0.5),
+            v2.RandomApply([v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])], 0.3),
+            Warp((0.3, [lens_distortion, grid_distortion]), (0.3, [shift_scale_rotate])),
+            v2.RandomApply([holes], 0.5),
         ]
     )
+
+
+def cutmix(images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], labels: Sequence[str] | None, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """CutMix (Yun et al. 2019) over a whole batch, images (N, 3, H, W) and targets {label: int64 (N,)}, drawn from `seed` alone.
+
+    Each of `labels` has a paste of its own, one after another onto the same images, each cut from the unmixed ones: a box that is the
+    same in the batch, from another image of it. That label's targets become probabilities, float32 (N, classes), mixed by the box's
+    share of the image. `["joint"]`: one paste, by whose share all labels are mixed.
+    """
+    if not labels or len(images) < 2:
+        return images, targets
+    generator, mixed, targets = torch.Generator().manual_seed(seed), images.clone(), dict(targets)
+    for pasted in [list(targets)] if "joint" in labels else [[label] for label in labels]:
+        partner = int(torch.randint(1, len(images), (), generator=generator))  # so many places further, never the image itself
+        area, *middle = torch.rand(3, generator=generator).tolist()
+        rows, columns = (slice(*(round(min(max(m + end * area**0.5 / 2, 0), 1) * side) for end in (-1, 1))) for m, side in zip(middle, images.shape[-2:]))
+        mixed[..., rows, columns] = images[..., rows, columns].roll(partner, 0)
+        share = (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
+        for label in pasted:
+            own = F.one_hot(targets[label], classes[label]).float()
+            targets[label] = torch.lerp(own, own.roll(partner, 0), share)
+    return mixed, targets
 
 
 # ---------------------------------------------------------------- batches
@@ -497,10 +691,11 @@ def as_it_is(sample: Sample) -> tuple[Image.Image, dict[str, Box]]:
 class Photos(Dataset):
     """The samples of a split as uint8 tensors (3, size, size) with their labels.
 
-    An item is asked for by its index (its view is `view`, nothing is augmented), or in training by (epoch, index): then the
-    view is `view` with probability `crop_prob`, else the full photo, and both that and `augment` depend on
-    (seed, epoch, index) alone. `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at prediction). A photo
-    that cannot be decoded comes as the ValueError that says so (see `batches`).
+    An item is asked for by its index (its view is `view`, squashed to size, nothing is augmented), or in training by (epoch, index): then
+    the view is `view` with probability `crop_prob`, else the full photo; it is resized as `resize` says ("squash", or
+    "random-resized-crop": a random part of 8 to 100 % of the view, of a side ratio between 3/4 and 4/3) and goes through `augment`.
+    All of that depends on (seed, epoch, index) alone. `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at
+    prediction). A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
     """
 
     def __init__(
@@ -512,8 +707,10 @@ class Photos(Dataset):
         augment: Callable = v2.Identity(),
         seed: int = 0,
         prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] = as_it_is,
+        resize: str = "squash",
     ):
         self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = samples, size, view, crop_prob, augment, seed, prepare
+        self.random_crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC) if resize == "random-resized-crop" else None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -522,20 +719,25 @@ class Photos(Dataset):
         if not isinstance(key, tuple):
             return self._item(key, crop=True)
         epoch, index = key
-        state = torch.get_rng_state()
+        state, threads = torch.get_rng_state(), torch.get_num_threads()
         try:
             # not torch.manual_seed: without CUDA it keeps a note of each call, for a GPU that never comes
             torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
-            item = self._item(index, crop=torch.rand(()).item() < self.crop_prob)
+            torch.set_num_threads(1)  # as in a worker process: more might add floats in another order
+            item = self._item(index, crop=torch.rand(()).item() < self.crop_prob, random_crop=self.random_crop)
             return item if isinstance(item, ValueError) else (self.augment(item[0]), item[1])
         finally:
             torch.set_rng_state(state)
+            torch.set_num_threads(threads)
 
-    def _item(self, index: int, crop: bool) -> tuple[Tensor, dict[str, int]] | ValueError:
+    def _item(self, index: int, crop: bool, random_crop: Callable | None = None) -> tuple[Tensor, dict[str, int]] | ValueError:
         sample = self.samples[index]
         try:
             photo, boxes = self.prepare(sample)
-            return to_pixels(photo, boxes.get(self.view) if crop else None, self.size), sample.labels
+            box = boxes.get(self.view) if crop else None
+            if random_crop:
+                photo, box = random_crop(photo if box is None else photo.crop(box)), None
+            return to_pixels(photo, box, self.size), sample.labels
         except (ValueError, OSError) as error:
             return ValueError(f"{sample.where}: {error}")
 

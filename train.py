@@ -38,6 +38,7 @@ from data import (
     Split,
     augmentation,
     batches,
+    cutmix,
     dataset_path,
     default_workers,
     derive_seed,
@@ -87,7 +88,9 @@ def train(
     crop_prob: Annotated[float, option(DATA, "Probability that a training photo is cut to --train-view, else whole.", min=0, max=1)] = 1.0,
     train_view: Annotated[Literal["bbox", "mask"], option(DATA, "What it is cut to: the CSV's box, or the foreground's (preprocess.py).")] = "bbox",
     val_view: Annotated[Literal["bbox", "full", "mask"], option(DATA, "What validation sees; `full` and `mask` can be had of test photos too.")] = "bbox",
-    augment: Annotated[Literal["basic", "none"], option(DATA, "Augmentation of training images.")] = "basic",
+    resize: Annotated[Literal["squash", "random-resized-crop"], option(DATA, "How a training view becomes square: whole, or a random part of it.")] = "squash",
+    augment: Annotated[Literal["basic", "randaugment", "none"], option(DATA, "Augmentation of training images: the notes', RandAugment, none.")] = "basic",
+    cutmix: Annotated[list[str] | None, option(DATA, "CutMix for this label; repeats. `joint`: one paste for all labels.", show_default="off")] = None,
     image_size: Annotated[int | None, option(DATA, "Side of the square image in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the backbone's")] = None,
     workers: Annotated[int | None, option(DATA, "Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
     model: Annotated[str, option(MODEL, "Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k",
@@ -136,6 +139,7 @@ def train(
     train_split = join_splits([read_split(root, "train", subtask=flags.subtask) for root in roots])
     val_split = read_split(roots[-1], "val", train_split.classes, flags.subtask)
     view = choose_views(flags, train_split, val_split)
+    check_cutmix(flags.cutmix, train_split.classes)
     say_what_is_idle(ctx, flags, train_split, view)
 
     # ------------------------------------------------ model
@@ -154,7 +158,7 @@ def train(
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
     order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed)
-    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed)
+    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, resize=flags.resize)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
     val_loader = make_loader(Photos(val_split.samples, size, view), flags.batch_size, workers)
     optimizer = torch.optim.AdamW(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
@@ -249,6 +253,7 @@ def train_one_epoch(
         (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
         images = images.to(device, non_blocking=True)
         targets = {label: target.to(device, non_blocking=True) for label, target in targets.items()}
+        images, targets = cutmix(images, targets, net.classes, flags.cutmix, derive_seed(flags.seed, "cutmix", epoch, step))
         divisors = torch.stack([losses.total_weight(targets[label], weights) for label, (_, weights) in criteria.items()]).to(device)
         sums = torch.zeros(len(criteria), device=device)
         for piece in torch.arange(len(images)).chunk(flags.grad_accum):
@@ -339,6 +344,15 @@ def choose_views(flags: SimpleNamespace, train_split: Split, val_split: Split) -
         if view == "mask" and not split.has("mask"):
             raise misuse(flag, f"{split.csv} has no Mask_ columns; python preprocess.py writes a dataset that has them")
     return flags.val_view if val_split.has(flags.val_view) else "full"
+
+
+def check_cutmix(labels: list[str] | None, classes: dict[str, int]) -> None:
+    """Raises BadParameter where CutMix is asked for a label that is not there, twice, or both jointly and for one label."""
+    for i, label in enumerate(labels or []):
+        if label not in (*classes, "joint"):
+            raise misuse("--cutmix", f"there is no label {label!r}; choose of {', '.join(classes)}, or joint")
+        if label in labels[:i] or ("joint" in labels and len(labels) > 1):
+            raise misuse("--cutmix", f"{label} is given twice" if label in labels[:i] else "joint mixes every label already; give it alone")
 
 
 def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str) -> None:

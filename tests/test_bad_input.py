@@ -122,6 +122,12 @@ def test_class_weights_need_two_classes(run, dataset):
     refused(run, dataset, "--class-weights", code=2, says=["--class-weights", "Embellishment"])
 
 
+def test_cutmix_of_no_label(run, dataset):
+    refused(run, dataset, "--cutmix", "gender", code=2, says=["--cutmix", "gender", "Daily, Gender, Embellishment, or joint"])
+    refused(run, dataset, "--cutmix", "Gender", "--cutmix", "Gender", code=2, says=["--cutmix", "twice"])
+    refused(run, dataset, "--cutmix", "joint", "--cutmix", "Gender", code=2, says=["--cutmix", "joint"])
+
+
 def test_images_that_are_none_are_reported_together(run, dataset):
     (dataset / "train" / "text.jpg").write_text("no image")
     (dataset / "train" / "empty.png").write_bytes(b"")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 
@@ -239,6 +240,41 @@ def test_grad_accum_takes_the_same_step(run, drawn, tmp_path):
     assert losses[1] == pytest.approx(losses[3], rel=1e-5)
     # AdamW's first steps turn the rounding of gradients near zero into whole steps, so the mean decides, not the largest
     assert (losses["w1"] - losses["w3"]).abs().mean() < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["ce", "focal", "asymmetric"])
+def test_cutmix_trains_with_every_loss_and_does_not_see_the_pieces(run, drawn, tmp_path, loss):
+    args = ["--data", drawn, *TINY, "--epochs", 1, "--amp", "off", "--augment", "none", "--loss", loss, "--class-weights", "--cutmix"]
+    losses = {}
+    for name, more in {
+        "joint": ["joint"],
+        "pieces": ["joint", "--grad-accum", 3],
+        "three": ["Daily", "--cutmix", "Gender", "--cutmix", "Embellishment"],
+    }.items():
+        done = run("train", *args, *more, "--name", name)
+        assert done.code == 0, done.err
+        losses[name] = float(metrics(tmp_path / "runs" / name)[0]["train_loss"])
+    assert losses["joint"] == pytest.approx(losses["pieces"], rel=1e-5) and losses["three"] != pytest.approx(losses["joint"], rel=1e-3)
+    assert run("train", *args[:-1], "--name", "plain").code == 0
+    assert float(metrics(tmp_path / "runs" / "plain")[0]["train_loss"]) != pytest.approx(losses["joint"], rel=1e-3)
+
+
+def test_the_learning_rate_is_a_cosine_with_restarts_at_30_and_90(run, drawn, tmp_path, monkeypatch):
+    """150 epochs of the real script with nothing to learn in them."""
+    empty = ({label: torch.zeros(20, n) for label, n in {"Daily": 6, "Gender": 5, "Embellishment": 3}.items()}, {})
+    empty[1].update({label: torch.zeros(20, dtype=torch.int64) for label in empty[0]})
+    monkeypatch.setattr(train_script, "train_one_epoch", lambda parts, *args: parts["optimizer"].step() or 0.0)
+    monkeypatch.setattr(train_script, "predict_logits", lambda *args: empty)
+    monkeypatch.setattr(train_script, "save_checkpoint", lambda state, path: None if path.name == "last.pt" else torch.save(state, path))
+    flags = ["--epochs", 150, "--patience", 150, "--lr", 5e-6, "--t-0", 30, "--t-mult", 2, "--eta-min", 5e-8, "--name", "lr"]
+    done = run("train", "--data", drawn, *TINY, *flags)
+    assert done.code == 0, done.err
+    rates = [float(row["lr"]) for row in metrics(tmp_path / "runs" / "lr")]
+    assert len(rates) == 150
+    for epoch, lr in enumerate(rates):
+        start, length = (0, 30) if epoch < 30 else (30, 60) if epoch < 90 else (90, 120)
+        assert lr == pytest.approx(5e-8 + (5e-6 - 5e-8) * (1 + math.cos(math.pi * (epoch - start) / length)) / 2, rel=1e-9)
+    assert rates[0] == rates[30] == rates[90] == 5e-6 and min(rates) == rates[89] == pytest.approx(5e-8 + 4.95e-6 * 6.852e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("loss", ["focal", "asymmetric"])

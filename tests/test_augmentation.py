@@ -1,0 +1,276 @@
+"""Each kind of augmentation against an independent reference, at its rate; the same bits whoever draws it."""
+
+import math
+from functools import partial
+
+import cv2
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+import data
+from benchmarks.augmentation import FACTOR, KINDS, changes, rates
+from data import CLAHE, EpochBatches, Hue, Photos, Sample, Warp, augmentation, batches, load_photo, make_loader, read_split, to_pixels
+
+
+@pytest.fixture(scope="module")
+def images(drawn):
+    return [to_pixels(load_photo(sample.path), sample.boxes["bbox"], 224) for sample in read_split(drawn, "train").samples]
+
+
+def test_each_kind_occurs_at_the_notes_rate():
+    torch.manual_seed(1)
+    seen = rates(4000)
+    assert len(seen) == 13
+    for name, (rate, _) in KINDS.items():
+        assert abs(seen[name] - rate) < 4 * math.sqrt(rate * (1 - rate) / 4000), name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_each_kind_changes_the_pixels_as_much_as_albumentations_does(images):
+    torch.manual_seed(2)
+    for name, (ours, theirs) in changes(images).items():
+        assert 1 / FACTOR < ours / theirs < FACTOR, (name, ours, theirs)
+
+
+def close(a, b, most, mean):
+    difference = (a.int() - b.int()).abs()
+    assert difference.max() <= most and difference.float().mean() <= mean, (difference.max(), difference.float().mean())
+
+
+def test_colour_and_blur_against_other_implementations(images, monkeypatch):
+    image = images[0]
+    torch.manual_seed(3)
+    windows = v2.functional.pad(image, [1, 1, 1, 1], padding_mode="reflect").unfold(1, 3, 1).unfold(2, 3, 1)
+    assert torch.equal(data.median_blur(image), windows.flatten(3).median(-1).values)
+    close(data.gaussian_blur(image, 0.8), v2.functional.gaussian_blur(image, [3, 3], [0.8, 0.8]), 1, 0.02)
+    close(data.gaussian_blur(image, 2.0), v2.functional.gaussian_blur(image, [3, 3], [2.0, 2.0]), 1, 0.02)
+    noise = data.gaussian_noise(torch.full((3, 224, 224), 128, dtype=torch.uint8)).float() - 128
+    assert 3 <= noise.var() - 1 / 12 <= 9 and abs(noise.mean()) < 0.05
+    for turn in (-0.2, -0.05, 0.1, 0.2):
+        monkeypatch.setattr(data, "uniform", lambda low, high, turn=turn: turn)
+        close(Hue(0.2)(image), v2.functional.adjust_hue(image, turn), 2, 0.3)
+    for clip in (1.5, 4.0, 6.0, 40.0):  # on a grey image, where the luma is all there is
+        grey = v2.functional.rgb_to_grayscale(image, num_output_channels=3)
+        monkeypatch.setattr(data, "uniform", lambda low, high, clip=clip: clip)
+        reference = torch.from_numpy(cv2.createCLAHE(clipLimit=clip, tileGridSize=(16, 16)).apply(grey[0].numpy()))
+        close(CLAHE(40, 16)(grey)[0], reference, 100, 3.5)
+
+
+def test_motion_blur_is_a_mean_along_a_short_line():
+    point = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    point[:, 4, 4] = 240
+    lengths = set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        blurred = data.motion_blur(point)
+        ys, xs = torch.nonzero(blurred[0], as_tuple=True)
+        lengths.add(len(ys))
+        assert (ys - 4).abs().max() <= 1 and (xs - 4).abs().max() <= 1 and set(blurred[0][ys, xs].tolist()) == {240 // len(ys)}
+    assert lengths == {2, 3}
+
+
+def test_holes_are_one_to_three_black_rectangles():
+    counts, sides = set(), []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        black = (data.holes(torch.full((3, 200, 120), 255, dtype=torch.uint8)) == 0).all(0)
+        ys, xs = torch.nonzero(black, as_tuple=True)
+        counts.add(len(ys) <= 20 * 12)
+        if len(ys) == (ys.max() - ys.min() + 1) * (xs.max() - xs.min() + 1):  # one rectangle
+            sides.append((int(ys.max() - ys.min()) + 1, int(xs.max() - xs.min()) + 1))
+        assert 16 <= len(ys) <= 3 * 20 * 12
+    assert counts == {True, False} and 60 < len(sides) < 140
+    heights, widths = zip(*sides)
+    assert (min(heights), max(heights), min(widths), max(widths)) == (4, 20, 4, 12)
+
+
+def surely(member, **limits):
+    return Warp((1, [partial(member, **limits)]))
+
+
+def test_shift_scale_rotate_moves_as_it_says():
+    image = torch.zeros(3, 41, 41, dtype=torch.uint8)
+    image[:, 18:23, 18:23] = 255
+    far, areas, angles = [], [], []
+    bar = torch.zeros(3, 61, 61, dtype=torch.uint8)
+    bar[:, 29:32, 10:51] = 255
+    for seed in range(100):
+        torch.manual_seed(seed)
+        ys, xs = torch.nonzero(surely(data.shift_scale_rotate, scale=0, degrees=0)(image)[0] > 127, as_tuple=True)
+        far.append((xs.float().mean() - 20, ys.float().mean() - 20))
+        areas.append((surely(data.shift_scale_rotate, shift=0, degrees=0)(image).float().sum() / image.float().sum()).item())
+        ys, xs = (at.float() - 30 for at in torch.nonzero(surely(data.shift_scale_rotate, shift=0, scale=0)(bar)[0] > 127, as_tuple=True))
+        angles.append(math.degrees(torch.atan2((ys * xs).sum(), (xs * xs).sum())))
+    far, angles = torch.tensor(far), torch.tensor(angles)
+    assert 3.2 < far.abs().max() <= 4.7 and far.mean(0).abs().max() < 1.2  # 0.1 of 41 pixels, either way
+    assert 0.8**2 - 0.03 < min(areas) < 0.7 and 1.3 < max(areas) < 1.2**2 + 0.03
+    assert 17 < angles.abs().max() < 21 and angles.mean().abs() < 4
+    assert torch.equal(surely(data.shift_scale_rotate, shift=0, scale=0, degrees=0)(image), image)
+
+
+def test_distortions_are_none_at_strength_zero_and_compose_in_order(images, monkeypatch):
+    for member in (data.lens_distortion, data.grid_distortion):
+        close(surely(member, limit=0)(images[1]), images[1], 1, 0.01)
+        torch.manual_seed(4)
+        assert (surely(member)(images[1]).int() - images[1].int()).abs().float().mean() > 2
+    # first a flip of x, then a shift to the right by a quarter of the side, in one resampling
+    flip, shift = (lambda x, y: (-x, y)), (lambda x, y: (x - 0.5, y))
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 8, 64).contiguous()
+    both = Warp((1, [flip]), (1, [shift]))(ramp)
+    assert torch.equal(both, Warp((1, [shift]))(Warp((1, [flip]))(ramp)))
+    assert torch.equal(both[:, :, 16:], ramp.flip(-1)[:, :, :48])
+
+
+def test_basic_flips_half_of_the_images():
+    image = torch.zeros(3, 24, 24, dtype=torch.uint8)
+    image[:, :12, :12], image[:, :12, 12:], image[:, 12:, :12] = 200, 120, 60
+    basic, corners = augmentation("basic"), []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        out = basic(image)
+        assert out.dtype == torch.uint8 and out.shape == image.shape
+        means = [out[:, y : y + 12, x : x + 12].float().mean() for y in (0, 12) for x in (0, 12)]
+        corners.append(max(range(4), key=means.__getitem__))
+    for c in range(4):  # both flips at a half put the brightest corner anywhere with a quarter: 100 +- 3 sigma
+        assert 74 <= corners.count(c) <= 126
+    assert augmentation("none")(image) is image
+
+
+def test_randaugment_is_randaugment_and_erases_half():
+    transform, erase = augmentation("randaugment").transforms
+    assert isinstance(transform, v2.RandAugment)
+    assert len(transform._AUGMENTATION_SPACE) == 14 and not any("flip" in name.lower() for name in transform._AUGMENTATION_SPACE)
+    white, ramp = torch.full((3, 32, 32), 255, dtype=torch.uint8), torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(3, 32, 32)
+    torch.manual_seed(5)
+    erased = sum(bool((erase(white) == 0).any()) for _ in range(400))
+    assert abs(erased - 200) < 4 * 10
+    assert sum(not torch.equal(transform(ramp), ramp) for _ in range(100)) > 70
+
+
+@settings(deadline=None, max_examples=40)
+@given(height=st.integers(5, 70), width=st.integers(5, 70), seed=st.integers(0, 10**9), kind=st.sampled_from(["basic", "randaugment"]))
+def test_any_size_and_the_same_bits_for_a_seed(height, width, seed, kind):
+    image = torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    before, results = image.clone(), []
+    for _ in range(2):
+        torch.manual_seed(seed)
+        results.append(augmentation(kind)(image))
+    assert results[0].shape == image.shape and results[0].dtype == torch.uint8
+    assert torch.equal(*results) and torch.equal(image, before)
+
+
+def test_random_resized_crop_shows_a_part_of_the_view(tmp_path):
+    """A photo whose red tells the column and green the row: the corners of what is shown tell the part."""
+    photo = Image.new("RGB", (250, 200))
+    photo.putdata([(x, y, 0) for y in range(200) for x in range(250)])
+    photo.save(tmp_path / "a.png")
+    sample = Sample("a.png", str(tmp_path / "a.png"), "", {"bbox": (50, 20, 210, 180)}, {})
+    photos = Photos([sample], 64, "bbox", resize="random-resized-crop")
+    areas, ratios = [], []
+    for epoch in range(300):
+        shown = photos[epoch, 0][0].float()
+        x1, x2, y1, y2 = shown[0, :, :2].mean(), shown[0, :, -2:].mean(), shown[1, :2].mean(), shown[1, -2:].mean()
+        assert 48 <= x1 < x2 <= 212 and 18 <= y1 < y2 <= 182
+        width, height = (x2 - x1) * 64 / 62, (y2 - y1) * 64 / 62
+        areas.append((width * height / 160**2).item()), ratios.append((width / height).item())
+    assert 0.07 < min(areas) < 0.14 and 0.85 < max(areas) < 1.03 and 0.7 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.42
+    whole = Photos([sample], 64, "bbox")
+    assert torch.equal(whole[3, 0][0], to_pixels(load_photo(sample.path), (50, 20, 210, 180), 64))
+    assert torch.equal(photos[0][0], whole[0][0])  # validation never crops at random
+
+
+@pytest.mark.parametrize("kind, resize", [("basic", "squash"), ("randaugment", "squash"), ("basic", "random-resized-crop")])
+def test_the_same_bits_at_any_number_of_workers_and_threads(drawn, kind, resize):
+    samples, loaded = read_split(drawn, "train").samples, []
+    before = torch.get_num_threads()
+    for workers, threads in ((0, 1), (0, 2), (2, 1)):
+        torch.set_num_threads(threads)
+        try:
+            order = EpochBatches(len(samples), 16, seed=3)
+            order.epoch = 2
+            photos = Photos(samples, 112, "bbox", 0.5, augmentation(kind), seed=1, resize=resize)
+            loaded.append(torch.cat([images for images, _ in batches(make_loader(photos, 16, workers, order))]))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(loaded[0], loaded[1]) and torch.equal(loaded[0], loaded[2])
+
+
+# ---------------------------------------------------------------- CutMix
+
+CLASSES = {"Daily": 6, "Gender": 5, "Embellishment": 3}
+
+
+def numbered(n, height=24, width=40):
+    """Images of which each pixel tells its image (red) and place (green, blue), and targets of which no two neighbours are alike."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    images = torch.stack([torch.stack([torch.full_like(y, i), y, x]) for i in range(n)]).to(torch.uint8)
+    return images, {label: torch.arange(n).remainder(c) for label, c in CLASSES.items()}
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(2, 9), labels=st.permutations(sorted(CLASSES)), several=st.integers(1, 3), seed=st.integers(0, 10**9))
+def test_cutmix_mixes_targets_by_the_area_that_it_pastes(n, labels, several, seed):
+    images, targets = numbered(n)
+    before, chosen = images.clone(), labels[:several]
+    mixed, soft = data.cutmix(images, targets, CLASSES, chosen, seed)
+    assert torch.equal(images, before) and all(targets[label].ndim == 1 for label in CLASSES)
+    assert mixed.dtype == torch.uint8 and torch.equal(mixed[:, 1:], images[:, 1:])  # pixels keep their place: pasted from the unmixed images
+    for label in CLASSES:
+        if label not in chosen:
+            assert torch.equal(soft[label], targets[label])
+            continue
+        assert soft[label].shape == (n, CLASSES[label]) and torch.allclose(soft[label].sum(1), torch.ones(n))
+    for i in range(n):
+        sources = mixed[i, 0].flatten().bincount(minlength=n) / mixed[i, 0].numel()  # the share of each image's pixels
+        assert (sources > 0).sum() <= 1 + several
+        if several == 1:
+            (label,) = chosen
+            torch.testing.assert_close(soft[label][i], sources @ torch.nn.functional.one_hot(targets[label], CLASSES[label]).float())
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(2, 9), seed=st.integers(0, 10**9))
+def test_joint_cutmix_is_one_paste_for_all_labels(n, seed):
+    images, targets = numbered(n)
+    mixed, soft = data.cutmix(images, targets, CLASSES, ["joint"], seed)
+    for i in range(n):
+        sources = mixed[i, 0].flatten().bincount(minlength=n) / mixed[i, 0].numel()
+        for label, c in CLASSES.items():
+            torch.testing.assert_close(soft[label][i], sources @ torch.nn.functional.one_hot(targets[label], c).float())
+
+
+def test_each_labels_paste_is_its_own_and_counts_as_it_was_pasted(monkeypatch):
+    images, targets = numbered(8)
+    roll, pasted = torch.Tensor.roll, []  # of each paste: how far its partner is, and its pixels
+
+    def noting(self, by, dim):
+        if self.ndim == 4:
+            pasted.append((by, self.shape[-2:].numel()))
+        return roll(self, by, dim)
+
+    monkeypatch.setattr(torch.Tensor, "roll", noting)
+    partners, areas, three = set(), [], 0
+    for seed in range(300):
+        pasted.clear()
+        mixed, soft = data.cutmix(images, targets, CLASSES, ["Gender", "Daily"], seed)
+        for (by, pixels), label in zip(pasted, ("Gender", "Daily"), strict=True):
+            own = torch.nn.functional.one_hot(targets[label], CLASSES[label]).float()
+            torch.testing.assert_close(soft[label], own + pixels / 960 * (own.roll(by, 0) - own))
+            areas.append(pixels / 960)
+            partners.add(by)
+        three += len(mixed[0, 0].unique()) == 3
+    assert partners == set(range(1, 8)) and three > 60
+    assert min(areas) < 0.02 and max(areas) > 0.8 and 0.25 < sum(areas) / 600 < 0.5  # boxes of 0 to 100 %, cut at the border
+
+
+def test_cutmix_of_nothing_changes_nothing():
+    images, targets = numbered(1)
+    for labels in (None, [], ["Gender"], ["joint"]):
+        same, kept = data.cutmix(images, targets, CLASSES, labels, 1)
+        assert same is images and kept is targets
+    images, targets = numbered(4)
+    assert not torch.equal(data.cutmix(images, targets, CLASSES, ["joint"], 1)[0], data.cutmix(images, targets, CLASSES, ["joint"], 2)[0])
