@@ -99,25 +99,26 @@ class Remover:
 def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) -> Prepared:
     """The one treatment of a photo, for stored datasets and for prediction: RGB with the background replaced, cut, and the boxes in it.
 
-    boxes: `bbox` where the sample has one, `mask` where a foreground was found (without it the whole photo stays as it is).
+    boxes: `bbox` where the sample has one, `mask` where a foreground was found in what is left of the photo (else its background stays).
     `remover` None: no foreground is looked for. Raises ValueError where the image is damaged or its box lies outside it.
     """
     color = tuple(preparation["background_color"])
     photo = load_photo(sample.path, color)
+    whole = (0, 0, *photo.size)
     boxes = {view: clip_box(box, *photo.size) for view, box in sample.boxes.items() if view == "bbox"}
     mask = remover.mask(photo) if remover else None
-    found = foreground_box(mask) if mask else None
-    if found:
+    if mask and (found := foreground_box(mask)):
         boxes["mask"] = found
-        if not preparation["keep_background"]:
-            photo = replace_background(photo, mask, color)
-    if preparation["crop"] == "none":
-        return photo, boxes
-    whole = (0, 0, *photo.size)
-    chosen = boxes.get(preparation["crop"]) or found or whole
-    cut = clip_box(grow(chosen, preparation["box_margin"]), *photo.size)
+    cut = whole
+    if preparation["crop"] != "none":
+        chosen = boxes.get(preparation["crop"]) or boxes.get("mask") or whole
+        cut = clip_box(grow(chosen, preparation["box_margin"]), *photo.size)
     inside = {view: move_into(box, cut) for view, box in boxes.items()}
-    return photo.crop(cut), {view: box for view, box in inside.items() if box}
+    if "bbox" in inside and not inside["bbox"]:
+        inside["bbox"] = (0, 0, cut[2] - cut[0], cut[3] - cut[1])  # the foreground is elsewhere: all that is left of the photo
+    if inside.get("mask") and not preparation["keep_background"]:
+        photo = replace_background(photo, mask, color)
+    return photo if cut == whole else photo.crop(cut), {view: box for view, box in inside.items() if box}
 
 
 def foreground_box(mask: Image.Image) -> Box | None:
@@ -334,7 +335,7 @@ def check_output(root: Path, out: Path, settings: dict) -> dict:
         raise ValueError(f"{out} and {root} lie within each other; choose a folder beside it")
     path = out / PREPARED
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(not (p.name.startswith(f".{PREPARED}.") or p.name == LOG) for p in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not p.name.endswith(".tmp") and p.name != LOG for p in out.iterdir())):
             raise ValueError(f"{out} exists and was not made by preprocess.py; choose a new folder")
         return {}
     try:
@@ -357,7 +358,7 @@ class Job:
         self.todo: dict[tuple[str, str], Sample] = {}
         self.failed = [sample for table in tables.values() for _, sample in table.rows if isinstance(sample, ValueError)]
         self.log = read_log(out / LOG)
-        made: dict[Path, tuple[str, str]] = {}
+        made: dict[Path, tuple[str, str]] = {}  # from which photo and box each output file comes
         for split, table in tables.items():
             if "Mask_xmin" in table.header:
                 raise ValueError(f"{table.csv} has Mask_ columns already; take them out, or give the dataset without them")
@@ -365,7 +366,8 @@ class Job:
                 if isinstance(sample, ValueError):
                     continue
                 key = (split, sample.name)
-                if made.setdefault(self.path_of(*key), (sample.name, self.cut_to(sample))) != (sample.name, self.cut_to(sample)):
+                source = (os.path.normpath(sample.path), self.cut_to(sample))
+                if made.setdefault(self.path_of(*key), source) != source:
                     advice = "an earlier row makes the same file of another photo or box; rename one, or use --crop none where the boxes differ"
                     self.failed.append(ValueError(f"{sample.where}: {advice}"))
                 elif self.is_done(key, sample, table.sizes[sample.path]):
@@ -413,10 +415,16 @@ class Job:
             photo, boxes = prepare(sample)
         except ValueError as error:
             return item[0], ValueError(f"{sample.where}: {error}")
-        path = self.path_of(split, name)
+        path, buffer = self.path_of(split, name), io.BytesIO()
+        photo.info.clear()  # else Pillow would pass on what the old file said of itself
+        try:
+            photo.save(buffer, **SAVING[path.suffix.lower()])
+        except (OSError, ValueError) as error:
+            reason = f"{photo.width} x {photo.height} pixels cannot be saved as {path.suffix} ({error}); save the photo as .png"
+            return item[0], ValueError(f"{sample.where}: {reason}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, "wb") as file:
-            photo.save(file, **SAVING[path.suffix.lower()])
+            file.write(buffer.getbuffer())
         line = {"split": split, "image_name": name, "bytes": os.path.getsize(sample.path), "blake2b": digest_of(sample.path), "cut_to": self.cut_to(sample)}
         line |= dict(zip(BOX_COLUMNS["mask"], boxes.get("mask", (0, 0, *photo.size)))) | {"found": int("mask" in boxes)}
         line |= dict(zip(BOX_COLUMNS["bbox"], boxes.get("bbox", ("",) * 4)))
