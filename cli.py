@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-OUT_OF_MEMORY = "out of memory: lower --batch-size, or split it into pieces with --grad-accum (the same training in less memory)"
+OUT_OF_MEMORY = "out of memory: lower --batch-size, or --workers; in training --grad-accum splits a batch into pieces, with the same result"
 
 
 def say(text: str) -> None:

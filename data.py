@@ -135,9 +135,10 @@ def read_preparation(root: Path) -> dict | None:
         written = json.loads(path.read_text(encoding="utf-8"))
         preparation = written["preparation"]
         check_preparation(preparation)
-    except (ValueError, KeyError, TypeError, OSError):
+        unfinished = written["unfinished"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise ValueError(f"{path} is damaged or of another version of this program; make the dataset again with preprocess.py") from None
-    if not written.get("finished"):
+    if unfinished:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
     return preparation
 
@@ -175,7 +176,7 @@ def read_split(root: Path, split: str, classes: dict[str, int] | None = None, su
     """
     table = read_table(root, split, classes, subtask)
     problems = [str(sample) for _, sample in table.rows if isinstance(sample, ValueError)]
-    checked = [_check_header(sample) for _, sample in table.rows if isinstance(sample, Sample)]
+    checked = [check_header(sample) for _, sample in table.rows if isinstance(sample, Sample)]
     problems += [str(result) for result in checked if isinstance(result, ValueError)]
     if problems:
         raise ValueError(report(f"{table.csv}: {len(problems)} of {len(table.rows)} rows are wrong", problems))
@@ -229,7 +230,7 @@ def image_samples(inputs: Sequence[str]) -> Split:
         if not found:
             raise ValueError(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
         samples += [Sample(str(p), str(p), str(p), {}, {}) for p in found]
-    checked = [_check_header(sample) for sample in samples]
+    checked = [check_header(sample) for sample in samples]
     if problems := [str(result) for result in checked if isinstance(result, Exception)]:
         raise ValueError(report(f"{len(problems)} of {len(samples)} images cannot be used", problems))
     return Split(Path(inputs[0]), checked, {}, (), "")
@@ -366,7 +367,7 @@ class _Folder:
         return path
 
 
-def _check_header(sample: Sample) -> Sample | ValueError:
+def check_header(sample: Sample) -> Sample | ValueError:
     """The sample with its boxes clipped to the photo, or what is wrong with its image; reads the header, decodes nothing."""
     try:
         with open_image(sample.path) as image:

@@ -161,12 +161,12 @@ def train(
 
     # ------------------------------------------------ data
     roots = [find_dataset(data, flags.subtask) for data in flags.data]
-    preparation = read_preparation(roots[-1])
+    preparation = [read_preparation(root) for root in roots][-1]
     train_split = join_splits([read_split(root, "train", subtask=flags.subtask) for root in roots])
     val_split = read_split(roots[-1], "val", train_split.classes, flags.subtask)
     view = choose_views(flags, train_split, val_split)
     check_cutmix(flags.cutmix, train_split.classes)
-    say_what_is_idle(ctx, flags, train_split, view)
+    say_what_is_idle(ctx, flags, train_split, view, cleaned=any(read_preparation(root) for root in roots))
 
     # ------------------------------------------------ model
     torch.manual_seed(derive_seed(flags.seed, "weights"))
@@ -438,7 +438,7 @@ def check_cutmix(labels: list[str] | None, classes: dict[str, int]) -> None:
             raise misuse("--cutmix", f"{label} is given twice" if label in labels[:i] else "joint mixes every label already; give it alone")
 
 
-def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str) -> None:
+def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str, cleaned: bool) -> None:
     """A line for each setting that cannot act in this run."""
     if view != flags.val_view:
         note(f"validation has no boxes: it sees whole photos (--val-view {flags.val_view} cannot act)")
@@ -457,8 +457,8 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
             note(f"--{key.replace('_', '-')} cannot act with --loss {flags.loss}")
     if flags.weights and given(ctx, "pretrained") and flags.pretrained:
         note("--pretrained cannot act beside --weights")
-    if flags.subtask == 2 and (flags.pretrained or flags.weights):
-        note("the rules of sub-task 2 admit no pretrained models: use --no-pretrained for an entry")
+    if flags.subtask == 2 and (flags.pretrained or flags.weights or cleaned):
+        note("the rules of sub-task 2 admit no pretrained models, rembg's among them: an entry wants --no-pretrained, on raw photos")
 
 
 def given(ctx: typer.Context, key: str) -> bool:
