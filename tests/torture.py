@@ -3,11 +3,14 @@
     python tests/torture.py kills --kills 25          # 25 kills in each of four settings; about 10 minutes on two cores
     python tests/torture.py same                      # workers 0, 1, 3; twice; an evaluation in mid-epoch: one hash each
     python tests/torture.py processes                 # torchrun with 2 and 3 processes against one
+    python tests/torture.py damage --inputs 300       # damaged CSVs, images, checkpoints, config.json and preprocess.json
+    python tests/torture.py memory                    # peak of 50 epochs against 5
 
 This shows what a process's death does, not a power loss. Children are forked from this process, so that a run starts in no time.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -27,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import typer
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import cli
 import data
@@ -91,9 +95,9 @@ def child(arguments: list[str], status: int, kill_write: int = 0, half: bool = F
 
 
 class Run:
-    """A forked child that runs train.py, and what it said last."""
+    """A forked child that runs train.py (or another script, without hooks), its exit code and what it said."""
 
-    def __init__(self, arguments: list[str], **hooks: object):
+    def __init__(self, arguments: list[str], script: str = "train", **hooks: object):
         self.status, self.output, self.code = tempfile.TemporaryFile(), tempfile.TemporaryFile(), None  # noqa: SIM115
         os.pwrite(self.status.fileno(), bytes([0]), 0)
         self.pid = os.fork()
@@ -102,7 +106,10 @@ class Run:
             try:
                 os.dup2(self.output.fileno(), 1)
                 os.dup2(self.output.fileno(), 2)
-                child(arguments, self.status.fileno(), **hooks)
+                if script == "train":
+                    child(arguments, self.status.fileno(), **hooks)
+                sys.argv = [f"{script}.py", *arguments]
+                cli.run_app(importlib.import_module(script).app)
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
             finally:
@@ -115,7 +122,7 @@ class Run:
         """The exit code (negative: the signal), None while it runs after so many seconds."""
         end = time.monotonic() + seconds
         while self.code is None and time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            pid, status, self.usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
             time.sleep(0.001)
@@ -294,6 +301,86 @@ def processes_agree(work: Path, flags: list[str], counts: list[int]) -> dict[int
     return outcome
 
 
+# ---------------------------------------------------------------- damage
+
+
+def damaged_inputs(work: Path, inputs: int) -> Counter:
+    """Damage a file, start a script on it: it must end within 10 s, without a traceback, with exit code 0 only if its result is whole.
+
+    Returns how often each (kind of file, exit code) came about. Raises AssertionError for anything else.
+    """
+    os.chdir(work)
+    clean, outcomes = dataset(work), Counter()
+    flags = ["--data", str(clean), "--workers", "0", *BASE, "--model", "test_vit", "--epochs", "1"]
+    assert Run([*flags, "--name", "trained"]).wait() == 0
+    processed = work / "Processed"
+    shutil.copytree(clean, processed)
+    for split in data.SPLITS:
+        table = data.read_table(clean, split, {})
+        rows = [[*cells, "10", "10", "90", "90"] for cells, _ in table.rows]
+        cli.write_csv(processed / table.csv.name, [*table.header, *data.BOX_COLUMNS["mask"]], rows)
+    treatment = {"rembg_model": "u2netp", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}
+    record = {"preparation": treatment | {"checksum": "md5:0", "weights_bytes": 4574861}, "subtask": 1, "unfinished": []}
+    (processed / "preprocess.json").write_text(json.dumps(record, indent=2))
+    photo = f"val/{data.read_split(clean, 'val').samples[3].name}"
+    predict = ["trial/run/best.pt", "--data", "trial/data", "--split", "val", "--workers", "0", "--out", "trial/out.csv"]
+    targets = {  # which file, and what reads it
+        "CSV": ("data/Fashion-How24_sub1_val.csv", "predict", predict),
+        "training CSV": ("data/Fashion-How24_sub1_train.csv", "data", ["trial/data"]),
+        "image": (f"data/{photo}", "predict", predict),
+        "checkpoint": ("run/best.pt", "predict", predict),
+        "last.pt": ("run/last.pt", "train", ["--resume", "trial/run", "--epochs", "2"]),
+        "config.json": ("run/config.json", "train", ["--resume", "trial/run", "--epochs", "2"]),
+        "preprocess.json": ("processed/preprocess.json", "predict", [*predict[:2], "trial/processed", *predict[3:], "--view", "mask"]),
+    }
+    outside = set(work.rglob("*"))
+
+    @settings(max_examples=inputs, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(draw=st.data())
+    def damage(draw) -> None:
+        kind = draw.draw(st.sampled_from(list(targets)))
+        if sum(n for (done, _), n in outcomes.items() if done == kind) > inputs // 4:
+            kind = min(targets, key=lambda one: sum(n for (done, _), n in outcomes.items() if done == one))
+        name, script, arguments = targets[kind]
+        for source, folder in ((clean, "data"), (processed, "processed"), (work / "runs/trained", "run")):
+            shutil.copytree(source, work / "trial" / folder, copy_function=os.link)
+        path = work / "trial" / name
+        content = bytearray(path.read_bytes())
+        path.unlink()  # a hard link
+        place, how = draw.draw(st.integers(0, len(content) - 1)), draw.draw(st.sampled_from(["flip", "cut", "insert", "text", "number", "empty"]))
+        if how == "flip":
+            content[place] ^= 1 << draw.draw(st.integers(0, 7))
+        elif how == "cut":
+            del content[place:]
+        elif how == "insert":
+            content[place:place] = draw.draw(st.binary(min_size=1, max_size=40))
+        elif how == "text":
+            content[place : place + 8] = draw.draw(st.text(max_size=12)).encode("utf-8", "surrogatepass")
+        elif how == "number":
+            odd = ["1e999", "-1", "99999999999999999999", "NaN", "null", "[]", "../../x", "{}", '"']
+            content[place : place + 3] = draw.draw(st.sampled_from(odd)).encode()
+        else:
+            content.clear()
+        path.write_bytes(content)
+        run = Run(arguments, script)
+        code, said = run.wait(10), run.said()
+        try:
+            assert code in (0, 1, 2), f"{kind} ({how}): exit code {code}\n{said}"
+            assert "Traceback" not in said, f"{kind} ({how}):\n{said}"
+            assert code == 0 or "error:" in said, f"{kind} ({how}): no message\n{said}"
+            if code == 0 and script == "predict":
+                assert len((work / "trial/out.csv").read_text().splitlines()) == 17, f"{kind} ({how}): not all photos predicted"
+            assert {path for path in work.rglob("*") if not path.is_relative_to(work / "trial")} == outside, f"{kind}: written outside"
+        finally:
+            if code is None:
+                os.kill(run.pid, signal.SIGKILL)
+            shutil.rmtree(work / "trial")
+        outcomes[kind, code] += 1
+
+    damage()
+    return outcomes
+
+
 # ---------------------------------------------------------------- the command line
 
 app = typer.Typer(add_completion=False)
@@ -336,6 +423,31 @@ def processes() -> None:
         shown, end = ("equal" if images else "DIFFER"), ("equal" if table else "differs")
         print(f"{count} processes: images {shown} in every step, losses of 20 steps within {difference:.1e}, last validation {end}")
     raise SystemExit(int(any(not images or difference > 1e-5 for images, difference, _ in outcome.values())))
+
+
+@app.command()
+def damage(inputs: Annotated[int, typer.Option(help="How many damaged files.")] = 300) -> None:
+    """Damage input files of all kinds; prints how often each kind ended with which exit code."""
+    with tempfile.TemporaryDirectory() as work:
+        outcomes = damaged_inputs(Path(work), inputs)
+    for kind in sorted({kind for kind, _ in outcomes}):
+        print(f"{kind:16s}", *(f"exit code {code}: {outcomes[kind, code]:3d}  " for code in (0, 1, 2)))
+    print(f"{sum(outcomes.values())} inputs: no traceback, none over 10 s, nothing written elsewhere")
+
+
+@app.command()
+def memory() -> None:
+    """The peak memory of 50 epochs against that of 5."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as work:
+        os.chdir(work)
+        for epochs in (5, 50):
+            flags = ["--data", str(dataset(Path(work))), "--workers", "0", *BASE, *next(iter(SETTINGS.values())), "--epochs", str(epochs)]
+            run = Run([*flags, "--name", f"run{epochs}", "--save-every", "1000"])
+            assert run.wait(600) == 0, run.said()
+            peaks[epochs] = run.usage.ru_maxrss / 1024
+    print(f"peak memory: {peaks[5]:.0f} MiB in 5 epochs, {peaks[50]:.0f} MiB in 50: {peaks[50] / peaks[5] - 1:+.1%}")
+    raise SystemExit(int(peaks[50] > 1.02 * peaks[5]))
 
 
 if __name__ == "__main__":
