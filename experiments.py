@@ -134,7 +134,7 @@ def list_rows() -> None:
     for row in ROWS:
         score = f" (author's test score: {row.score})" if row.score else ""
         data = {"raw": "--data RAW", "clean": "--data CLEAN", "both": "--data RAW --data CLEAN"}[row.data]
-        say(f"{row.name:<22}{row.asks}{score}\n    {data} {row.flags}".rstrip())
+        say(f"{row.name:<24}{row.asks}{score}\n    {data} {row.flags}".rstrip())
 
 
 # ---------------------------------------------------------------- run
@@ -229,13 +229,13 @@ def code_of_scripts() -> str:
 
 
 def start(command: list[str]) -> int:
-    """Run a command to its end; its exit code. Where this script is interrupted, the command has 10 seconds to end by itself."""
+    """Run a command to its end; its exit code. Where this script is interrupted, the command has 5 seconds to end by itself."""
     process = subprocess.Popen(command)
     try:
         return process.wait()
     except BaseException:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
+            process.wait(5)
         process.terminate()
         process.wait()
         raise
