@@ -328,8 +328,8 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     """(mean, half the width of its 95 % interval, degrees of freedom) of paired differences (units, seeds), both drawn by chance.
 
     Crossed random effects: difference = mean + unit + seed + residual. The variance of the mean is the sum of the three components over
-    their numbers, (MS_units + MS_seeds - MS_residual) / (units x seeds); a component below 0 counts as 0, and its mean square
-    goes. Degrees of freedom by Satterthwaite (1946). All differences alike: the half-width is 0.
+    their numbers, (MS_units + MS_seeds - MS_residual) / (units x seeds); a component below 0 counts as 0, as if its mean square were
+    the residual's. Degrees of freedom by Satterthwaite (1946), from the mean squares as they are. All differences alike: half the width is 0.
     """
     units, seeds = differences.shape
     mean, of_units, of_seeds = differences.mean(), differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
@@ -337,12 +337,10 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     ms_units = seeds * ((of_units - mean) ** 2).sum() / (units - 1)
     ms_seeds = units * ((of_seeds - mean) ** 2).sum() / (seeds - 1)
     ms_residual = ((differences - of_units - of_seeds + mean) ** 2).sum() / residual_df
-    terms = [(ms, df) for ms, df in ((ms_units, units - 1), (ms_seeds, seeds - 1)) if ms > ms_residual]
-    terms.append((ms_residual * (1 - len(terms)), residual_df))
-    total = sum(ms for ms, _ in terms)
-    if total <= 1e-15:
+    total = max(ms_units, ms_residual) + max(ms_seeds, ms_residual) - ms_residual
+    if total <= 1e-15:  # rounding
         return float(mean), 0.0, math.nan
-    df = total**2 / sum(ms**2 / df for ms, df in terms)
+    df = total**2 / (ms_units**2 / (units - 1) + ms_seeds**2 / (seeds - 1) + ms_residual**2 / residual_df)
     return float(mean), float(stdtrit(df, 0.975) * math.sqrt(total / (units * seeds))), float(df)
 
 
@@ -373,15 +371,15 @@ def compare(group: list[Run], base: list[Run]) -> dict:
 
 def find_base(group: list[Run], groups: list[list[Run]]) -> list[Run] | None:
     """The base with the same flags behind --; for the base itself the one with most of its flags, of those that had fewer."""
-    mine = set(words_in_pairs(group[0].more))
-    bases = {frozenset(words_in_pairs(other[0].more)): other for other in groups if other[0].row == BASE}
+    mine = set(pairs_of(group[0].more))
+    bases = {frozenset(pairs_of(other[0].more)): other for other in groups if other[0].row == BASE}
     if group[0].row != BASE:
         return bases.get(frozenset(mine))
     fewer = [flags for flags in bases if flags < mine]
     return bases[max(fewer, key=len)] if fewer else None
 
 
-def words_in_pairs(flags: Flags) -> list[tuple[str, str]]:
+def pairs_of(flags: Flags) -> list[tuple[str, str]]:
     return [(name, value) for name, values in flags.items() for value in values or [""]]
 
 
@@ -427,7 +425,8 @@ def table(
         except ValueError as error:
             refused.append(str(error))
             found = {"verdict": "refused"}
-        against = f"against the base with {shlex.join(words_of(base[0].more)) or 'none'}" if base and base[0].more != group[0].more else ""
+        fewer = [pair for pair in pairs_of(group[0].more) if base and pair not in pairs_of(base[0].more)]
+        against = f"against the base without {' '.join(word for pair in fewer for word in pair if word)}" if fewer else ""
         notes = [*found.get("note", []), against, same_as(group[0])]
         results.append((group, found | {"note": "; ".join(filter(None, notes))}))
     if as_csv:
@@ -446,7 +445,7 @@ def spread(group: list[Run], when: str, label: str) -> tuple[float, float]:
 
 def print_tables(results: list[tuple[list[Run], dict]], show) -> None:
     """For each set of flags behind -- two tables: the accuracies, and the differences."""
-    for more in dict.fromkeys(json.dumps(group[0].more) for group, _ in results):
+    for more in sorted({json.dumps(group[0].more) for group, _ in results}, key=lambda more: (len(pairs_of(json.loads(more))), more)):
         section = [(group, found) for group, found in results if json.dumps(group[0].more) == more]
         behind = shlex.join(words_of(json.loads(more))) or "the rows' own flags"
         labels = list(dict.fromkeys(label for group, _ in section for label in group[0].labels))
