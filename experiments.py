@@ -324,6 +324,15 @@ def per_garment(images: list[str], differences: np.ndarray) -> np.ndarray:
     return sums * len(names) / len(images)
 
 
+def mean_squares(differences: np.ndarray) -> tuple[tuple[float, int], ...]:
+    """(mean square, degrees of freedom) of units, seeds and residual of differences (units, seeds): the two-way analysis of variance."""
+    units, seeds = differences.shape
+    mean, of_units, of_seeds = differences.mean(), differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
+    residual = ((differences - of_units - of_seeds + mean) ** 2).sum()
+    sums = (seeds * ((of_units - mean) ** 2).sum(), units - 1), (units * ((of_seeds - mean) ** 2).sum(), seeds - 1), (residual, (units - 1) * (seeds - 1))
+    return tuple((float(total / df), df) for total, df in sums)
+
+
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
     """(mean, half the width of its 95 % interval, degrees of freedom) of paired differences (units, seeds), both drawn by chance.
 
@@ -331,17 +340,13 @@ def interval(differences: np.ndarray) -> tuple[float, float, float]:
     their numbers, (MS_units + MS_seeds - MS_residual) / (units x seeds); a component below 0 counts as 0, as if its mean square were
     the residual's. Degrees of freedom by Satterthwaite (1946), from the mean squares as they are. All differences alike: half the width is 0.
     """
-    units, seeds = differences.shape
-    mean, of_units, of_seeds = differences.mean(), differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
-    residual_df = (units - 1) * (seeds - 1)
-    ms_units = seeds * ((of_units - mean) ** 2).sum() / (units - 1)
-    ms_seeds = units * ((of_seeds - mean) ** 2).sum() / (seeds - 1)
-    ms_residual = ((differences - of_units - of_seeds + mean) ** 2).sum() / residual_df
-    total = max(ms_units, ms_residual) + max(ms_seeds, ms_residual) - ms_residual
-    if total <= 1e-15:  # rounding
-        return float(mean), 0.0, math.nan
-    df = total**2 / (ms_units**2 / (units - 1) + ms_seeds**2 / (seeds - 1) + ms_residual**2 / residual_df)
-    return float(mean), float(stdtrit(df, 0.975) * math.sqrt(total / (units * seeds))), float(df)
+    squares = mean_squares(differences)
+    of_units, of_seeds, residual = (square for square, _ in squares)
+    variance = (max(of_units, residual) + max(of_seeds, residual) - residual) / differences.size
+    if variance <= 1e-18:  # rounding
+        return float(differences.mean()), 0.0, math.nan
+    df = variance**2 / sum((square / differences.size) ** 2 / df for square, df in squares)
+    return float(differences.mean()), float(stdtrit(df, 0.975) * math.sqrt(variance)), df
 
 
 def compare(group: list[Run], base: list[Run]) -> dict:
