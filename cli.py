@@ -1,13 +1,16 @@
 """What every script does alike for its user: one-line errors and exit codes, progress, tables, files written whole or not at all.
 
-Imports nothing of ours. Results go to stdout, errors to stderr. Without a terminal all of it is plain text.
+Imports nothing of ours. Results go to stdout, errors to stderr. Without a terminal all of it is plain text. `console.quiet` is set in all but the first of
+several processes of one run.
 """
 
 import csv
 import os
+import signal
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-OUT_OF_MEMORY = "out of memory: lower --batch-size, or split it into pieces with --grad-accum (the same training in less memory)"
+OUT_OF_MEMORY = "out of memory: lower --batch-size, or --workers; in training --grad-accum splits a batch into pieces, with the same result"
 
 
 def say(text: str) -> None:
@@ -48,6 +51,35 @@ def blaming(flag: str) -> Iterator[None]:
         raise misuse(flag, error) from None
 
 
+class Stopped(KeyboardInterrupt):
+    """A stop that was asked for, at a point from which the work can go on."""
+
+
+class StopSignals:
+    """Within it, Ctrl-C and SIGTERM only set `asked`, so that the work can stop at a good point; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.asked = False
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def until_asked(self, pieces: Iterable) -> Iterator:
+        """The pieces of some work; raises Stopped before the next one once a stop is asked for."""
+        for piece in pieces:
+            if self.asked:
+                raise Stopped
+            yield piece
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
@@ -67,12 +99,17 @@ def run_app(app: typer.Typer) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
+        if hasattr(error, "format_message") and console.quiet:  # one of several processes: the first one says it
+            time.sleep(1)
+            raise SystemExit(error.exit_code) from None
         if hasattr(error, "format_message"):  # click's own errors, whichever click Typer carries
             _fail(" ".join(error.format_message().split()) + "  (--help shows the options)", error.exit_code)
         if debug:
             raise
         if _is_out_of_memory(error):
             _fail(OUT_OF_MEMORY, 1)
+        if type(error).__name__.startswith("Dist") or "gloo" in str(error).lower() or "NCCL" in str(error):
+            _fail("another process of this run has ended; its own message says why", 1)
         # The errors that our code raises on purpose explain themselves; of any other, the type is part of the message.
         code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
         expected = type(error) is ValueError or isinstance(error, OSError)
@@ -148,7 +185,7 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
 
     Raises OSError with the path where it cannot be written (a full disk, a folder without permission); the old file is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")  # short, where a name is as long as may be
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""})) as f:
             yield f
@@ -182,10 +219,17 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError:
         os.close(handle)
         raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
+    _held.append(handle)
     try:
         yield
     finally:
+        _held.remove(handle)
         os.close(handle)
+
+
+_held: list[int] = []  # locks; a forked helper must not keep one after its parent was killed
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[list]) -> None:

@@ -13,10 +13,12 @@ import json
 import math
 import os
 import re
+import signal
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -133,9 +135,10 @@ def read_preparation(root: Path) -> dict | None:
         written = json.loads(path.read_text(encoding="utf-8"))
         preparation = written["preparation"]
         check_preparation(preparation)
-    except (ValueError, KeyError, TypeError, OSError):
+        unfinished = written["unfinished"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise ValueError(f"{path} is damaged or of another version of this program; make the dataset again with preprocess.py") from None
-    if not written.get("finished"):
+    if unfinished:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
     return preparation
 
@@ -173,7 +176,7 @@ def read_split(root: Path, split: str, classes: dict[str, int] | None = None, su
     """
     table = read_table(root, split, classes, subtask)
     problems = [str(sample) for _, sample in table.rows if isinstance(sample, ValueError)]
-    checked = [_check_header(sample) for _, sample in table.rows if isinstance(sample, Sample)]
+    checked = [check_header(sample) for _, sample in table.rows if isinstance(sample, Sample)]
     problems += [str(result) for result in checked if isinstance(result, ValueError)]
     if problems:
         raise ValueError(report(f"{table.csv}: {len(problems)} of {len(table.rows)} rows are wrong", problems))
@@ -227,7 +230,7 @@ def image_samples(inputs: Sequence[str]) -> Split:
         if not found:
             raise ValueError(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
         samples += [Sample(str(p), str(p), str(p), {}, {}) for p in found]
-    checked = [_check_header(sample) for sample in samples]
+    checked = [check_header(sample) for sample in samples]
     if problems := [str(result) for result in checked if isinstance(result, Exception)]:
         raise ValueError(report(f"{len(problems)} of {len(samples)} images cannot be used", problems))
     return Split(Path(inputs[0]), checked, {}, (), "")
@@ -364,7 +367,7 @@ class _Folder:
         return path
 
 
-def _check_header(sample: Sample) -> Sample | ValueError:
+def check_header(sample: Sample) -> Sample | ValueError:
     """The sample with its boxes clipped to the photo, or what is wrong with its image; reads the header, decodes nothing."""
     try:
         with open_image(sample.path) as image:
@@ -742,24 +745,46 @@ class Photos(Dataset):
             return ValueError(f"{sample.where}: {error}")
 
 
-class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone; a short last batch is kept. Set `epoch` before each pass."""
+def share_of(n: int, rank: int, world: int) -> slice:
+    """Which of `n` things in a row the process `rank` of `world` takes: an even part, maybe none."""
+    each, more = divmod(n, world)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
 
-    def __init__(self, n: int, batch_size: int, seed: int):
-        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+
+class EpochBatches(torch.utils.data.Sampler):
+    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone; a short last batch is kept.
+
+    Before each pass set `epoch`, and `done`: how many batches of it were used before an interruption. Of each batch the process `rank`
+    of `world` gets its share; an empty one where there are more processes than images.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.epoch = self.done = 0
 
     def __len__(self) -> int:
-        return math.ceil(self.n / self.batch_size)
+        return math.ceil(self.n / self.batch_size) - self.done
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))).tolist()
-        for start in range(0, self.n, self.batch_size):
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+        for start in range(self.done * self.batch_size, self.n, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield [(self.epoch, index) for index in batch[share_of(len(batch), self.rank, self.world)]]
 
 
-def _collate(items: list) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
-    bad = [item for item in items if isinstance(item, ValueError)]
-    return ValueError("\n".join(map(str, bad))) if bad else torch.utils.data.default_collate(items)
+def _collate(photos: Photos, items: list) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
+    if bad := [item for item in items if isinstance(item, ValueError)]:
+        return ValueError("\n".join(map(str, bad)))
+    if not items:
+        return torch.zeros(0, 3, photos.size, photos.size, dtype=torch.uint8), {label: torch.zeros(0, dtype=torch.int64) for label in photos.samples[0].labels}
+    return torch.utils.data.default_collate(items)
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Ctrl-C reaches the loading processes too; the training process decides when they end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(photos: Photos, batch_size: int, workers: int, epochs: EpochBatches | None = None) -> DataLoader:
@@ -768,7 +793,8 @@ def make_loader(photos: Photos, batch_size: int, workers: int, epochs: EpochBatc
     return DataLoader(
         photos,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, photos),
+        worker_init_fn=_ignore_stop_signals,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so change, the global one

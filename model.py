@@ -164,7 +164,7 @@ def predict_logits(
         for label, values in labels.items():
             targets.setdefault(label, []).append(values)
         advance(len(images))
-    return {label: torch.cat(parts) for label, parts in logits.items()}, {label: torch.cat(parts) for label, parts in targets.items()}
+    return tuple({label: torch.cat(parts) for label, parts in of.items() if parts} for of in (logits, targets))
 
 
 def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, float]:

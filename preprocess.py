@@ -16,6 +16,7 @@ import io
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,7 +30,23 @@ import typer
 from PIL import Image, ImageChops, ImageColor
 
 from cli import blaming, locked, misuse, note, progress, remove_leftovers, run_app, say, whole_file, write_csv
-from data import BOX_COLUMNS, PREPARED, SPLITS, Box, Sample, Table, clip_box, csv_name, default_workers, find_dataset, load_photo, read_table, report
+from data import (
+    BOX_COLUMNS,
+    PREPARED,
+    SPLITS,
+    Box,
+    Sample,
+    Table,
+    check_header,
+    check_preparation,
+    clip_box,
+    csv_name,
+    default_workers,
+    find_dataset,
+    load_photo,
+    read_table,
+    report,
+)
 
 LOG = "preprocess.csv"
 LOG_COLUMNS = ("split", "image_name", "bytes", "blake2b", "cut_to", *BOX_COLUMNS["mask"], "found", *BOX_COLUMNS["bbox"])
@@ -51,6 +68,7 @@ UNSUITABLE = {
     "u2net_custom": "it is a model of one's own",
     "dis_custom": "it is a model of one's own",
     "ben_custom": "it is a model of one's own",
+    "birefnet-general-fp16": "it needs a further package, onnx",
 }
 NON_COMMERCIAL = {"bria-rmbg": "the weights of bria-rmbg may not be used commercially without an agreement with BRIA"}
 
@@ -99,25 +117,26 @@ class Remover:
 def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) -> Prepared:
     """The one treatment of a photo, for stored datasets and for prediction: RGB with the background replaced, cut, and the boxes in it.
 
-    boxes: `bbox` where the sample has one, `mask` where a foreground was found (without it the whole photo stays as it is).
+    boxes: `bbox` where the sample has one, `mask` where a foreground was found in what is left of the photo (else its background stays).
     `remover` None: no foreground is looked for. Raises ValueError where the image is damaged or its box lies outside it.
     """
     color = tuple(preparation["background_color"])
     photo = load_photo(sample.path, color)
+    whole = (0, 0, *photo.size)
     boxes = {view: clip_box(box, *photo.size) for view, box in sample.boxes.items() if view == "bbox"}
     mask = remover.mask(photo) if remover else None
-    found = foreground_box(mask) if mask else None
-    if found:
+    if mask and (found := foreground_box(mask)):
         boxes["mask"] = found
-        if not preparation["keep_background"]:
-            photo = replace_background(photo, mask, color)
-    if preparation["crop"] == "none":
-        return photo, boxes
-    whole = (0, 0, *photo.size)
-    chosen = boxes.get(preparation["crop"]) or found or whole
-    cut = clip_box(grow(chosen, preparation["box_margin"]), *photo.size)
+    cut = whole
+    if preparation["crop"] != "none":
+        chosen = boxes.get(preparation["crop"]) or boxes.get("mask") or whole
+        cut = clip_box(grow(chosen, preparation["box_margin"]), *photo.size)
     inside = {view: move_into(box, cut) for view, box in boxes.items()}
-    return photo.crop(cut), {view: box for view, box in inside.items() if box}
+    if "bbox" in inside and not inside["bbox"]:
+        inside["bbox"] = (0, 0, cut[2] - cut[0], cut[3] - cut[1])  # the foreground is elsewhere: all that is left of the photo
+    if inside.get("mask") and not preparation["keep_background"]:
+        photo = replace_background(photo, mask, color)
+    return photo if cut == whole else photo.crop(cut), {view: box for view, box in inside.items() if box}
 
 
 def foreground_box(mask: Image.Image) -> Box | None:
@@ -285,108 +304,126 @@ def preprocess(
         raise misuse("--splits", f"{unknown[0]} is none of {', '.join(SPLITS)}")
     chosen = [split for split in SPLITS if split in splits] if splits else [split for split in SPLITS if (root / csv_name(split, subtask)).is_file()]
     tables = {split: read_table(root, split, {}, subtask) for split in chosen}
-    written = check_output(root, out, settings)
+    written = check_output(root, out, settings, subtask)
     job = Job(out, tables, settings)
-    if not job.todo and written.get("finished") and not job.failed and not job.outdated_csvs():
+    begun = set(written.get("unfinished", ()))
+    if written and not begun and not job.todo and not job.failed and not job.outdated_csvs():
         say(f"{out} is finished ({job.counted()}); nothing was changed")
         return
 
     remover = Remover(rembg_model)
     if job.todo or not written:
         checksum, size = find_weights(rembg_model)
-        settings |= {"checksum": checksum, "weights_bytes": size}
         if written and written["preparation"]["checksum"] != checksum:
             before = written["preparation"]["checksum"]
             raise ValueError(f"{out} was begun with other weights of {rembg_model} ({before}, not {checksum}); choose another folder")
+        providers, workers = remover.start(), default_workers(workers)
+        versions = {"python": platform.python_version()} | {package: version(package) for package in ("rembg", "onnxruntime", "pillow", "numpy", "scipy")}
+        written |= {"preparation": settings | {"checksum": checksum, "weights_bytes": size}, "providers": providers, "versions": versions}
         if rembg_model in NON_COMMERCIAL:
             note(NON_COMMERCIAL[rembg_model])
-        providers = remover.start()
-        workers = default_workers(workers)
+        if subtask == 2:
+            note("the rules of sub-task 2 admit no pretrained models, rembg's among them")
         say(f"{len(job.todo):,} photos to do, {len(job.done):,} done before; {rembg_model} ({checksum}), {', '.join(providers)}, {workers} at a time")
-    else:
-        settings, providers = written["preparation"], written["providers"]
-    versions = {"python": platform.python_version()} | {package: version(package) for package in ("rembg", "onnxruntime", "pillow", "numpy", "scipy")}
-    record = {"finished": False, "preparation": settings, "providers": providers, "versions": versions}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out), append_to(out / LOG) as log:
-        write_json(out / PREPARED, record)
+        here = {table.csv.name for table in tables.values()}
+        write_json(out / PREPARED, written | {"subtask": subtask, "unfinished": sorted(begun | here)})
         remove_leftovers(out)
         try:
-            job.run(partial(prepare_photo, preparation=settings, remover=remover), workers, log)
+            job.run(partial(prepare_photo, preparation=written["preparation"], remover=remover), workers, log)
         except KeyboardInterrupt:
             note("stopped; the same command goes on from here")
             raise
         job.write_csvs()
-        write_json(out / PREPARED, record | {"finished": True, "counts": job.counts()})
+        counts = written.get("counts", {}) | job.counts()
+        write_json(out / PREPARED, written | {"subtask": subtask, "unfinished": sorted(begun - here), "counts": dict(sorted(counts.items()))})
     say(f"{out}: {job.counted()}")
     if job.failed:
-        problems = [str(problem) for problem in job.failed]
+        problems = [str(job.failed[key]) for key in sorted(job.failed)]
         raise ValueError(report(f"{len(problems)} rows are left out of {out}: mend them and start again", problems))
-    say(f"next: python train.py --data {out}")
+    if all((out / csv_name(split, subtask)).exists() for split in ("train", "val")):
+        say(f"next: python train.py --data {out}")
 
 
-def check_output(root: Path, out: Path, settings: dict) -> dict:
+def check_output(root: Path, out: Path, settings: dict, subtask: int) -> dict:
     """What an earlier start wrote into preprocess.json, {} in a new folder. Raises ValueError where the folder is something else's or was begun otherwise."""
     if (root / PREPARED).exists():
         raise ValueError(f"{root} was made by preprocess.py already; give the dataset that it was made from")
     inner, outer = sorted((root.resolve(), out.resolve()), key=lambda path: len(path.parts), reverse=True)
     if inner.is_relative_to(outer):
         raise ValueError(f"{out} and {root} lie within each other; choose a folder beside it")
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{out} cannot be written: no permission in {there}")
     path = out / PREPARED
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(not (p.name.startswith(f".{PREPARED}.") or p.name == LOG) for p in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not p.name.endswith(".tmp") and p.name != LOG for p in out.iterdir())):
             raise ValueError(f"{out} exists and was not made by preprocess.py; choose a new folder")
         return {}
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        before = {key: written["preparation"][key] for key in [*settings, "checksum"]}
-    except (ValueError, KeyError, TypeError):
+        check_preparation(written["preparation"])
+        before = {"subtask": written["subtask"], **written["preparation"]}
+        if not isinstance(written["unfinished"], list):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged; delete {out} and start again") from None
-    for key, value in settings.items():
+    for key, value in {"subtask": subtask, **settings}.items():
         if before[key] != value:
             raise misuse("--" + key.replace("_", "-"), f"{out} was begun with {before[key]}, not {value}; choose another folder")
     return written
 
 
 class Job:
-    """The rows of the chosen splits against what the output folder holds: what is done, what is to do, what failed."""
+    """The rows of the chosen splits against what the output folder holds: what is done, what is to do, what failed.
+
+    Photos are known by (split, image_name), rows by (place of the split, place in its CSV). What the folder holds beyond the rows stays.
+    """
 
     def __init__(self, out: Path, tables: dict[str, Table], settings: dict):
         self.out, self.tables, self.crop = out, tables, settings["crop"]
-        self.done: dict[tuple[str, str], dict[str, str]] = {}  # (split, image_name): its line of the log
-        self.todo: dict[tuple[str, str], Sample] = {}
-        self.failed = [sample for table in tables.values() for _, sample in table.rows if isinstance(sample, ValueError)]
+        self.done: dict[tuple[str, str], dict[str, str]] = {}  # a photo's line of the log
+        self.todo: dict[tuple[str, str], tuple[tuple[int, int], Sample]] = {}  # a photo's row
+        self.failed: dict[tuple[int, int], ValueError] = {}  # by row
         self.log = read_log(out / LOG)
-        made: dict[Path, tuple[str, str]] = {}
         for split, table in tables.items():
             if "Mask_xmin" in table.header:
                 raise ValueError(f"{table.csv} has Mask_ columns already; take them out, or give the dataset without them")
-            for _, sample in table.rows:
+            made: dict[str, tuple[str, str]] = {}  # from which photo and box each output file comes
+            times = Counter(sample.name for _, sample in table.rows if isinstance(sample, Sample))
+            for i, (_, sample) in enumerate(table.rows):
+                row = (SPLITS.index(split), i)
+                if isinstance(sample, Sample) and times[sample.name] > 1:  # a box is checked as its photo is made, and only one row's is then
+                    sample = check_header(sample)
                 if isinstance(sample, ValueError):
+                    self.failed[row] = sample
                     continue
-                key = (split, sample.name)
-                if made.setdefault(self.path_of(*key), (sample.name, self.cut_to(sample))) != (sample.name, self.cut_to(sample)):
+                source, path = (os.path.normpath(sample.path), self.cut_to(sample)), self.path_of(split, sample.name)
+                if made.setdefault(os.path.normpath(path), source) != source:
                     advice = "an earlier row makes the same file of another photo or box; rename one, or use --crop none where the boxes differ"
-                    self.failed.append(ValueError(f"{sample.where}: {advice}"))
-                elif self.is_done(key, sample, table.sizes[sample.path]):
-                    self.done[key] = self.log[key]
+                    self.failed[row] = ValueError(f"{sample.where}: {advice}")
+                elif self.is_done(split, sample, table.sizes[sample.path], path):
+                    self.done[split, sample.name] = self.log[split, sample.name]
                 else:
-                    self.todo[key] = sample
+                    self.todo[split, sample.name] = row, sample
+        if not self.done and any(split in tables for split, _ in self.log):
+            raise ValueError(f"{out} was made of other photos than these; choose another folder")
 
     def cut_to(self, sample: Sample) -> str:
         """The box of the CSV, where the output depends on it."""
         return " ".join(map(str, sample.boxes["bbox"])) if self.crop == "bbox" and "bbox" in sample.boxes else ""
 
-    def path_of(self, split: str, name: str) -> Path:
-        return self.out / split / new_name(name)
+    def path_of(self, split: str, name: str) -> str:
+        return f"{self.out}/{split}/{new_name(name)}"
 
-    def is_done(self, key: tuple[str, str], sample: Sample, size: int) -> bool:
+    def is_done(self, split: str, sample: Sample, size: int, path: str) -> bool:
         """Whether the output is there and of this photo: the same size and cut, and no newer than the output or of the same bytes."""
-        line = self.log.get(key)
+        line = self.log.get((split, sample.name))
         if line is None or line["bytes"] != str(size) or line["cut_to"] != self.cut_to(sample):
             return False
         try:
-            newer = os.stat(sample.path).st_mtime_ns > os.stat(self.path_of(*key)).st_mtime_ns
+            newer = os.stat(sample.path).st_mtime_ns > os.stat(path).st_mtime_ns
         except OSError:
             return False
         return not newer or digest_of(sample.path) == line["blake2b"]
@@ -397,38 +434,44 @@ class Job:
         if log.tell() == 0:
             lines.writeheader()
         with progress(len(self.todo), "photos", "photos") as bar:
-            for key, result in at_once(partial(self.make, prepare), list(self.todo.items()), workers):
+            for (key, (row, _)), result in zip(self.todo.items(), at_once(partial(self.make, prepare), list(self.todo.items()), workers)):
                 if isinstance(result, ValueError):
-                    self.failed.append(result)
+                    self.failed[row] = result
                 else:
                     lines.writerow(result)
                     log.flush()
                     self.done[key] = self.log[key] = result
                 bar.advance(1)
 
-    def make(self, prepare: Callable[[Sample], Prepared], item: tuple[tuple[str, str], Sample]) -> tuple[tuple[str, str], dict[str, str] | ValueError]:
+    def make(self, prepare: Callable[[Sample], Prepared], item: tuple[tuple[str, str], tuple[tuple[int, int], Sample]]) -> dict[str, str] | ValueError:
         """Prepare and save one photo; returns its line of the log, or what is wrong with it."""
-        (split, name), sample = item
+        (split, name), (_, sample) = item
         try:
             photo, boxes = prepare(sample)
         except ValueError as error:
-            return item[0], ValueError(f"{sample.where}: {error}")
-        path = self.path_of(split, name)
+            return ValueError(f"{sample.where}: {error}")
+        path, buffer = Path(self.path_of(split, name)), io.BytesIO()
+        photo.info.clear()  # else Pillow would pass on what the old file said of itself
+        try:
+            photo.save(buffer, **SAVING[path.suffix.lower()])
+        except (OSError, ValueError) as error:
+            reason = f"{photo.width} x {photo.height} pixels cannot be saved as {path.suffix} ({error}); save the photo as .png"
+            return ValueError(f"{sample.where}: {reason}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, "wb") as file:
-            photo.save(file, **SAVING[path.suffix.lower()])
+            file.write(buffer.getbuffer())
         line = {"split": split, "image_name": name, "bytes": os.path.getsize(sample.path), "blake2b": digest_of(sample.path), "cut_to": self.cut_to(sample)}
         line |= dict(zip(BOX_COLUMNS["mask"], boxes.get("mask", (0, 0, *photo.size)))) | {"found": int("mask" in boxes)}
         line |= dict(zip(BOX_COLUMNS["bbox"], boxes.get("bbox", ("",) * 4)))
-        return item[0], {key: str(value) for key, value in line.items()}
+        return {key: str(value) for key, value in line.items()}
 
     def csv_rows(self, split: str) -> Iterator[list[str]]:
         """The header and rows of a split's new CSV: the old cells, with new names and boxes where these changed, and the mask's box."""
         table = self.tables[split]
         yield [*table.header, *BOX_COLUMNS["mask"]]
-        for cells, sample in table.rows:
-            line = None if isinstance(sample, ValueError) else self.done.get((split, sample.name))
-            if line is None or line["cut_to"] != self.cut_to(sample):
+        for i, (cells, sample) in enumerate(table.rows):
+            line = None if (SPLITS.index(split), i) in self.failed else self.done.get((split, sample.name))
+            if line is None:
                 continue
             changed = {"image_name": new_name(sample.name)}
             if self.crop != "none" and "bbox" in sample.boxes:
@@ -467,7 +510,7 @@ class Job:
 
 def new_name(name: str) -> str:
     """The image's name in the output: another one only where its kind of file cannot hold the result."""
-    return name if Path(name).suffix.lower() in SAVING else f"{name}.png"
+    return name if os.path.splitext(name)[1].lower() in SAVING else f"{name}.png"
 
 
 def digest_of(path: str) -> str:
@@ -496,10 +539,14 @@ def read_log(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         text = path.read_bytes().decode("utf-8", errors="surrogateescape")
     except FileNotFoundError:
         return {}
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    if rows.fieldnames and tuple(rows.fieldnames) != LOG_COLUMNS:
-        raise ValueError(f"{path} is damaged; delete {path.parent} and start again")
-    return {(row["split"], row["image_name"]): row for row in rows if row["split"] in SPLITS and None not in row.values() and None not in row}
+    damaged = ValueError(f"{path} is damaged; delete {path.parent} and start again")
+    try:
+        rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+        if rows.fieldnames and tuple(rows.fieldnames) != LOG_COLUMNS:
+            raise damaged
+        return {(row["split"], row["image_name"]): row for row in rows if row["split"] in SPLITS and None not in row.values() and None not in row}
+    except csv.Error:
+        raise damaged from None
 
 
 def append_to(path: Path) -> IO:

@@ -11,13 +11,14 @@ and val_predictions.csv (the best epoch's). The defaults are those of the notes'
 import copy
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,29 @@ from typing import Annotated, Literal
 
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 import typer
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import losses
-from cli import blaming, misuse, note, progress, run_app, say, show_scores, whole_file, write_csv
+from cli import (
+    Stopped,
+    StopSignals,
+    blaming,
+    console,
+    locked,
+    misuse,
+    note,
+    progress,
+    remove_leftovers,
+    run_app,
+    say,
+    show_scores,
+    whole_file,
+    write_csv,
+)
 from data import (
     EpochBatches,
     Photos,
@@ -48,6 +66,7 @@ from data import (
     needs_remover,
     read_preparation,
     read_split,
+    share_of,
 )
 from model import (
     FORMAT,
@@ -65,10 +84,13 @@ from model import (
     score,
 )
 
-CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "epochs"}
+CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "epochs", "save_every"}
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-START = {"epoch": 0, "best_epoch": 0, "best_value": -math.inf, "metrics": []}  # the loop's state before the first epoch
+START = {  # the loop's state: epochs finished; of the next one, steps done, sums of losses and of weights, seconds; the best so far; metrics.csv
+    "epoch": 0, "step": 0, "totals": None, "seconds": 0.0, "best_epoch": 0, "best_value": -math.inf, "metrics": [],
+}  # fmt: skip
+STATEFUL = ("model", "optimizer", "schedule", "scaler")  # what last.pt holds beside it
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -117,6 +139,8 @@ def train(
     amp: Annotated[Literal["auto", "fp16", "bf16", "off"], option(OPTIMISATION, "Mixed precision; auto: what the device is fastest with.")] = "auto",
     name: Annotated[str | None, option(RUN, "Name of the run's folder under runs/.", show_default="date and time")] = None,
     seed: Annotated[int, option(RUN, "Seed of everything random.", min=0)] = 1103,
+    save_every: Annotated[float, option(RUN, "Seconds between two writings of last.pt within an epoch.", min=0)] = 300.0,
+    deterministic: Annotated[bool, option(RUN, "Same bits every time, at some cost on GPUs.")] = True,
     resume: Annotated[Path | None, option(RUN, "Go on with this run (runs/NAME), with its settings.", show_default="none")] = None,
     device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     threads: Annotated[int | None, option(RUN, "CPU threads of the model; the decoding processes want a core too.", min=1, show_default="torch's")] = None,
@@ -126,25 +150,27 @@ def train(
     flags = SimpleNamespace(**{key: value for key, value in locals().items() if key != "ctx"})
 
     # ------------------------------------------------ set up
-    config = resume_settings(ctx, flags) if flags.resume else None
-    run = flags.resume or Path("runs") / (flags.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
+    rank, world = start_processes()
+    config, saved = resume_settings(ctx, flags) if flags.resume else (None, None)
+    run = flags.resume or Path("runs") / from_first(flags.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
     device, amp_dtype = check_flags(flags)
     torch.set_num_threads(flags.threads or torch.get_num_threads())
-    if not config and run.exists():
+    set_deterministic(flags.deterministic, device)
+    if not config and rank == 0 and run.exists():
         raise misuse("--name", f"{run} exists; choose another --name, or go on with it: --resume {run}")
 
     # ------------------------------------------------ data
     roots = [find_dataset(data, flags.subtask) for data in flags.data]
-    preparation = read_preparation(roots[-1])
+    preparation = [read_preparation(root) for root in roots][-1]
     train_split = join_splits([read_split(root, "train", subtask=flags.subtask) for root in roots])
     val_split = read_split(roots[-1], "val", train_split.classes, flags.subtask)
     view = choose_views(flags, train_split, val_split)
     check_cutmix(flags.cutmix, train_split.classes)
-    say_what_is_idle(ctx, flags, train_split, view)
+    say_what_is_idle(ctx, flags, train_split, view, cleaned=any(read_preparation(root) for root in roots))
 
     # ------------------------------------------------ model
     torch.manual_seed(derive_seed(flags.seed, "weights"))
-    net, size = make_model(flags, train_split.classes, fresh=not (run / "last.pt").exists())
+    net, size = make_model(flags, train_split.classes, fresh=saved is None)
     best = {  # all that predict.py needs; weights and scores follow with each best epoch
         "format": FORMAT, "backbone": flags.model, "image_size": size, "classes": train_split.classes,
         "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]),
@@ -152,74 +178,108 @@ def train(
         "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "scores": placeholder_scores(train_split.classes),
     }  # fmt: skip
     megabytes = check_budget(best, flags)
-    check_smallest_batch(net, flags, len(train_split.samples), size)
     net.to(device)
+    criteria = make_criteria(flags, train_split, device)
+    order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed, rank, world)
+    check_smallest_batch(net, flags, order, size)
+    unused = try_step(net, criteria, size, amp_dtype)
 
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
-    order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed)
     photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, resize=flags.resize)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
-    val_loader = make_loader(Photos(val_split.samples, size, view), flags.batch_size, workers)
+    val_loader = make_loader(Photos(val_split.samples[share_of(len(val_split.samples), rank, world)], size, view), flags.batch_size, workers)
     optimizer = torch.optim.AdamW(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, flags.t_0, flags.t_mult, flags.eta_min)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    criteria = make_criteria(flags, train_split, device)
+    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "forward": net}
+    if world > 1:
+        parts["forward"] = DistributedDataParallel(net, [device] if device.type == "cuda" else None, find_unused_parameters=unused)
 
     # ------------------------------------------------ resume, or claim the run's folder
     fingerprint = {"train": train_split.fingerprint, "val": val_split.fingerprint}
-    state = restore(run, config, fingerprint, parts) if config else dict(START)
+    state = restore(run, config, saved, fingerprint, parts) if config else dict(START)
     if finished(state, flags):
         say(f"{run} is finished after {state['epoch']} epochs; nothing was changed")
         return
     new_parent = not run.parent.exists()
-    if not config:
+    if not config and rank == 0:
         run.mkdir(parents=True)
-    say(f"{run}: {flags.model}, {size} px, best.pt {megabytes:.2f} MB, {device}, {amp_dtype or torch.float32}")
+    among = f", {world} processes" if world > 1 else ""
+    say(f"{run}: {flags.model}, {size} px, best.pt {megabytes:.2f} MB, {device}{among}, {amp_dtype or torch.float32}")
     say(f"{len(photos):,} training photos ({flags.train_view} with probability {flags.crop_prob:g}), {len(val_split.samples):,} validation photos ({view})")
 
-    # ------------------------------------------------ the loop
-    try:
-        write_config(run, flags, device, amp_dtype, fingerprint, config)
-        while not finished(state, flags):
-            start = time.monotonic()
-            epoch = order.epoch = state["epoch"] + 1
-            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-            with progress(len(photos), f"epoch {epoch}/{flags.epochs}") as bar:
-                row["train_loss"] = train_one_epoch(parts, batches(train_loader), criteria, epoch, flags, amp_dtype, bar.advance)
-            rate = len(photos) / (time.monotonic() - start)
-            schedule.step()
-            with progress(len(val_split.samples), f"epoch {epoch}/{flags.epochs}, validation") as bar:
-                logits, targets = predict_logits(net, batches(val_loader), device, amp_dtype, bar.advance)
-            row["val_loss"] = mean_loss(logits, targets, criteria)
-            scores = score(logits, targets)
-            row |= {f"val_{key}": value for key, value in scores.items()} | {"seconds": round(time.monotonic() - start, 2)}
-            state |= {"epoch": epoch, "metrics": [*state["metrics"], row]}
-            column, sign = MONITORS[flags.monitor]
-            if sign * row[column] > state["best_value"]:
-                state |= {"best_epoch": epoch, "best_value": sign * row[column]}
-                best |= {"weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, "scores": scores}
-                if flags.export_dtype != "fp32":
-                    best |= {"scores": scores_as_saved(net, best["weights"], batches(val_loader), amp_dtype), "scores_fp32": scores}
-                write_predictions(run / "val_predictions.csv", val_split, logits)
-                save_checkpoint(best, run / "best.pt")
-            write_csv(run / "metrics.csv", list(row), [list(past.values()) for past in state["metrics"]])
-            # The last file of an epoch: whatever is interrupted before it is there is done again, to the same bits.
-            whole = state | {"format": FORMAT, "settings": fixed_settings(flags)} | {part: it.state_dict() for part, it in parts.items()}
+    def save_last() -> None:
+        """Write all that it takes to go on from here."""
+        state["seconds"], written["at"] = time.monotonic() - start, time.monotonic()
+        if rank == 0:
+            whole = state | {"format": FORMAT, "settings": fixed_settings(flags)} | {part: parts[part].state_dict() for part in STATEFUL}
             save_checkpoint(whole, run / "last.pt")
-            say(epoch_line(row, flags.epochs, rate, state["best_epoch"] == epoch))
-    except BaseException as error:
-        if not config and not (run / "last.pt").exists():
-            shutil.rmtree(run, ignore_errors=True)  # no epoch was finished: leave no run that has nothing
-            with suppress(OSError):  # another run may have come into it
-                if new_parent:
-                    run.parent.rmdir()
-        elif isinstance(error, KeyboardInterrupt):
-            note(f"stopped; to go on: python train.py --resume {run}")
-        raise
+
+    def after_step(images: int) -> None:
+        bar.advance(images)
+        if agreed(signals.asked, world):
+            raise Stopped
+        if time.monotonic() - written["at"] >= flags.save_every:
+            save_last()
+
+    # ------------------------------------------------ the loop
+    with locked(run) if rank == 0 else nullcontext(), StopSignals() as signals:
+        try:
+            if rank == 0:
+                remove_leftovers(run)
+                write_config(run, flags, device, amp_dtype, world, fingerprint, config)
+            written = {"at": time.monotonic()}
+            while not finished(state, flags):
+                start = time.monotonic() - state["seconds"]
+                epoch = order.epoch = state["epoch"] + 1
+                order.done, begun = state["step"], time.monotonic()
+                row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+                with progress(len(photos), f"epoch {epoch}/{flags.epochs}") as bar:
+                    bar.advance(min(len(photos), order.done * flags.batch_size))
+                    row["train_loss"] = train_one_epoch(parts, batches(train_loader), criteria, state, order, flags, amp_dtype, after_step)
+                rate = (len(photos) - order.done * flags.batch_size) / (time.monotonic() - begun)
+                with progress(len(val_split.samples), f"epoch {epoch}/{flags.epochs}, validation") as bar:
+                    val_batches = batches(val_loader) if world > 1 else signals.until_asked(batches(val_loader))
+                    logits, targets = evaluate(net, val_batches, amp_dtype, bar.advance)
+                row["val_loss"] = mean_loss(logits, targets, criteria)
+                scores = score(logits, targets)
+                row |= {f"val_{key}": value for key, value in scores.items()} | {"seconds": round(time.monotonic() - start, 2)}
+                row = from_first(row)
+                schedule.step()
+                state |= {"epoch": epoch, "step": 0, "totals": None, "metrics": [*state["metrics"], row]}
+                column, sign = MONITORS[flags.monitor]
+                if sign * row[column] > state["best_value"]:
+                    state |= {"best_epoch": epoch, "best_value": sign * row[column]}
+                    best |= {"weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, "scores": scores}
+                    if flags.export_dtype != "fp32":
+                        best |= {"scores": scores_as_saved(net, best["weights"], batches(val_loader), amp_dtype), "scores_fp32": scores}
+                    if rank == 0:
+                        write_predictions(run / "val_predictions.csv", val_split, logits)
+                        save_checkpoint(best, run / "best.pt")
+                if rank == 0:
+                    write_csv(run / "metrics.csv", list(row), [list(past.values()) for past in state["metrics"]])
+                # The last file of an epoch: whatever is interrupted before it is there is done again, to the same bits.
+                start = time.monotonic()
+                save_last()
+                say(epoch_line(row, flags.epochs, rate, state["best_epoch"] == epoch))
+        except BaseException as error:
+            if isinstance(error, Stopped):
+                save_last()
+            if rank == 0 and not config and not (run / "last.pt").exists():
+                shutil.rmtree(run, ignore_errors=True)  # nothing was saved yet: leave no run that has nothing
+                with suppress(OSError):  # another run may have come into it
+                    if new_parent:
+                        run.parent.rmdir()
+            elif isinstance(error, KeyboardInterrupt):
+                note(f"stopped; to go on: python train.py --resume {run}")
+            raise
 
     # ------------------------------------------------ finish
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     if state["epoch"] < flags.epochs:
         say(f"stopped early: no better {flags.monitor} for {flags.patience} epochs")
     final = read_checkpoint(run / "best.pt")
@@ -237,42 +297,65 @@ def train(
 
 
 def train_one_epoch(
-    parts: dict, batches: Iterable, criteria: dict, epoch: int, flags: SimpleNamespace, amp_dtype: torch.dtype | None, advance: Callable
+    parts: dict,
+    batches: Iterable,
+    criteria: dict,
+    state: dict,
+    order: EpochBatches,
+    flags: SimpleNamespace,
+    amp_dtype: torch.dtype | None,
+    after_step: Callable,
 ) -> float:
-    """One pass over the training batches; returns the mean loss over the images (weighted means: over their weight), summed over the heads.
+    """The steps of epoch `state["epoch"] + 1` from `state["step"]` on, which follows each step, as `totals` does.
 
-    Raises ValueError where a head's loss is not finite.
+    Returns the epoch's mean loss over the images (weighted means: over their weight), summed over the heads. Raises ValueError where a
+    head's loss is not finite. In several processes, each sees its share of every batch, and all take the same step.
     """
-    net, optimizer, scaler = parts["model"].train(), parts["optimizer"], parts["scaler"]
-    device = net.mean.device
-    totals = torch.zeros(2, len(criteria), device=device)  # sums of losses, and of weights
+    net, optimizer, scaler, forward = parts["model"].train(), parts["optimizer"], parts["scaler"], parts["forward"].train()
+    device, epoch = net.mean.device, state["epoch"] + 1
+    if state["totals"] is None:
+        state["totals"] = torch.zeros(2, len(criteria), device=device)
     recent: list[Tensor] = []  # losses of the steps since the last check: one wait for the device in 20 steps
-    for step, (images, targets) in enumerate(batches, start=1):
+    for images, targets in batches:
+        step = state["step"] + 1
         # what is random in the model (dropout, drop path) depends on (seed, step) alone
-        seed = derive_seed(flags.seed, "step", epoch, step)
+        seed = derive_seed(flags.seed, "step", epoch, step, *([order.rank] if order.rank else []))
         (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
         images = images.to(device, non_blocking=True)
         targets = {label: target.to(device, non_blocking=True) for label, target in targets.items()}
-        images, targets = cutmix(images, targets, net.classes, flags.cutmix, derive_seed(flags.seed, "cutmix", epoch, step))
+        if flags.cutmix:
+            images, targets = mix(images, targets, net.classes, flags, order, step)
         divisors = torch.stack([losses.total_weight(targets[label], weights) for label, (_, weights) in criteria.items()]).to(device)
+        add_over_processes(divisors)
+        empty = len(images) == 0  # more processes than images: this one takes part in the sum with nothing
+        if empty:
+            images = images.new_zeros(2, *images.shape[1:])
+            targets = {label: target.new_zeros(2, *target.shape[1:]) for label, target in targets.items()}
         sums = torch.zeros(len(criteria), device=device)
-        for piece in torch.arange(len(images)).chunk(flags.grad_accum):
+        pieces = torch.arange(len(images)).chunk(flags.grad_accum)
+        for i, piece in enumerate(pieces, start=1):
             piece = slice(piece[0].item(), piece[-1].item() + 1)
-            with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-                logits = net(images[piece])
-            piece_sums = torch.stack([criterion(logits[label], targets[label][piece], reduction="sum") for label, (criterion, _) in criteria.items()])
-            scaler.scale((piece_sums / divisors).sum()).backward()
+            with forward.no_sync() if order.world > 1 and i < len(pieces) else nullcontext():
+                with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+                    logits = forward(images[piece])
+                piece_sums = torch.stack([criterion(logits[label], targets[label][piece], reduction="sum") for label, (criterion, _) in criteria.items()])
+                if empty:
+                    piece_sums = piece_sums * 0
+                # DistributedDataParallel takes the mean over the processes, of sums that are shares of the global mean
+                scaler.scale((piece_sums / divisors).sum() * order.world).backward()
             sums += piece_sums.detach()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        totals += torch.stack([sums, divisors])
+        add_over_processes(sums)
+        state["totals"] += torch.stack([sums, divisors])
+        state["step"] = step
         recent.append(sums / divisors)
         if len(recent) == 20:
             check_finite(recent, criteria, epoch, step)
-        advance(len(images))
-    check_finite(recent, criteria, epoch, step)
-    return (totals[0] / totals[1]).sum().item()
+        after_step(min(flags.batch_size, order.n - (step - 1) * flags.batch_size))
+    check_finite(recent, criteria, epoch, state["step"])
+    return (state["totals"][0] / state["totals"][1]).sum().item()
 
 
 def check_finite(recent: list[Tensor], criteria: dict, epoch: int, step: int) -> None:
@@ -355,7 +438,7 @@ def check_cutmix(labels: list[str] | None, classes: dict[str, int]) -> None:
             raise misuse("--cutmix", f"{label} is given twice" if label in labels[:i] else "joint mixes every label already; give it alone")
 
 
-def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str) -> None:
+def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, view: str, cleaned: bool) -> None:
     """A line for each setting that cannot act in this run."""
     if view != flags.val_view:
         note(f"validation has no boxes: it sees whole photos (--val-view {flags.val_view} cannot act)")
@@ -374,8 +457,8 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
             note(f"--{key.replace('_', '-')} cannot act with --loss {flags.loss}")
     if flags.weights and given(ctx, "pretrained") and flags.pretrained:
         note("--pretrained cannot act beside --weights")
-    if flags.subtask == 2 and (flags.pretrained or flags.weights):
-        note("the rules of sub-task 2 admit no pretrained models: use --no-pretrained for an entry")
+    if flags.subtask == 2 and (flags.pretrained or flags.weights or cleaned):
+        note("the rules of sub-task 2 admit no pretrained models, rembg's among them: an entry wants --no-pretrained, on raw photos")
 
 
 def given(ctx: typer.Context, key: str) -> bool:
@@ -393,11 +476,24 @@ def make_model(flags: SimpleNamespace, classes: dict[str, int], fresh: bool) -> 
     return net, size
 
 
+def evaluate(
+    net: torch.nn.Module, batches: Iterable, amp_dtype: torch.dtype | None, advance: Callable = lambda n: None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`predict_logits` of the whole split in its order; in several processes each takes its share, all get the whole."""
+    if not dist.is_initialized():
+        return predict_logits(net, batches, net.mean.device, amp_dtype, advance)
+    for buffer in net.buffers():  # batch norm's, which DistributedDataParallel takes from the first process at the next step
+        dist.broadcast(buffer, 0)
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, predict_logits(net, batches, net.mean.device, amp_dtype, advance))
+    return tuple({label: torch.cat([share[i][label] for share in shares if share[i]]) for label in net.classes} for i in (0, 1))
+
+
 def scores_as_saved(net: torch.nn.Module, weights: dict[str, Tensor], batches: Iterable, amp_dtype: torch.dtype | None) -> dict[str, float]:
     """The scores of the model with the weights that are saved, which are rounded; `net` stays as it is."""
     rounded = copy.deepcopy(net)
     rounded.load_state_dict(weights)
-    return score(*predict_logits(rounded, batches, net.mean.device, amp_dtype))
+    return score(*evaluate(rounded, batches, amp_dtype))
 
 
 def placeholder_scores(classes: dict[str, int]) -> dict[str, float]:
@@ -424,62 +520,153 @@ def check_budget(best: dict, flags: SimpleNamespace) -> float:
     return megabytes
 
 
-def check_smallest_batch(net: torch.nn.Module, flags: SimpleNamespace, n: int, size: int) -> None:
+def check_smallest_batch(net: torch.nn.Module, flags: SimpleNamespace, order: EpochBatches, size: int) -> None:
     """Batch norm over pooled features cannot train on one image: raises BadParameter where a batch, or a piece of one, would hold one."""
-    whole = min(n, flags.batch_size)
-    if all(len(torch.arange(length).chunk(flags.grad_accum)[-1]) > 1 for length in (whole, n % whole or whole)):
+    whole = min(order.n, flags.batch_size)
+    shares = (share_of(length, rank, order.world) for length in (whole, order.n % whole or whole) for rank in range(order.world))
+    lengths = [share.stop - share.start for share in shares]
+    if all(len(torch.arange(length).chunk(flags.grad_accum)[-1]) != 1 for length in lengths):
         return
     try:
         with torch.no_grad():
-            copy.deepcopy(net).train()(torch.zeros(1, 3, size, size))
+            copy.deepcopy(net).train()(torch.zeros(1, 3, size, size, device=net.mean.device))
     except ValueError:
-        advice = f"a step would see one image alone (of {n}), on which {flags.model} cannot train; change it by one"
+        advice = f"a step would see one image alone (of {order.n}), on which {flags.model} cannot train; change it by one"
         raise misuse("--batch-size", advice + (" or lower --grad-accum" if flags.grad_accum > 1 else "")) from None
+
+
+# ---------------------------------------------------------------- the same bits, in one process or several
+
+
+def set_deterministic(on: bool, device: torch.device) -> None:
+    """Ask torch for deterministic algorithms, which for attention on CUDA means the plain one."""
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = not on
+    if device.type == "cuda":
+        for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp, torch.backends.cuda.enable_cudnn_sdp):
+            enable(not on)
+
+
+def try_step(net: torch.nn.Module, criteria: dict, size: int, amp_dtype: torch.dtype | None) -> bool:
+    """One step on two blank images, for its errors: says what cannot be deterministic. Returns whether a parameter got no gradient."""
+    device = net.mean.device
+    images, zeros = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    for warn_only in (False, True):
+        trial = copy.deepcopy(net).train()
+        try:
+            with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+                logits = trial(images)
+            sum(criterion(logits[label], zeros, reduction="sum") for label, (criterion, _) in criteria.items()).backward()
+            break
+        except RuntimeError as error:
+            if warn_only or "deterministic" not in str(error):
+                raise
+            note(f"not everything here can be deterministic ({str(error).split(' does not')[0]}): two runs may differ in their last digits")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+    return any(parameter.grad is None for parameter in trial.parameters())
+
+
+def start_processes() -> tuple[int, int]:
+    """Join the other processes of torchrun; returns this one's rank and their number, (0, 1) alone. All but the first are silent."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS is deterministic with it
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    console.quiet = dist.get_rank() > 0
+    return dist.get_rank(), dist.get_world_size()
+
+
+def from_first(value: object) -> object:
+    """The first process's value, in all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def add_over_processes(values: Tensor) -> None:
+    """Replace the values by their sums over the processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+
+
+def agreed(asked: bool, world: int) -> bool:
+    """Whether any process asks."""
+    if world == 1:
+        return asked
+    flag = torch.tensor(int(asked))
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def mix(images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], flags: SimpleNamespace, order: EpochBatches, step: int) -> tuple[Tensor, dict]:
+    """CutMix over the whole batch; of several processes, each gets the others' images for it and keeps its own share."""
+    seed = derive_seed(flags.seed, "cutmix", order.epoch, step)
+    if order.world == 1:
+        return cutmix(images, targets, classes, flags.cutmix, seed)
+    n = min(flags.batch_size, order.n - (step - 1) * flags.batch_size)
+    shares = [share_of(n, rank, order.world) for rank in range(order.world)]
+
+    def whole(own: Tensor) -> Tensor:
+        parts = [own.new_zeros(shares[0].stop, *own.shape[1:]) for _ in shares]  # the first share is the longest
+        dist.all_gather(parts, torch.cat([own, own.new_zeros(len(parts[0]) - len(own), *own.shape[1:])]))
+        return torch.cat([part[: share.stop - share.start] for part, share in zip(parts, shares)])
+
+    images, targets = cutmix(whole(images), {label: whole(target) for label, target in targets.items()}, classes, flags.cutmix, seed)
+    return images[shares[order.rank]], {label: target[shares[order.rank]] for label, target in targets.items()}
 
 
 # ---------------------------------------------------------------- the run's folder
 
 
-def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> dict:
-    """Fill `flags` with the settings of the run to resume; returns its config. Raises BadParameter for a setting that was given and differs."""
+def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, dict | None]:
+    """Fill `flags` with the settings of the run to resume; returns its config and its last.pt (None before the first was written).
+
+    Raises BadParameter for a setting that was given and differs, ValueError where the files are damaged or do not belong together.
+    """
     path = flags.resume / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        saved = {key: config["settings"][key] for key in vars(flags)}
+        settings = {key: config["settings"][key] for key in vars(flags)}
     except FileNotFoundError:
         raise misuse("--resume", f"{flags.resume} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged or of another version of this program; the run cannot go on") from None
-    for key, value in saved.items():
+    saved = read_checkpoint(flags.resume / "last.pt") if (flags.resume / "last.pt").exists() else None
+    if saved and saved.get("settings") != {key: value for key, value in settings.items() if key not in CHANGEABLE_ON_RESUME}:
+        raise ValueError(f"{path} was changed since {flags.resume / 'last.pt'} was written; put the old settings back, or start a new run")
+    for key, value in settings.items():
         if not given(ctx, key):
             setattr(flags, key, Path(value) if key == "weights" and value else value)
         elif key not in CHANGEABLE_ON_RESUME and str(getattr(flags, key)) != str(value):
             may = ", ".join(sorted(CHANGEABLE_ON_RESUME - {"resume"}))
             raise misuse("--" + key.replace("_", "-"), f"the run was started with {value}; only {may} may change")
-    if flags.epochs < saved["epochs"]:
-        raise misuse("--epochs", f"the run was started with {saved['epochs']}; fewer cannot be asked for")
-    return config
+    if flags.epochs < settings["epochs"]:
+        raise misuse("--epochs", f"the run was started with {settings['epochs']}; fewer cannot be asked for")
+    return config, saved
 
 
-def restore(run: Path, config: dict, fingerprint: dict[str, str], parts: dict) -> dict:
+def restore(run: Path, config: dict, saved: dict | None, fingerprint: dict[str, str], parts: dict) -> dict:
     """Load model, optimiser, schedule and scaler from last.pt; returns the loop's state. Raises ValueError where data or files do not fit."""
     if config.get("data") != fingerprint:
         raise ValueError(f"the data are not those that {run} was started with (rows, labels or image files changed); start a new run")
-    path = run / "last.pt"
-    if not path.exists():
-        note(f"{run} was stopped before its first epoch ended: it starts again")
+    if saved is None:
+        note(f"{run} was stopped before its first state was saved: it starts again")
         return dict(START)
-    saved = read_checkpoint(path)
-    if not (run / "best.pt").is_file():
-        raise ValueError(f"{run}/best.pt is gone; without it the run cannot go on")
-    if saved.get("settings") != {key: config["settings"][key] for key in saved.get("settings", {})}:
-        raise ValueError(f"{run}/config.json was changed since {path} was written; put the old settings back, or start a new run")
     try:
-        for part, it in parts.items():
-            it.load_state_dict(saved[part])
-        return {key: saved[key] for key in START}
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} does not fit the run's settings ({str(error).splitlines()[0]})") from None
+        for part in STATEFUL:
+            parts[part].load_state_dict(saved[part])
+        state = {key: saved[key] for key in START}
+        if state["totals"] is not None:
+            state["totals"] = state["totals"].to(parts["model"].mean.device)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run / 'last.pt'} does not fit the run's settings ({str(error).splitlines()[0]})") from None
+    if state["best_epoch"] and not (run / "best.pt").is_file():
+        raise ValueError(f"{run}/best.pt is gone; without it the run cannot go on")
+    return state
 
 
 def finished(state: dict, flags: SimpleNamespace) -> bool:
@@ -496,12 +683,12 @@ def fixed_settings(flags: SimpleNamespace) -> dict:
 
 
 def write_config(
-    run: Path, flags: SimpleNamespace, device: torch.device, amp_dtype: torch.dtype | None, fingerprint: dict[str, str], before: dict | None
+    run: Path, flags: SimpleNamespace, device: torch.device, amp_dtype: torch.dtype | None, world: int, fingerprint: dict[str, str], before: dict | None
 ) -> None:
     """config.json: every setting, and what else decides a run's numbers. Says what of it is not as `before`, when the run was started."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = {"device": str(device), "chip": chip, "threads": torch.get_num_threads(), "precision": str(amp_dtype or torch.float32)}
+    machine = {"device": str(device), "chip": chip, "threads": torch.get_num_threads(), "processes": world, "precision": str(amp_dtype or torch.float32)}
     config = {"settings": saved_settings(flags), "versions": versions, **machine, "commit": git_commit(), "data": fingerprint}
     if before and (other := [key for key in ("versions", *machine) if before.get(key) != config[key]]):
         note(f"the run was started with other {', '.join(other)}: its last digits may differ from an undisturbed run's")
