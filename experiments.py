@@ -229,13 +229,11 @@ def code_of_scripts() -> str:
 
 
 def start(command: list[str]) -> int:
-    """Run a command to its end; its exit code. Where this script is interrupted, the command has 5 seconds to end by itself."""
+    """Run a command to its end; its exit code. Where this script is stopped the command is too, and is waited for: train.py saves its state."""
     process = subprocess.Popen(command)
     try:
         return process.wait()
     except BaseException:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
         process.terminate()
         process.wait()
         raise
