@@ -134,7 +134,7 @@ def list_rows() -> None:
     for row in ROWS:
         score = f" (author's test score: {row.score})" if row.score else ""
         data = {"raw": "--data RAW", "clean": "--data CLEAN", "both": "--data RAW --data CLEAN"}[row.data]
-        say(f"{row.name:<22}{row.asks}{score}\n    {data} {row.flags}".rstrip())
+        say(f"{row.name:<24}{row.asks}{score}\n    {data} {row.flags}".rstrip())
 
 
 # ---------------------------------------------------------------- run
@@ -229,13 +229,11 @@ def code_of_scripts() -> str:
 
 
 def start(command: list[str]) -> int:
-    """Run a command to its end; its exit code. Where this script is interrupted, the command has 10 seconds to end by itself."""
+    """Run a command to its end; its exit code. Where this script is stopped the command is too, and is waited for: train.py saves its state."""
     process = subprocess.Popen(command)
     try:
         return process.wait()
     except BaseException:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
         process.terminate()
         process.wait()
         raise
@@ -324,26 +322,29 @@ def per_garment(images: list[str], differences: np.ndarray) -> np.ndarray:
     return sums * len(names) / len(images)
 
 
+def mean_squares(differences: np.ndarray) -> tuple[tuple[float, int], ...]:
+    """(mean square, degrees of freedom) of units, seeds and residual of differences (units, seeds): the two-way analysis of variance."""
+    units, seeds = differences.shape
+    mean, of_units, of_seeds = differences.mean(), differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
+    residual = ((differences - of_units - of_seeds + mean) ** 2).sum()
+    sums = (seeds * ((of_units - mean) ** 2).sum(), units - 1), (units * ((of_seeds - mean) ** 2).sum(), seeds - 1), (residual, (units - 1) * (seeds - 1))
+    return tuple((float(total / df), df) for total, df in sums)
+
+
 def interval(differences: np.ndarray) -> tuple[float, float, float]:
     """(mean, half the width of its 95 % interval, degrees of freedom) of paired differences (units, seeds), both drawn by chance.
 
     Crossed random effects: difference = mean + unit + seed + residual. The variance of the mean is the sum of the three components over
-    their numbers, (MS_units + MS_seeds - MS_residual) / (units x seeds); a component below 0 counts as 0, and its mean square
-    goes. Degrees of freedom by Satterthwaite (1946). All differences alike: the half-width is 0.
+    their numbers, (MS_units + MS_seeds - MS_residual) / (units x seeds); a component below 0 counts as 0, as if its mean square were
+    the residual's. Degrees of freedom by Satterthwaite (1946), from the mean squares as they are. All differences alike: half the width is 0.
     """
-    units, seeds = differences.shape
-    mean, of_units, of_seeds = differences.mean(), differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
-    residual_df = (units - 1) * (seeds - 1)
-    ms_units = seeds * ((of_units - mean) ** 2).sum() / (units - 1)
-    ms_seeds = units * ((of_seeds - mean) ** 2).sum() / (seeds - 1)
-    ms_residual = ((differences - of_units - of_seeds + mean) ** 2).sum() / residual_df
-    terms = [(ms, df) for ms, df in ((ms_units, units - 1), (ms_seeds, seeds - 1)) if ms > ms_residual]
-    terms.append((ms_residual * (1 - len(terms)), residual_df))
-    total = sum(ms for ms, _ in terms)
-    if total <= 1e-15:
-        return float(mean), 0.0, math.nan
-    df = total**2 / sum(ms**2 / df for ms, df in terms)
-    return float(mean), float(stdtrit(df, 0.975) * math.sqrt(total / (units * seeds))), float(df)
+    squares = mean_squares(differences)
+    of_units, of_seeds, residual = (square for square, _ in squares)
+    variance = (max(of_units, residual) + max(of_seeds, residual) - residual) / differences.size
+    if variance <= 1e-18:  # rounding
+        return float(differences.mean()), 0.0, math.nan
+    df = variance**2 / sum((square / differences.size) ** 2 / df for square, df in squares)
+    return float(differences.mean()), float(stdtrit(df, 0.975) * math.sqrt(variance)), df
 
 
 def compare(group: list[Run], base: list[Run]) -> dict:
@@ -373,15 +374,15 @@ def compare(group: list[Run], base: list[Run]) -> dict:
 
 def find_base(group: list[Run], groups: list[list[Run]]) -> list[Run] | None:
     """The base with the same flags behind --; for the base itself the one with most of its flags, of those that had fewer."""
-    mine = set(words_in_pairs(group[0].more))
-    bases = {frozenset(words_in_pairs(other[0].more)): other for other in groups if other[0].row == BASE}
+    mine = set(pairs_of(group[0].more))
+    bases = {frozenset(pairs_of(other[0].more)): other for other in groups if other[0].row == BASE}
     if group[0].row != BASE:
         return bases.get(frozenset(mine))
     fewer = [flags for flags in bases if flags < mine]
     return bases[max(fewer, key=len)] if fewer else None
 
 
-def words_in_pairs(flags: Flags) -> list[tuple[str, str]]:
+def pairs_of(flags: Flags) -> list[tuple[str, str]]:
     return [(name, value) for name, values in flags.items() for value in values or [""]]
 
 
@@ -427,7 +428,8 @@ def table(
         except ValueError as error:
             refused.append(str(error))
             found = {"verdict": "refused"}
-        against = f"against the base with {shlex.join(words_of(base[0].more)) or 'none'}" if base and base[0].more != group[0].more else ""
+        fewer = [pair for pair in pairs_of(group[0].more) if base and pair not in pairs_of(base[0].more)]
+        against = f"against the base without {' '.join(word for pair in fewer for word in pair if word)}" if fewer else ""
         notes = [*found.get("note", []), against, same_as(group[0])]
         results.append((group, found | {"note": "; ".join(filter(None, notes))}))
     if as_csv:
@@ -446,7 +448,7 @@ def spread(group: list[Run], when: str, label: str) -> tuple[float, float]:
 
 def print_tables(results: list[tuple[list[Run], dict]], show) -> None:
     """For each set of flags behind -- two tables: the accuracies, and the differences."""
-    for more in dict.fromkeys(json.dumps(group[0].more) for group, _ in results):
+    for more in sorted({json.dumps(group[0].more) for group, _ in results}, key=lambda more: (len(pairs_of(json.loads(more))), more)):
         section = [(group, found) for group, found in results if json.dumps(group[0].more) == more]
         behind = shlex.join(words_of(json.loads(more))) or "the rows' own flags"
         labels = list(dict.fromkeys(label for group, _ in section for label in group[0].labels))
