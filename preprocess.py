@@ -186,6 +186,7 @@ def replace_background(photo: Image.Image, mask: Image.Image, color: tuple[int, 
     apart = front - back
     share = ((own - back) * apart).sum(1, keepdims=True) + EDGE_NOISE * amount
     share = (share / ((apart * apart).sum(1, keepdims=True) + EDGE_NOISE)).clip(0, 1)
+    share = np.maximum(share, 1 - 4 * (1 - amount))  # a mask is seldom 255 anywhere: where it is sure, a colour is the garment's own
     clean = (front + share * (own - share * front - (1 - share) * back)).clip(0, 255)
     result[ys, xs] = (amount * clean + (1 - amount) * np.array(color, np.float32)).round().astype(np.uint8)
     return Image.fromarray(result)
@@ -234,6 +235,7 @@ def find_weights(model: str) -> tuple[str, int]:
 
     Raises BadParameter for a model that cannot be used, ValueError where the file is not what rembg publishes, OSError where the download fails.
     """
+    import_rembg()
     with blaming("--rembg-model"):
         session = session_class(model)
     import pooch  # rembg brings it
@@ -378,7 +380,7 @@ def check_output(root: Path, out: Path, settings: dict, subtask: int) -> dict:
 class Job:
     """The rows of the chosen splits against what the output folder holds: what is done, what is to do, what failed.
 
-    Photos are known by (split, image_name), rows by (place of the split, place in its CSV). What the folder holds beyond the rows stays.
+    Photos are known by (split, normalised image_name), rows by (place of the split, place in its CSV). What the folder holds beyond the rows stays.
     """
 
     def __init__(self, out: Path, tables: dict[str, Table], settings: dict):
@@ -399,16 +401,27 @@ class Job:
                 if isinstance(sample, ValueError):
                     self.failed[row] = sample
                     continue
-                source, path = (os.path.normpath(sample.path), self.cut_to(sample)), self.path_of(split, sample.name)
+                key, path = self.key_of(split, sample), self.path_of(split, sample.name)
+                source = (key, self.cut_to(sample))
                 if made.setdefault(os.path.normpath(path), source) != source:
                     advice = "an earlier row makes the same file of another photo or box; rename one, or use --crop none where the boxes differ"
                     self.failed[row] = ValueError(f"{sample.where}: {advice}")
-                elif self.is_done(split, sample, table.sizes[sample.path], path):
-                    self.done[split, sample.name] = self.log[split, sample.name]
+                elif self.is_done(key, sample, table.sizes[sample.path], path):
+                    self.done[key] = self.log[key]
                 else:
-                    self.todo[split, sample.name] = row, sample
-        if not self.done and any(split in tables for split, _ in self.log):
-            raise ValueError(f"{out} was made of other photos than these; choose another folder")
+                    self.todo[key] = row, sample
+            self.check_source(split, table)
+
+    def check_source(self, split: str, table: Table) -> None:
+        """Raises ValueError where the folder holds this split of another dataset."""
+        samples = [sample for _, sample in table.rows if isinstance(sample, Sample)]
+        known = [line for sample in samples if (line := self.log.get(self.key_of(split, sample)))]
+        same = sum(line["bytes"] == str(table.sizes[sample.path]) for sample in samples if (line := self.log.get(self.key_of(split, sample))))
+        if samples and any(where == split for where, _ in self.log) and (not known or (len(known) > 1 and not same)):
+            raise ValueError(f"{self.out} was made of other photos than those of {table.csv}; choose another folder")
+
+    def key_of(self, split: str, sample: Sample) -> tuple[str, str]:
+        return split, os.path.normpath(sample.name)
 
     def cut_to(self, sample: Sample) -> str:
         """The box of the CSV, where the output depends on it."""
@@ -417,9 +430,9 @@ class Job:
     def path_of(self, split: str, name: str) -> str:
         return f"{self.out}/{split}/{new_name(name)}"
 
-    def is_done(self, split: str, sample: Sample, size: int, path: str) -> bool:
+    def is_done(self, key: tuple[str, str], sample: Sample, size: int, path: str) -> bool:
         """Whether the output is there and of this photo: the same size and cut, and no newer than the output or of the same bytes."""
-        line = self.log.get((split, sample.name))
+        line = self.log.get(key)
         if line is None or line["bytes"] != str(size) or line["cut_to"] != self.cut_to(sample):
             return False
         try:
@@ -470,7 +483,7 @@ class Job:
         table = self.tables[split]
         yield [*table.header, *BOX_COLUMNS["mask"]]
         for i, (cells, sample) in enumerate(table.rows):
-            line = None if (SPLITS.index(split), i) in self.failed else self.done.get((split, sample.name))
+            line = None if (SPLITS.index(split), i) in self.failed else self.done.get(self.key_of(split, sample))
             if line is None:
                 continue
             changed = {"image_name": new_name(sample.name)}
