@@ -462,7 +462,7 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 class Hue(torch.nn.Module):
-    """Turn the hue by up to +- `turn` of the circle: torchvision's adjust_hue, which is HSV's, in a sixth of its time. uint8 (3, H, W) in and out."""
+    """Turn the hue by up to +- `turn` of the circle: torchvision's adjust_hue, which is HSV's, in a quarter of its time. uint8 (3, H, W) in and out."""
 
     def __init__(self, turn: float):
         super().__init__()

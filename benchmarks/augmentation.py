@@ -105,18 +105,18 @@ def photos(dataset: str, n: int) -> list[Tensor]:
     return [data.to_pixels(data.load_photo(sample.path), sample.boxes.get("bbox"), 224) for sample in chosen]
 
 
-def draw(images: list[Tensor], path: Path) -> None:
+def draw(images: list[Tensor], path: Path, side: int = 112) -> None:
     """For each photo two rows, ours above Albumentations'; a column a kind."""
-    side, top = images[0].shape[-1], 16
-    sheet = Image.new("RGB", (side * len(KINDS), (2 * side + top) * len(images)), "white")
+    top = 14
+    sheet = Image.new("RGB", (side * len(KINDS), top + 2 * side * len(images)), "white")
     pen = ImageDraw.Draw(sheet)
-    for row, image in enumerate(images):
-        for column, (name, transform) in enumerate(ours().items()):
-            pen.text((column * side + 4, row * (2 * side + top) + 2), f"{name}: ours, then Albumentations'", "black")
+    for column, (name, transform) in enumerate(ours().items()):
+        pen.text((column * side + 3, 1), name, "black")
+        for row, image in enumerate(images):
             theirs = KINDS[name][1](image=image.permute(1, 2, 0).numpy())["image"]
             for i, pixels in enumerate((transform(image).permute(1, 2, 0).numpy(), theirs)):
-                sheet.paste(Image.fromarray(pixels), (column * side, row * (2 * side + top) + top + i * side))
-    sheet.save(path, quality=80)
+                sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (column * side, top + (2 * row + i) * side))
+    sheet.save(path, quality=85)
     say(f"drawn: {path}")
 
 
@@ -124,7 +124,7 @@ def draw(images: list[Tensor], path: Path) -> None:
 def compare(
     dataset: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")] = "demo",
     images: Annotated[int, typer.Option(help="Photos to compare on.", min=1)] = 200,
-    picture: Annotated[Path | None, typer.Option(help="Also draw each kind of both, on 3 photos, into this file.", show_default="none")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw each kind of both, on 2 photos, into this file.", show_default="none")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compare the kinds of `basic` with Albumentations' own."""
@@ -132,7 +132,7 @@ def compare(
     torch.manual_seed(0)
     shown = photos(dataset, images)
     if picture:
-        draw(shown[:3], picture)
+        draw(shown[:2], picture)
     draws, wrong, rows = 10_000, [], []
     seen, changed = rates(draws), changes(shown)
     for name, (rate, _) in KINDS.items():

@@ -1,6 +1,6 @@
 """How often the 95 % interval of experiments.py misses a difference that is not there.
 
-    python benchmarks/intervals.py             # simulated comparisons of two settings that are equally good: 2,000 of each kind, 90 s
+    python benchmarks/intervals.py             # simulated comparisons of two settings that are equally good: 2,000 of each kind, 2 minutes
     python benchmarks/intervals.py --measure   # what the simulation's settings are in the finished experiments of runs/
 
 A simulated run of a setting on a photo and label is right where difficulty of the garment and of the photo + effect of the setting on this
