@@ -362,8 +362,13 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
         else:
             content.clear()
         path.write_bytes(content)
-        run = Run(arguments, script)
-        code, said = run.wait(10), run.said()
+        run = None
+        if sum(outcomes.values()) % 25 == 24:  # now and then through the real command, whose imports take most of the time
+            done = subprocess.run([sys.executable, ROOT / f"{script}.py", *arguments], capture_output=True, text=True, timeout=60)
+            code, said = done.returncode, done.stdout + done.stderr
+        else:
+            run = Run(arguments, script)
+            code, said = run.wait(10), run.said()
         try:
             assert code in (0, 1, 2), f"{kind} ({how}): exit code {code}\n{said}"
             assert "Traceback" not in said, f"{kind} ({how}):\n{said}"
@@ -372,7 +377,7 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
                 assert len((work / "trial/out.csv").read_text().splitlines()) == 17, f"{kind} ({how}): not all photos predicted"
             assert {path for path in work.rglob("*") if not path.is_relative_to(work / "trial")} == outside, f"{kind}: written outside"
         finally:
-            if code is None:
+            if code is None and run:
                 os.kill(run.pid, signal.SIGKILL)
             shutil.rmtree(work / "trial")
         outcomes[kind, code] += 1
