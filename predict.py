@@ -85,6 +85,8 @@ def predict(
     view = choose_view(view, saved, rows, "these photos" if inputs else rows.csv.name, cleans=bool(preparation), raw=there is None)
     if view == "mask" and not preparation and not rows.has("mask"):
         preparation = find_garments(saved["data"]["preparation"], rembg_model)
+    if rembg_model and not needs_remover(preparation, view):
+        note(f"--rembg-model {rembg_model} cannot act: these photos are taken as they are")
     prepare = start_preparing(preparation, saved["data"]["preparation"], view) if preparation else as_it_is
     photos = Photos(rows.samples, saved["image_size"], view, prepare=prepare)
     loader = make_loader(photos, batch_size or saved["batch_size"], default_workers(workers))
