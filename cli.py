@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
@@ -99,6 +100,7 @@ def run_app(app: typer.Typer) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the loaders, whose decoding processes Python would wait for at exit, for ever
         if hasattr(error, "format_message") and console.quiet:  # one of several processes: the first one says it
             time.sleep(1)
             raise SystemExit(error.exit_code) from None

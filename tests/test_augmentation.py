@@ -184,7 +184,7 @@ def test_random_resized_crop_shows_a_part_of_the_view(tmp_path):
 
 @pytest.mark.parametrize("kind, resize", [("basic", "squash"), ("randaugment", "squash"), ("basic", "random-resized-crop")])
 def test_the_same_bits_at_any_number_of_workers_and_threads(drawn, kind, resize):
-    samples, loaded = read_split(drawn, "train").samples, []
+    samples, loaded, seen = read_split(drawn, "train").samples, [], []
     before = torch.get_num_threads()
     for workers, threads in ((0, 1), (0, 2), (2, 1)):
         torch.set_num_threads(threads)
@@ -193,7 +193,8 @@ def test_the_same_bits_at_any_number_of_workers_and_threads(drawn, kind, resize)
             order.epoch = 2
             photos = Photos(samples, 112, "bbox", 0.5, augmentation(kind), seed=1, resize=resize)
             loaded.append(torch.cat([images for images, _ in batches(make_loader(photos, 16, workers, order))]))
-            assert torch.get_num_threads() == threads
+            Photos(samples, 16, augment=lambda image: seen.append(torch.get_num_threads()) or image)[1, 0]
+            assert torch.get_num_threads() == threads and set(seen) == {1}
         finally:
             torch.set_num_threads(before)
     assert torch.equal(loaded[0], loaded[1]) and torch.equal(loaded[0], loaded[2])

@@ -163,6 +163,14 @@ def test_a_truncated_image_stops_the_run_with_its_row(run, dataset):
         assert len(done.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_a_run_that_fails_ends_whatever_its_decoding_processes_do(shell, dataset, debug):
+    path = dataset / "train" / edit(dataset, 5, lambda cells: None)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    done = shell("train", "--data", dataset, *TINY, "--workers", 2, *debug)  # a process that does not end is a failure here
+    assert done.returncode == 1 and "line 5" in done.stderr and ("Traceback" in done.stderr) == bool(debug)
+
+
 def test_a_bomb_of_pixels(run, dataset):
     name = edit(dataset, 5, setter(0, "huge.png")) and "huge.png"
     Image.new("1", (20_000, 5_001)).save(dataset / "train" / name)
