@@ -106,6 +106,7 @@ class Run:
             try:
                 os.dup2(self.output.fileno(), 1)
                 os.dup2(self.output.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # pytest's are other files
                 if script == "train":
                     child(arguments, self.status.fileno(), **hooks)
                 sys.argv = [f"{script}.py", *arguments]
@@ -113,6 +114,8 @@ class Run:
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1
             finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(code)
 
     def phase(self) -> str:
