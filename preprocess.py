@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Annotated, Literal
 
 import numpy as np
+import torch
 import typer
 from PIL import Image, ImageChops, ImageColor
 
@@ -217,10 +218,13 @@ def move_into(box: Box, cut: Box) -> Box | None:
 
 def import_rembg():
     """The module. Raises ValueError where it is not installed."""
+    threads = torch.get_num_threads()
     try:
         import rembg
     except (ImportError, SystemExit) as error:  # without ONNX Runtime rembg exits
         raise ValueError(f"rembg cannot be imported ({error or 'no ONNX Runtime'}): pip install 'rembg[cpu]'") from None
+    finally:
+        torch.set_num_threads(threads)  # pymatting, which it imports, sets OpenMP's number to that of all cores
     return rembg
 
 

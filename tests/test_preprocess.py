@@ -746,3 +746,9 @@ def test_a_sample_alone(u2netp, garments):
     sample = Sample("a", str(garments / "val" / "a.png"), "a", {}, {})
     image, boxes = prepare_photo(sample, PLAIN, Remover("u2netp"))
     assert image.mode == "RGB" and set(boxes) == {"mask"} and contents(garments) == before
+
+
+def test_importing_rembg_leaves_the_number_of_threads():
+    code = "import torch, preprocess; preprocess.import_rembg(); print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout.split() == ["1"], done.stderr
