@@ -82,36 +82,43 @@ Prepared = tuple[Image.Image, dict[str, Box]]
 
 
 class Remover:
-    """One rembg session, made when it is first needed; threads share it, a process that it is sent to makes its own.
+    """rembg with one model: a session for each thread that is at work, used again and again; a process that it is sent to makes its own.
 
     Every inference runs on one thread: the masks then do not depend on the number of cores, and several at once are faster than one on all.
     """
 
     def __init__(self, model: str):
-        self.model, self.session = model, None
+        self.model, self.idle = model, []
 
     def __getstate__(self) -> dict:
-        return {"model": self.model, "session": None}
+        return {"model": self.model, "idle": []}
 
     def start(self) -> list[str]:
-        """Make the session; returns where it runs (ONNX Runtime's providers)."""
+        """Make a session; returns where it runs (ONNX Runtime's providers)."""
         rembg = import_rembg()
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.session = rembg.new_session(self.model, sess_opts=options)
-        return self.session.inner_session.get_providers()
+        session = rembg.new_session(self.model, sess_opts=options)
+        self.idle.append(session)
+        return session.inner_session.get_providers()
 
     def mask(self, photo: Image.Image) -> Image.Image | None:
         """How much of each pixel is foreground, 0 to 255 (mode L, the photo's size); None where the model sees nothing at all (a blank photo)."""
-        if self.session is None:
-            self.start()
+        while True:
+            try:
+                session = self.idle.pop()
+                break
+            except IndexError:  # another thread may take the new one first
+                self.start()
         try:
             with np.errstate(invalid="raise"):  # rembg divides by the mask's range: 0 / 0 is a NaN mask
-                first, *more = self.session.predict(photo)
+                first, *more = session.predict(photo)
         except FloatingPointError:
             return None
+        finally:
+            self.idle.append(session)
         for other in more:  # u2net_cloth_seg: upper, lower and full-body garments
             first = ImageChops.lighter(first, other)
         return first

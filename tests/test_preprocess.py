@@ -288,8 +288,9 @@ def remover_of(model: str, answer: np.ndarray) -> Remover:
     from rembg.sessions import sessions
 
     remover = Remover(model)
-    remover.session = sessions[model].__new__(sessions[model])
-    remover.session.inner_session = Network(answer)
+    session = sessions[model].__new__(sessions[model])
+    session.inner_session = Network(answer)
+    remover.idle.append(session)
     return remover
 
 
@@ -307,7 +308,7 @@ def test_the_maps_of_the_clothes_model_are_joined(u2netp, photo):
     for part in (1, 2, 3):
         answer[0, part, 192 * part // 2 : 192 * (part + 1) // 2, 192:576] = 1
     remover = remover_of("u2net_cloth_seg", answer)
-    assert len(remover.session.predict(photo)) == 3
+    assert len(remover.idle[0].predict(photo)) == 3
     assert foreground_box(remover.mask(photo.resize((400, 400)))) == pytest.approx((100, 50, 300, 200), abs=1)
 
 
@@ -735,7 +736,7 @@ def test_the_record_travels_between_processes_without_its_session(u2netp):
     remover = Remover("u2netp")
     remover.start()
     again = pickle.loads(pickle.dumps(remover))
-    assert again.session is None and again.model == "u2netp"
+    assert again.idle == [] and again.model == "u2netp"
     image = Image.radial_gradient("L").convert("RGB")
     assert (np.asarray(again.mask(image)) == np.asarray(remover.mask(image))).all()
 
