@@ -29,7 +29,9 @@ import typer
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes
 
 import demo
 from cli import note, progress, run_app, say, show_table
@@ -461,6 +463,49 @@ def to_uint8(image: Tensor) -> Tensor:
     return image.round().clamp(0, 255).to(torch.uint8)
 
 
+class KeepBoxes(torch.nn.Module):
+    """A transform that takes the image alone and moves nothing in it: boxes given with the image come back as they are."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, image: Tensor, *boxes: BoundingBoxes) -> Tensor | tuple[Tensor, BoundingBoxes]:
+        return (self.transform(image), *boxes) if boxes else self.transform(image)
+
+
+def inside(boxes: BoundingBoxes, x: Tensor, y: Tensor) -> Tensor:
+    """Which of these places, in pixels, lie in each of N boxes: bool (N, H, W)."""
+    xmin, ymin, xmax, ymax = boxes.as_subclass(Tensor).T[..., None, None]
+    return (xmin <= x) & (x < xmax) & (ymin <= y) & (y < ymax)
+
+
+def bounds(masks: Tensor, boxes: BoundingBoxes) -> BoundingBoxes:
+    """What became of N boxes: those round what is not zero in each mask (N, H, W); all zeros where nothing is, the box has left the image."""
+    moved = torch.zeros_like(boxes.as_subclass(Tensor))
+    for box, mask in zip(moved, masks):
+        if mask.any():
+            xs, ys = (mask.any(dim).nonzero() for dim in (0, 1))
+            box[:] = torch.cat([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+    return tv_tensors.wrap(moved, like=boxes)
+
+
+class RandAugment(v2.RandAugment):
+    """torchvision's, which takes no boxes; here they move with the pixels."""
+
+    def forward(self, image: Tensor, *boxes: BoundingBoxes) -> Tensor | tuple[Tensor, BoundingBoxes]:
+        height, width = image.shape[-2:]
+        self.masks = [inside(b, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8) for b in boxes if len(b)]
+        image = super().forward(image)
+        return (image, bounds(*self.masks, *boxes) if self.masks else boxes[0]) if boxes else image
+
+    def _apply_image_or_video_transform(self, image, transform_id, *how, **more) -> Tensor:
+        apply = super()._apply_image_or_video_transform
+        if transform_id.startswith(("Shear", "Translate", "Rotate")):
+            self.masks = [apply(mask, transform_id, *how, **more) for mask in self.masks]
+        return apply(image, transform_id, *how, **more)
+
+
 class Hue(torch.nn.Module):
     """Turn the hue by up to +- `turn` of the circle: torchvision's adjust_hue, which is HSV's, in a quarter of its time. uint8 (3, H, W) in and out."""
 
@@ -600,26 +645,30 @@ class Warp(torch.nn.Module):
     """Groups of distortions in one resampling: several cost what one costs. uint8 (3, H, W) in and out; the border is reflected.
 
     A group is (probability, members), one of which is applied then. A member says where the pixels of its result come from: it maps
-    coordinates x (W,) and y (H, 1), or both (H, W), in units of half a side from the middle.
+    coordinates x (W,) and y (H, 1), or both (H, W), in units of half a side from the middle. So a box becomes the bounds of the pixels
+    that come from inside it, mirror images at the border left out; all zeros where none does.
     """
 
     def __init__(self, *groups: tuple[float, list[Callable]]):
         super().__init__()
         self.groups = groups
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, *boxes: BoundingBoxes) -> Tensor | tuple[Tensor, BoundingBoxes]:
         chosen = [members[int(torch.randint(len(members), ()))] for p, members in self.groups if uniform(0, 1) < p]
         if not chosen:
-            return image
+            return (image, *boxes) if boxes else image
         height, width = image.shape[-2:]
         x, y = (torch.arange(1, 2 * side, 2) / side - 1 for side in (width, height))
-        y = y[:, None]
+        y, mirrored = y[:, None], False
         for i, member in enumerate(reversed(chosen)):  # from the result back to the image
             if i:  # beyond the border of what this one distorted
+                mirrored = mirrored | (x.abs() > 1) | (y.abs() > 1)
                 x, y = (1 - ((at + 1).remainder(4) - 2).abs() for at in (x, y))
             x, y = member(x, y)
         grid = torch.stack([at.expand(height, width) for at in (x, y)], dim=-1)
-        return to_uint8(F.grid_sample(image[None].float(), grid[None], padding_mode="reflection", align_corners=False)[0])
+        warped = to_uint8(F.grid_sample(image[None].float(), grid[None], padding_mode="reflection", align_corners=False)[0])
+        moved = (bounds(inside(b, (x + 1) * width / 2, (y + 1) * height / 2) & ~torch.as_tensor(mirrored), b) for b in boxes)
+        return (warped, *moved) if boxes else warped
 
 
 def holes(image: Tensor) -> Tensor:
@@ -637,21 +686,24 @@ def _hole(side: int) -> tuple[int, int]:
     return int(torch.randint(side - length + 1, ())), length
 
 
-def augmentation(kind: str) -> Callable[[Tensor], Tensor]:
-    """What happens to a training image, uint8 (3, H, W) in and out, drawn from torch's generator. Add a torchvision transform as a line of its own."""
+def augmentation(kind: str) -> Callable:
+    """What happens to a training image, uint8 (3, H, W) in and out, drawn from torch's generator. Add a torchvision transform as a line of its own.
+
+    Called with (image, boxes), boxes in XYXY, it moves them with the pixels and gives both back; the image is the same as without them.
+    """
     if kind == "none":
         return v2.Identity()
     if kind == "randaugment":
-        return v2.Compose([v2.RandAugment(), v2.RandomErasing(0.5)])
+        return v2.Compose([RandAugment(), KeepBoxes(v2.RandomErasing(0.5))])
     jitter = v2.RandomOrder([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2), Hue(0.2)])
     return v2.Compose(
         [
             v2.RandomVerticalFlip(0.5),
             v2.RandomHorizontalFlip(0.5),
-            v2.RandomApply([v2.RandomChoice([jitter, CLAHE(clip=6, tiles=16), random_gamma], p=[0.3, 0.5, 0.5])], 0.5),
-            v2.RandomApply([v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])], 0.3),
+            KeepBoxes(v2.RandomApply([v2.RandomChoice([jitter, CLAHE(clip=6, tiles=16), random_gamma], p=[0.3, 0.5, 0.5])], 0.5)),
+            KeepBoxes(v2.RandomApply([v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])], 0.3)),
             Warp((0.3, [lens_distortion, grid_distortion]), (0.3, [shift_scale_rotate])),
-            v2.RandomApply([holes], 0.5),
+            KeepBoxes(v2.RandomApply([holes], 0.5)),
         ]
     )
 

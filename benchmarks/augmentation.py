@@ -60,8 +60,8 @@ def ours() -> dict[str, Callable[[Tensor], Tensor]]:
     """Each kind of `basic` alone, applied surely."""
     _, _, colours, blurs, warp, dropout = data.augmentation("basic").transforms
     warps = [data.Warp((1, [member])) for _, members in warp.groups for member in members]
-    members = [v2.RandomVerticalFlip(1), v2.RandomHorizontalFlip(1), *(t for group in (colours, blurs) for t in group.transforms[0].transforms)]
-    return dict(zip(KINDS, [*members, *warps, *dropout.transforms]))
+    members = [v2.RandomVerticalFlip(1), v2.RandomHorizontalFlip(1), *(t for group in (colours, blurs) for t in group.transform.transforms[0].transforms)]
+    return dict(zip(KINDS, [*members, *warps, *dropout.transform.transforms]))
 
 
 def rates(draws: int = 10_000) -> dict[str, float]:
@@ -73,9 +73,10 @@ def rates(draws: int = 10_000) -> dict[str, float]:
 
     basic = data.augmentation("basic")
     for group in basic.transforms[2:4]:
-        group.transforms[0].transforms = [noting(next(names)) for _ in group.transforms[0].transforms]
+        choice = group.transform.transforms[0]
+        choice.transforms = [noting(next(names)) for _ in choice.transforms]
     basic.transforms[4] = data.Warp(*((p, [noting(next(names)) for _ in members]) for p, members in basic.transforms[4].groups))
-    basic.transforms[5].transforms = [noting(next(names))]
+    basic.transforms[5].transform.transforms = [noting(next(names))]
     corner = torch.zeros(3, 4, 4, dtype=torch.uint8)
     corner[:, 0, 0] = 255  # where it comes to lie tells the flips
     for _ in range(draws):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes
 
 import data
 from benchmarks.augmentation import FACTOR, KINDS, changes, rates
@@ -141,13 +142,90 @@ def test_basic_flips_half_of_the_images():
 
 def test_randaugment_is_randaugment_and_erases_half():
     transform, erase = augmentation("randaugment").transforms
-    assert isinstance(transform, v2.RandAugment)
+    assert isinstance(transform, v2.RandAugment) and type(transform).forward is not v2.RandAugment.forward
     assert len(transform._AUGMENTATION_SPACE) == 14 and not any("flip" in name.lower() for name in transform._AUGMENTATION_SPACE)
     white, ramp = torch.full((3, 32, 32), 255, dtype=torch.uint8), torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(3, 32, 32)
     torch.manual_seed(5)
     erased = sum(bool((erase(white) == 0).any()) for _ in range(400))
     assert abs(erased - 200) < 4 * 10
     assert sum(not torch.equal(transform(ramp), ramp) for _ in range(100)) > 70
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def painted(*boxes, height=90, width=120):
+    """An image, black but for white boxes, and these boxes."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for x1, y1, x2, y2 in boxes:
+        image[:, y1:y2, x1:x2] = 255
+    return image, BoundingBoxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), format="XYXY", canvas_size=(height, width))
+
+
+def seen(image):
+    """The bounds of what is white."""
+    ys, xs = torch.nonzero(image[0] > 127, as_tuple=True)
+    return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) if len(ys) else torch.zeros(4)
+
+
+def moving(kind):
+    """The parts of a pipeline that move pixels."""
+    return v2.Compose([t for t in augmentation(kind).transforms if not isinstance(t, data.KeepBoxes)])
+
+
+MOVES = {
+    "flips": v2.Compose([v2.RandomVerticalFlip(0.5), v2.RandomHorizontalFlip(0.5)]),
+    "lens": surely(data.lens_distortion),
+    "grid": surely(data.grid_distortion),
+    "shift, scale, rotate": surely(data.shift_scale_rotate),
+    "basic": moving("basic"),
+    "randaugment": moving("randaugment"),
+}
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_a_box_moves_with_its_pixels(kind, monkeypatch):
+    geometric = {name: how for name, how in data.RandAugment._AUGMENTATION_SPACE.items() if name.startswith(("Shear", "Translate", "Rotate"))}
+    monkeypatch.setattr(data.RandAugment, "_AUGMENTATION_SPACE", geometric)
+    image, boxes = painted((25, 12, 95, 76) if kind == "lens" else (45, 25, 65, 52))  # the small one is never seen twice, in the mirror at the border
+    assert len(geometric) == 5
+    moved = 0
+    for seed in range(150):
+        torch.manual_seed(seed)
+        shown, found = MOVES[kind](image, boxes)
+        assert isinstance(found, BoundingBoxes) and found.shape == (1, 4) and found.canvas_size == (90, 120)
+        assert (found[0] - seen(shown)).abs().max() <= (0 if kind in ("flips", "randaugment") else 1.01), (seed, found, seen(shown))
+        moved += not torch.equal(found, boxes)
+    assert moved > 70
+
+
+def test_a_box_that_leaves_the_image_is_cut_and_its_mirror_image_does_not_count():
+    image, boxes = painted((0, 0, 30, 90), (100, 30, 120, 60))
+    for by, expected in ((0.5, [[30, 0, 60, 90], [0] * 4]), (-0.5, [[0, 0, 0, 0], [70, 30, 90, 60]]), (-0.2, [[0, 0, 18, 90], [88, 30, 108, 60]])):
+        to_right = Warp((1, [lambda x, y, by=by: (x - by, y)]))
+        shown, found = to_right(image, boxes)
+        assert found.tolist() == expected and torch.equal(shown, to_right(image))
+    # the second distortion brings mirror images of the first back into sight
+    both = Warp((1, [lambda x, y: (x - 0.5, y)]), (1, [lambda x, y: (x + 0.25, y)]))
+    assert both(image, boxes)[1].tolist() == [[15, 0, 45, 90], [0] * 4]
+    twice = Warp((1, [lambda x, y: (x + 0.5, y)]), (1, [lambda x, y: (x - 0.5, y)]))
+    assert twice(image, boxes)[1].tolist() == [[0] * 4, [100, 30, 120, 60]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["basic", "randaugment", "none"])
+def test_an_image_is_the_same_with_boxes_and_without(images, kind):
+    several = torch.tensor([[10, 20, 100, 200], [0, 0, 224, 224], [100, 50, 150, 90]], dtype=torch.float32)
+    transform = augmentation(kind)
+    for seed, image in enumerate(images[:12]):
+        shown = []
+        for n in (None, 0, 1, 3):
+            torch.manual_seed(seed)
+            boxes = [] if n is None else [BoundingBoxes(several[:n].clone(), format="XYXY", canvas_size=(224, 224))]
+            out = transform(image, *boxes)
+            shown.append(out[0] if boxes else out)
+            assert not boxes or (isinstance(out[1], BoundingBoxes) and out[1].shape == (n, 4) and torch.equal(boxes[0], several[:n]))
+        assert all(torch.equal(shown[0], other) for other in shown[1:])
 
 
 @settings(deadline=None, max_examples=40)
