@@ -39,7 +39,7 @@ from data import (
     read_split,
     submission_column,
 )
-from model import choose_amp, choose_device, load_model, predict_logits, score
+from model import FashionModel, choose_amp, choose_device, load_model, predict_logits, score
 from preprocess import Remover, find_weights, prepare_photo
 
 UNTRAINED = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}  # preprocess.py's defaults
@@ -72,31 +72,62 @@ def predict(
     check_treatment(checkpoint, saved["data"])
     with blaming("--device"):
         place = choose_device(device)
-    with blaming("--amp"):
-        amp_dtype = choose_amp("auto" if amp is None and saved["amp"] == "fp16" and place.type != "cuda" else amp or saved["amp"], place)
     out = out or checkpoint.with_name("predictions.csv")
     if out.is_dir() or not out.parent.is_dir():
         raise misuse("--out", f"{out} is a folder" if out.is_dir() else f"no folder {out.parent}")
     rows = image_samples(inputs) if inputs else read_labelled(saved, data, split)
     if out.resolve() in {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}:
         raise misuse("--out", f"{out} is what is predicted from")
-    there = None if inputs else read_preparation(rows.csv.parent)
-    preparation = choose_preparation(background, saved["data"]["preparation"], there, rembg_model)
-    view = choose_view(view, saved, rows, "these photos" if inputs else rows.csv.name, cleans=bool(preparation), raw=there is None)
-    if view == "mask" and not preparation and not rows.has("mask"):
-        preparation = find_garments(saved["data"]["preparation"], rembg_model)
-    if rembg_model and not needs_remover(preparation, view):
-        note(f"--rembg-model {rembg_model} cannot act: these photos are taken as they are")
-    prepare = start_preparing(preparation, saved["data"]["preparation"], view) if preparation else as_it_is
-    photos = Photos(rows.samples, saved["image_size"], view, prepare=prepare)
-    loader = make_loader(photos, batch_size or saved["batch_size"], default_workers(workers))
-    with progress(len(rows.samples), "predicting") as bar:
-        logits, targets = predict_logits(model.to(place), batches(loader), place, amp_dtype, bar.advance)
+    view, prepare = choose_treatment(saved, rows, view, background, rembg_model)
+    logits, targets = predict_rows(model.to(place), saved, rows, view, prepare, batch_size, workers, amp)
 
-    write_predictions(out, rows, logits, probs, names)
+    header, columns = predictions_table(rows, logits, probs, names)
+    write_csv(out, header, zip(*columns))
     if targets:
         show_scores(f"{rows.csv.name} ({view})", score(logits, targets))
     say(f"{len(rows.samples):,} photos ({view}) predicted: {out}")
+
+
+# ---------------------------------------------------------------- from rows to answers
+
+
+def predict_rows(
+    model: FashionModel,
+    saved: dict,
+    rows: Split,
+    view: str,
+    prepare: Callable[[Sample], tuple[Image.Image, dict]] = as_it_is,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    amp: str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Logits {label: float32 (N, classes)} and, of labels that the rows hold, targets {label: int64 (N,)}. `model`, `saved`: load_model's.
+
+    `view`, `prepare`: choose_treatment's. None means training's `batch_size` and precision (`amp`), and as many `workers` as there are cores.
+    Raises BadParameter for a precision that the model's device cannot have, ValueError for photos that cannot be decoded.
+    """
+    device = model.mean.device
+    with blaming("--amp"):
+        amp_dtype = choose_amp("auto" if amp is None and saved["amp"] == "fp16" and device.type != "cuda" else amp or saved["amp"], device)
+    photos = Photos(rows.samples, saved["image_size"], view, prepare=prepare)
+    loader = make_loader(photos, batch_size or saved["batch_size"], default_workers(workers))
+    with progress(len(rows.samples), "predicting") as bar:
+        return predict_logits(model, batches(loader), device, amp_dtype, bar.advance)
+
+
+def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = False, names: bool = False) -> tuple[list[str], list[list]]:
+    """Header and columns in the organisers' format, image_name and a class number a label; then, where asked for, the classes' names and probabilities."""
+    header, columns, more = ["image_name"], [[sample.name for sample in rows.samples]], []
+    for label, values in logits.items():
+        column, best = submission_column(label), values.argmax(-1).tolist()
+        header.append(column)
+        columns.append(best)
+        if names:
+            known = CLASS_NAMES.get(label)
+            more.append((f"{column}_name", [known[c] if known else str(c) for c in best]))
+        if probs:
+            more += [(f"{column}_p{c}", p) for c, p in enumerate(values.double().softmax(-1).T.tolist())]
+    return header + [name for name, _ in more], columns + [column for _, column in more]
 
 
 # ---------------------------------------------------------------- how the photos are treated
@@ -109,6 +140,24 @@ def check_treatment(checkpoint: Path, trained_on: dict) -> None:
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{checkpoint} does not say how its photos were treated; train again with this version") from None
+
+
+def choose_treatment(
+    saved: dict, rows: Split, view: str = "auto", background: str = "auto", rembg_model: str | None = None
+) -> tuple[str, Callable[[Sample], tuple[Image.Image, dict]]]:
+    """What the model is to see of these rows, and the function that gives a sample's photo and boxes; says where it is not as in training.
+
+    `view`, `background`, `rembg_model`: the flags' values. Raises BadParameter where they cannot be had, ValueError or OSError where the remover cannot.
+    """
+    of_dataset, trained = bool(rows.classes), saved["data"]["preparation"]
+    there = read_preparation(rows.csv.parent) if of_dataset else None  # image files are raw photos
+    preparation = choose_preparation(background, trained, there, rembg_model)
+    view = choose_view(view, saved, rows, rows.csv.name if of_dataset else "these photos", cleans=bool(preparation), raw=there is None)
+    if view == "mask" and not preparation and not rows.has("mask"):
+        preparation = find_garments(trained, rembg_model)
+    if rembg_model and not needs_remover(preparation, view):
+        note(f"--rembg-model {rembg_model} cannot act: these photos are taken as they are")
+    return view, start_preparing(preparation, trained, view) if preparation else as_it_is
 
 
 def choose_preparation(background: str, trained: dict | None, there: dict | None, rembg_model: str | None) -> dict | None:
@@ -177,7 +226,7 @@ def start_preparing(preparation: dict, trained: dict | None, view: str) -> Calla
     return partial(prepare_photo, preparation=preparation, remover=Remover(model))
 
 
-# ---------------------------------------------------------------- rows in, rows out
+# ---------------------------------------------------------------- which rows
 
 
 def read_labelled(saved: dict, data: str | None, split: str | None) -> Split:
@@ -188,22 +237,6 @@ def read_labelled(saved: dict, data: str | None, split: str | None) -> Split:
     if not (data and split):
         say(f"predicting the {chosen} split of {data or saved['data']['path']}")
     return read_split(root, chosen, saved["classes"], subtask)
-
-
-def write_predictions(path: Path, rows: Split, logits: dict[str, Tensor], probs: bool, names: bool) -> None:
-    """The organisers' format, image_name and a column a label; then, where asked for, the names and the probabilities of the classes."""
-    header, columns, more = ["image_name"], [[sample.name for sample in rows.samples]], []
-    for label, values in logits.items():
-        column, best = submission_column(label), values.argmax(-1).tolist()
-        header.append(column)
-        columns.append(best)
-        if names:
-            known = CLASS_NAMES.get(label)
-            more.append((f"{column}_name", [known[c] if known else str(c) for c in best]))
-        if probs:
-            more += [(f"{column}_p{c}", p) for c, p in enumerate(values.double().softmax(-1).T.tolist())]
-    header += [name for name, _ in more]
-    write_csv(path, header, zip(*columns, *(column for _, column in more)))
 
 
 if __name__ == "__main__":
