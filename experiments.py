@@ -154,6 +154,8 @@ def run(
     chosen, more = choose_rows(rows[: len(rows) - len(behind)]), parse_flags(behind)
     if taken := [flag for flag in OURS if flag in more]:
         raise misuse("--", f"{taken[0]} is for experiments.py: give {'--seeds' if taken[0] == '--seed' else '--data'} before the --")
+    if "--fit-all" in more:
+        raise misuse("--", "--fit-all holds nothing out: there would be nothing to compare")
     places = {"raw": data, "clean": clean_data}
     contents = {"raw": content_of("--data", data), "clean": clean_data and content_of("--clean-data", clean_data)}
     if clean_data is None and (needy := [row.name for row in chosen if row.data != "raw"]):

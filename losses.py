@@ -1,6 +1,6 @@
-"""The losses of one head: cross-entropy with smoothing, focal, asymmetric (single-label form).
+"""The losses of one head: cross-entropy with smoothing, focal, asymmetric (single-label form), and that of learning from a teacher.
 
-All take `logits` (N, C) and `targets`, either class indices (N,) or class probabilities (N, C). The loss under probabilities
+All but the last take `logits` (N, C) and `targets`, either class indices (N,) or class probabilities (N, C). The loss under probabilities
 is the expected loss under indices (sum over c of t_c times the loss of class c), so an index and its one-hot form agree and
 mixed images need no second definition. Half-precision logits are raised to float32, float64 stays float64.
 
@@ -86,6 +86,16 @@ def asymmetric(
     losses = targets * (1 - smoothing + off) * as_target + (1 - targets) * off * as_other
     losses = losses if class_weights is None else losses * class_weights.to(losses)
     return _reduce(losses.sum(-1), targets, class_weights, reduction)
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
+    """T^2 KL(teacher || student) of the softmaxes at temperature T; T^2 keeps the size of the gradient (Hinton et al. 2015, section 2).
+
+    `teacher_logits`: (N, C), which get no gradient.
+    """
+    half = (torch.float16, torch.bfloat16)
+    log_p, log_q = (F.log_softmax((x.float() if x.dtype in half else x) / temperature, dim=-1) for x in (logits, teacher_logits.detach()))
+    return _reduce(temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1), log_q, None, reduction)
 
 
 def _power_of_one_minus_p(log_p: Tensor, gamma: float) -> Tensor:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import huggingface_hub
 import timm
+import timm.optim
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cli import whole_file
 
@@ -60,7 +62,9 @@ def check_backbone(name: str) -> None:
         raise ValueError(f"timm has no pretrained tag {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
 
 
-def build_model(name: str, classes: dict[str, int], image_size: int | None = None, pretrained: bool = False) -> tuple[FashionModel, int]:
+def build_model(
+    name: str, classes: dict[str, int], image_size: int | None = None, pretrained: bool = False, drop_path: float = 0.0
+) -> tuple[FashionModel, int]:
     """The model with random or pretrained backbone weights, and its image size (None: the backbone's own).
 
     Raises ValueError where the name is unknown or the backbone takes no images of that size, OSError where the download fails.
@@ -71,7 +75,7 @@ def build_model(name: str, classes: dict[str, int], image_size: int | None = Non
     if pretrained:
         _stay_offline_without_network()
     try:
-        backbone = _create(name, pretrained, size)
+        backbone = _create(name, pretrained, img_size=size, **({"drop_path_rate": drop_path} if drop_path else {}))
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         if not pretrained:
             raise ValueError(f"{name} cannot be built for images of {size} px: {error}") from None
@@ -83,14 +87,18 @@ def build_model(name: str, classes: dict[str, int], image_size: int | None = Non
     return FashionModel(backbone, _pooled_width(backbone, name, size), classes, config["mean"], config["std"]), size
 
 
-def _create(name: str, pretrained: bool, size: int) -> nn.Module:
-    """The backbone without its classifier. Some take `img_size`, and resample their position embeddings to it; the others take any size."""
+def _create(name: str, pretrained: bool, **wanted: float) -> nn.Module:
+    """The backbone without its classifier, and without what it does not take of `wanted`.
+
+    Some take `img_size`, and resample their position embeddings to it; the others take any size.
+    """
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **wanted)
     except TypeError as error:
-        if "img_size" not in str(error):
+        taken = {key: value for key, value in wanted.items() if key not in str(error)}
+        if taken == wanted:
             raise
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+        return _create(name, pretrained, **taken)
 
 
 def _stay_offline_without_network() -> None:
@@ -114,6 +122,37 @@ def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise ValueError(f"{name} gives no pooled features (N, width); choose another --model")
     return features.shape[1]
+
+
+# ---------------------------------------------------------------- training: rates by depth, the average
+
+
+def parameter_groups(model: FashionModel, layer_decay: float = 1.0) -> list[dict]:
+    """Groups for an optimiser. `lr_scale`, by which whoever sets `lr` multiplies it, is layer_decay^depth (Bao et al. 2021, BEiT).
+
+    Depth is 0 for the heads and for what timm counts as the backbone's last layer (its final norm, where it has one).
+    """
+    if layer_decay == 1:
+        return [{"params": list(model.parameters()), "lr_scale": 1.0}]
+    groups = timm.optim.param_groups_layer_decay(model.backbone, layer_decay=layer_decay)
+    heads = [parameter for name, parameter in model.named_parameters() if not name.startswith("backbone.")]
+    # timm's own weight decay, none for biases and norms, is left out: it is another setting
+    return [{"params": heads, "lr_scale": 1.0}, *({key: group[key] for key in ("params", "lr_scale")} for group in groups)]
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move an exponential moving average towards the model after its step `step` (1, 2, ...), batch norm's running statistics included; counters are copied.
+
+    The decay is at most (1 + step) / (10 + step), or short runs would average in their random beginning (TensorFlow's ExponentialMovingAverage).
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*floating)), None)
+    for mean, value in pairs:
+        if not mean.is_floating_point():
+            mean.copy_(value)
 
 
 # ---------------------------------------------------------------- where and in which precision

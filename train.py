@@ -9,6 +9,7 @@ and val_predictions.csv (the best epoch's). The defaults are those of the notes'
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -30,8 +31,11 @@ import torch
 import torch.distributed as dist
 import torchvision
 import typer
+from timm.layers import DropPath
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 import losses
 from cli import (
@@ -77,20 +81,23 @@ from model import (
     choose_amp,
     choose_device,
     exported_weights,
+    load_model,
     load_weights,
+    parameter_groups,
     predict_logits,
     read_checkpoint,
     save_checkpoint,
     score,
+    update_average,
 )
 
-CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "epochs", "save_every"}
+CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "teacher", "epochs", "save_every"}  # data and teacher: where the same ones lie
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 START = {  # the loop's state: epochs finished; of the next one, steps done, sums of losses and of weights, seconds; the best so far; metrics.csv
     "epoch": 0, "step": 0, "totals": None, "seconds": 0.0, "best_epoch": 0, "best_value": -math.inf, "metrics": [],
 }  # fmt: skip
-STATEFUL = ("model", "optimizer", "schedule", "scaler")  # what last.pt holds beside it
+STATEFUL = ("model", "average", "optimizer", "schedule", "scaler")  # what last.pt holds beside it
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -114,10 +121,12 @@ def train(
     augment: Annotated[Literal["basic", "randaugment", "none"], option(DATA, "Augmentation of training images: the notes', RandAugment, none.")] = "basic",
     cutmix: Annotated[list[str] | None, option(DATA, "CutMix for this label; repeats. `joint`: one paste for all labels.", show_default="off")] = None,
     image_size: Annotated[int | None, option(DATA, "Side of the square image in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the backbone's")] = None,
+    fit_all: Annotated[bool, option(DATA, "Train on the validation rows too; best.pt is the last epoch's.", "--fit-all", show_default="off")] = False,
     workers: Annotated[int | None, option(DATA, "Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
     model: Annotated[str, option(MODEL, "Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k",
     pretrained: Annotated[bool, option(MODEL, "Start from timm's pretrained weights (downloaded once).")] = True,
     weights: Annotated[Path | None, option(MODEL, "Start from this .safetensors, .pth or .pt file, or a best.pt; no download.", show_default="none")] = None,
+    drop_path: Annotated[float, option(MODEL, "Drop path of the backbone: the rate of its last block, less towards the first.", min=0, max=1)] = 0.0,
     export_dtype: Annotated[Literal["fp32", "fp16"], option(MODEL, "Precision of the weights in best.pt; fp16 halves its size.")] = "fp32",
     max_mb: Annotated[float, option(MODEL, "Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0,
     loss: Annotated[Literal["ce", "focal", "asymmetric"], option(LOSS, "Cross-entropy, focal or asymmetric loss, summed over the labels.")] = "ce",
@@ -126,11 +135,18 @@ def train(
     asym_gamma_pos: Annotated[float, option(LOSS, "Focusing of asymmetric on the target class.", min=0)] = 1.0,
     asym_gamma_neg: Annotated[float, option(LOSS, "Focusing of asymmetric on the other classes.", min=0)] = 4.0,
     class_weights: Annotated[bool, option(LOSS, "Weight each class by 1 - its share of the training rows.", "--class-weights", show_default="off")] = False,
+    teacher: Annotated[Path | None, option(LOSS, "Learn from this best.pt too, of any backbone and size.", show_default="none")] = None,
+    distill_weight: Annotated[float, option(LOSS, "Share of the teacher in the loss; the labels have the rest.", min=0, max=1)] = 0.9,
+    distill_temperature: Annotated[float, option(LOSS, "Temperature at which teacher and student are compared.")] = 4.0,
     epochs: Annotated[int, option(OPTIMISATION, "Passes over the training rows.", min=1)] = 300,
     batch_size: Annotated[int, option(OPTIMISATION, "Images a step.", min=1)] = 256,
     grad_accum: Annotated[int, option(OPTIMISATION, "Pieces that a batch is split into: the same step in less memory.", min=1)] = 1,
     lr: Annotated[float, option(OPTIMISATION, "Learning rate of AdamW at each restart.")] = 5e-6,
-    weight_decay: Annotated[float, option(OPTIMISATION, "Weight decay of AdamW.", min=0)] = 0.01,
+    layer_decay: Annotated[float, option(OPTIMISATION, "Each layer's learning rate is this times that of the one above; the heads have --lr.", max=1)] = 1.0,
+    warmup_epochs: Annotated[float, option(OPTIMISATION, "The learning rate rises to the schedule's over this many epochs.", min=0)] = 0.0,
+    weight_decay: Annotated[float, option(OPTIMISATION, "Weight decay of AdamW, on every parameter.", min=0)] = 0.01,
+    clip_grad: Annotated[float, option(OPTIMISATION, "Largest norm of a step's gradient; 0: no limit.", min=0)] = 0.0,
+    ema: Annotated[float, option(OPTIMISATION, "Validate and keep weights averaged over the steps, with this decay; 0: off.", min=0, max=1)] = 0.0,
     t_0: Annotated[int, option(OPTIMISATION, "Epochs to the first restart of the cosine schedule.", "--t-0", min=1)] = 30,
     t_mult: Annotated[int, option(OPTIMISATION, "Each stretch between restarts is this many times the one before.", min=1)] = 2,
     eta_min: Annotated[float, option(OPTIMISATION, "Lowest learning rate.", min=0)] = 5e-8,
@@ -164,6 +180,8 @@ def train(
     preparation = [read_preparation(root) for root in roots][-1]
     train_split = join_splits([read_split(root, "train", subtask=flags.subtask) for root in roots])
     val_split = read_split(roots[-1], "val", train_split.classes, flags.subtask)
+    if flags.fit_all:
+        train_split = join_splits([train_split, *(read_split(root, "val", train_split.classes, flags.subtask) for root in roots[:-1]), val_split])
     view = choose_views(flags, train_split, val_split)
     check_cutmix(flags.cutmix, train_split.classes)
     say_what_is_idle(ctx, flags, train_split, view, cleaned=any(read_preparation(root) for root in roots))
@@ -179,6 +197,7 @@ def train(
     }  # fmt: skip
     megabytes = check_budget(best, flags)
     net.to(device)
+    teach = load_teacher(flags, train_split.classes, device) if flags.teacher else None
     criteria = make_criteria(flags, train_split, device)
     order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed, rank, world)
     check_smallest_batch(net, flags, order, size)
@@ -189,15 +208,20 @@ def train(
     photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, resize=flags.resize)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
     val_loader = make_loader(Photos(val_split.samples[share_of(len(val_split.samples), rank, world)], size, view), flags.batch_size, workers)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=flags.lr, weight_decay=flags.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(net, flags.layer_decay), lr=flags.lr, weight_decay=flags.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, flags.t_0, flags.t_mult, flags.eta_min)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "forward": net}
+    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "forward": net, "teach": teach}
+    if flags.ema:
+        parts["average"] = copy.deepcopy(net)
+    shown = parts.get("average", net)  # what is validated and saved
     if world > 1:
         parts["forward"] = DistributedDataParallel(net, [device] if device.type == "cuda" else None, find_unused_parameters=unused)
 
     # ------------------------------------------------ resume, or claim the run's folder
     fingerprint = {"train": train_split.fingerprint, "val": val_split.fingerprint}
+    if flags.teacher:
+        fingerprint["teacher"] = file_hash(flags.teacher)
     state = restore(run, config, saved, fingerprint, parts) if config else dict(START)
     if finished(state, flags):
         say(f"{run} is finished after {state['epoch']} epochs; nothing was changed")
@@ -207,13 +231,14 @@ def train(
         run.mkdir(parents=True)
     among = f", {world} processes" if world > 1 else ""
     say(f"{run}: {flags.model}, {size} px, best.pt {megabytes:.2f} MB, {device}{among}, {amp_dtype or torch.float32}")
-    say(f"{len(photos):,} training photos ({flags.train_view} with probability {flags.crop_prob:g}), {len(val_split.samples):,} validation photos ({view})")
+    held_out = "none held out" if flags.fit_all else f"{len(val_split.samples):,} validation photos ({view})"
+    say(f"{len(photos):,} training photos ({flags.train_view} with probability {flags.crop_prob:g}), {held_out}")
 
     def save_last() -> None:
         """Write all that it takes to go on from here."""
         state["seconds"], written["at"] = time.monotonic() - start, time.monotonic()
         if rank == 0:
-            whole = state | {"format": FORMAT, "settings": fixed_settings(flags)} | {part: parts[part].state_dict() for part in STATEFUL}
+            whole = state | {"format": FORMAT, "settings": fixed_settings(flags)} | {part: parts[part].state_dict() for part in STATEFUL if part in parts}
             save_checkpoint(whole, run / "last.pt")
 
     def after_step(images: int) -> None:
@@ -234,28 +259,31 @@ def train(
                 start = time.monotonic() - state["seconds"]
                 epoch = order.epoch = state["epoch"] + 1
                 order.done, begun = state["step"], time.monotonic()
-                row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+                row = {"epoch": epoch, "lr": learning_rate(schedule, flags.warmup_epochs, epoch)}
                 with progress(len(photos), f"epoch {epoch}/{flags.epochs}") as bar:
                     bar.advance(min(len(photos), order.done * flags.batch_size))
                     row["train_loss"] = train_one_epoch(parts, batches(train_loader), criteria, state, order, flags, amp_dtype, after_step)
                 rate = (len(photos) - order.done * flags.batch_size) / (time.monotonic() - begun)
-                with progress(len(val_split.samples), f"epoch {epoch}/{flags.epochs}, validation") as bar:
-                    val_batches = batches(val_loader) if world > 1 else signals.until_asked(batches(val_loader))
-                    logits, targets = evaluate(net, val_batches, amp_dtype, bar.advance)
-                row["val_loss"] = mean_loss(logits, targets, criteria)
-                scores = score(logits, targets)
+                if flags.fit_all:  # nothing to measure with: the columns stay, without numbers
+                    row["val_loss"], scores = math.nan, dict.fromkeys(best["scores"], math.nan)
+                else:
+                    with progress(len(val_split.samples), f"epoch {epoch}/{flags.epochs}, validation") as bar:
+                        val_batches = batches(val_loader) if world > 1 else signals.until_asked(batches(val_loader))
+                        logits, targets = evaluate(shown, val_batches, amp_dtype, bar.advance)
+                    row["val_loss"], scores = mean_loss(logits, targets, criteria), score(logits, targets)
                 row |= {f"val_{key}": value for key, value in scores.items()} | {"seconds": round(time.monotonic() - start, 2)}
                 row = from_first(row)
                 schedule.step()
                 state |= {"epoch": epoch, "step": 0, "totals": None, "metrics": [*state["metrics"], row]}
                 column, sign = MONITORS[flags.monitor]
-                if sign * row[column] > state["best_value"]:
+                if flags.fit_all or sign * row[column] > state["best_value"]:
                     state |= {"best_epoch": epoch, "best_value": sign * row[column]}
-                    best |= {"weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, "scores": scores}
-                    if flags.export_dtype != "fp32":
-                        best |= {"scores": scores_as_saved(net, best["weights"], batches(val_loader), amp_dtype), "scores_fp32": scores}
+                    best |= {"weights": exported_weights(shown, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, "scores": scores}
+                    if flags.export_dtype != "fp32" and not flags.fit_all:
+                        best |= {"scores": scores_as_saved(shown, best["weights"], batches(val_loader), amp_dtype), "scores_fp32": scores}
                     if rank == 0:
-                        write_predictions(run / "val_predictions.csv", val_split, logits)
+                        if not flags.fit_all:
+                            write_predictions(run / "val_predictions.csv", val_split, logits)
                         save_checkpoint(best, run / "best.pt")
                 if rank == 0:
                     write_csv(run / "metrics.csv", list(row), [list(past.values()) for past in state["metrics"]])
@@ -284,12 +312,15 @@ def train(
         say(f"stopped early: no better {flags.monitor} for {flags.patience} epochs")
     final = read_checkpoint(run / "best.pt")
     title = f"validation ({view}), best epoch {final['epoch']} of {state['epoch']}"
-    if flags.export_dtype != "fp32":
+    if "scores_fp32" in final:
         show_scores(f"{title}, in float32", final["scores_fp32"])
         title += f", as saved in {flags.export_dtype}"
-    show_scores(title, final["scores"])
+    if flags.fit_all:
+        say(f"nothing was held out, so there is no score: best.pt is of epoch {final['epoch']}, trained on the training and validation rows together")
+    else:
+        show_scores(title, final["scores"])
     say(f"best.pt: {(run / 'best.pt').stat().st_size / 1e6:.2f} MB" + (f" of at most {flags.max_mb:g} MB" if flags.max_mb else ""))
-    say(f"files: {run}/best.pt, last.pt, metrics.csv, val_predictions.csv, config.json")
+    say(f"files: {run}/best.pt, last.pt, metrics.csv, {'' if flags.fit_all else 'val_predictions.csv, '}config.json")
     say(f"next: python predict.py {run}/best.pt")
 
 
@@ -312,7 +343,9 @@ def train_one_epoch(
     head's loss is not finite. In several processes, each sees its share of every batch, and all take the same step.
     """
     net, optimizer, scaler, forward = parts["model"].train(), parts["optimizer"], parts["scaler"], parts["forward"].train()
-    device, epoch = net.mean.device, state["epoch"] + 1
+    device, epoch, steps = net.mean.device, state["epoch"] + 1, math.ceil(order.n / flags.batch_size)
+    if "average" in parts:
+        parts["average"].train()  # some backbones keep what they computed in eval mode
     if state["totals"] is None:
         state["totals"] = torch.zeros(2, len(criteria), device=device)
     recent: list[Tensor] = []  # losses of the steps since the last check: one wait for the device in 20 steps
@@ -332,30 +365,61 @@ def train_one_epoch(
             images = images.new_zeros(2, *images.shape[1:])
             targets = {label: target.new_zeros(2, *target.shape[1:]) for label, target in targets.items()}
         sums = torch.zeros(len(criteria), device=device)
+        n = min(flags.batch_size, order.n - (step - 1) * flags.batch_size)  # images of all processes
         pieces = torch.arange(len(images)).chunk(flags.grad_accum)
         for i, piece in enumerate(pieces, start=1):
             piece = slice(piece[0].item(), piece[-1].item() + 1)
             with forward.no_sync() if order.world > 1 and i < len(pieces) else nullcontext():
                 with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
                     logits = forward(images[piece])
-                piece_sums = torch.stack([criterion(logits[label], targets[label][piece], reduction="sum") for label, (criterion, _) in criteria.items()])
+                    taught = parts["teach"](images[piece]) if parts["teach"] else {}
+                piece_targets = {label: target[piece] for label, target in targets.items()}
+                piece_sums = sum_losses(logits, piece_targets, criteria, taught, divisors / n, flags)
                 if empty:
                     piece_sums = piece_sums * 0
                 # DistributedDataParallel takes the mean over the processes, of sums that are shares of the global mean
                 scaler.scale((piece_sums / divisors).sum() * order.world).backward()
             sums += piece_sums.detach()
+        done = epoch - 1 + step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate(parts["schedule"], flags.warmup_epochs, done)
+        if flags.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), flags.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if "average" in parts:
+            update_average(parts["average"], net, flags.ema, (epoch - 1) * steps + step)
         add_over_processes(sums)
         state["totals"] += torch.stack([sums, divisors])
         state["step"] = step
         recent.append(sums / divisors)
         if len(recent) == 20:
             check_finite(recent, criteria, epoch, step)
-        after_step(min(flags.batch_size, order.n - (step - 1) * flags.batch_size))
+        after_step(n)
     check_finite(recent, criteria, epoch, state["step"])
     return (state["totals"][0] / state["totals"][1]).sum().item()
+
+
+def learning_rate(schedule: torch.optim.lr_scheduler.LRScheduler, warmup_epochs: float, epochs: float) -> float:
+    """The heads' learning rate once `epochs` are done (a part of one counts): the schedule's, times a share that rises to 1 during the warm-up."""
+    rate = schedule.get_last_lr()[0]
+    return rate if epochs >= warmup_epochs else rate * epochs / warmup_epochs
+
+
+def sum_losses(
+    logits: dict[str, Tensor], targets: dict[str, Tensor], criteria: dict, taught: dict[str, Tensor], per_image: Tensor, flags: SimpleNamespace
+) -> Tensor:
+    """Each head's loss, summed over the images: (heads,). `taught`: the teacher's logits; `per_image`: (heads,), what the sums are divided by, an image."""
+    sums = []
+    for (label, (criterion, _)), weight in zip(criteria.items(), per_image):
+        hard = criterion(logits[label], targets[label], reduction="sum")
+        if label in taught:  # a mean over the images, whatever the classes weigh
+            soft = losses.distillation(logits[label], taught[label], flags.distill_temperature, reduction="sum") * weight
+            hard = (1 - flags.distill_weight) * hard + flags.distill_weight * soft
+        sums.append(hard)
+    return torch.stack(sums)
 
 
 def check_finite(recent: list[Tensor], criteria: dict, epoch: int, step: int) -> None:
@@ -405,8 +469,9 @@ def check_flags(flags: SimpleNamespace) -> tuple[torch.device, torch.dtype | Non
     for key, value in vars(flags).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise misuse("--" + key.replace("_", "-"), f"{value} is not a finite number")
-    if flags.lr <= 0:
-        raise misuse("--lr", f"{flags.lr} is not above 0")
+    for key in ("lr", "layer_decay", "distill_temperature"):
+        if getattr(flags, key) <= 0:
+            raise misuse("--" + key.replace("_", "-"), f"{getattr(flags, key)} is not above 0")
     if flags.eta_min > flags.lr:
         raise misuse("--eta-min", f"{flags.eta_min} is above --lr {flags.lr}")
     if flags.name is not None and (flags.name in ("", ".", "..") or "/" in flags.name or "\\" in flags.name or len(flags.name) > 100):
@@ -449,12 +514,19 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
         note(f"{unboxed:,} of {len(split.samples):,} training photos have no {flags.train_view} box: they are shown whole")
     if flags.t_0 > flags.epochs:
         note(f"--t-0 {flags.t_0} is longer than the run of {flags.epochs} epochs: the learning rate does not come down to --eta-min")
-    if flags.patience >= flags.epochs:
+    if flags.warmup_epochs > flags.epochs:
+        note(f"--warmup-epochs {flags.warmup_epochs:g} is longer than the run of {flags.epochs} epochs: the learning rate does not come up to --lr")
+    if flags.fit_all:
+        note(f"--fit-all: trains for all of the {flags.epochs} epochs, and best.pt is the last one's; --patience and --monitor do not act")
+    elif flags.patience >= flags.epochs:
         note(f"--patience {flags.patience} cannot act in {flags.epochs} epochs")
     users = {"label_smoothing": ("ce", "asymmetric"), "focal_gamma": ("focal",), "asym_gamma_pos": ("asymmetric",), "asym_gamma_neg": ("asymmetric",)}
     for key, used_by in users.items():
         if flags.loss not in used_by and given(ctx, key):
             note(f"--{key.replace('_', '-')} cannot act with --loss {flags.loss}")
+    for key in ("distill_weight", "distill_temperature"):
+        if not flags.teacher and given(ctx, key):
+            note(f"--{key.replace('_', '-')} cannot act without --teacher")
     if flags.weights and given(ctx, "pretrained") and flags.pretrained:
         note("--pretrained cannot act beside --weights")
     if flags.subtask == 2 and (flags.pretrained or flags.weights or cleaned):
@@ -468,12 +540,35 @@ def given(ctx: typer.Context, key: str) -> bool:
 def make_model(flags: SimpleNamespace, classes: dict[str, int], fresh: bool) -> tuple[torch.nn.Module, int]:
     """The model and its image size; if `fresh` with its first weights, else they will be last.pt's. Says which tensors of --weights did not match."""
     try:
-        net, size = build_model(flags.model, classes, flags.image_size, fresh and flags.pretrained and not flags.weights)
+        net, size = build_model(flags.model, classes, flags.image_size, fresh and flags.pretrained and not flags.weights, drop_path=flags.drop_path)
     except ValueError as error:
         raise misuse("--image-size" if flags.image_size and " px" in str(error) else "--model", error) from None
+    if flags.drop_path and not any(isinstance(module, DropPath) for module in net.modules()):
+        raise misuse("--drop-path", f"{flags.model} has no drop path")
     for line in load_weights(net, flags.weights, flags.model) if fresh and flags.weights else ():
         note(line)
     return net, size
+
+
+def load_teacher(flags: SimpleNamespace, classes: dict[str, int], device: torch.device) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A function from the student's own pixels to the teacher's logits, without gradient. Raises BadParameter where its labels are not the student's."""
+    if flags.resume and flags.teacher.resolve().parent == flags.resume.resolve():
+        raise misuse("--teacher", f"{flags.teacher} is of the run that it would teach")
+    teacher, saved = load_model(flags.teacher)
+    there, size = saved["classes"], saved["image_size"]
+    if differ := [label for label in {**classes, **there} if classes.get(label) != there.get(label)]:
+        each = ", ".join(f"{label} has {there.get(label, 'no')} classes there and {classes.get(label, 'none')} here" for label in differ)
+        raise misuse("--teacher", f"{flags.teacher} was trained on other labels: {each}")
+    teacher.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def teach(images: Tensor) -> dict[str, Tensor]:
+        if images.shape[-1] != size:
+            images = resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        outputs = teacher(images)
+        return {label: outputs[label] for label in classes}
+
+    return teach
 
 
 def evaluate(
@@ -640,7 +735,7 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
         raise ValueError(f"{path} was changed since {flags.resume / 'last.pt'} was written; put the old settings back, or start a new run")
     for key, value in settings.items():
         if not given(ctx, key):
-            setattr(flags, key, Path(value) if key == "weights" and value else value)
+            setattr(flags, key, Path(value) if key in ("weights", "teacher") and value else value)
         elif key not in CHANGEABLE_ON_RESUME and str(getattr(flags, key)) != str(value):
             may = ", ".join(sorted(CHANGEABLE_ON_RESUME - {"resume"}))
             raise misuse("--" + key.replace("_", "-"), f"the run was started with {value}; only {may} may change")
@@ -652,12 +747,13 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
 def restore(run: Path, config: dict, saved: dict | None, fingerprint: dict[str, str], parts: dict) -> dict:
     """Load model, optimiser, schedule and scaler from last.pt; returns the loop's state. Raises ValueError where data or files do not fit."""
     if config.get("data") != fingerprint:
-        raise ValueError(f"the data are not those that {run} was started with (rows, labels or image files changed); start a new run")
+        what, of = ("the data or the teacher", ", or its file") if "teacher" in fingerprint else ("the data", "")
+        raise ValueError(f"{what} are not those that {run} was started with (rows, labels or image files{of} changed); start a new run")
     if saved is None:
         note(f"{run} was stopped before its first state was saved: it starts again")
         return dict(START)
     try:
-        for part in STATEFUL:
+        for part in parts.keys() & STATEFUL:
             parts[part].load_state_dict(saved[part])
         state = {key: saved[key] for key in START}
         if state["totals"] is not None:
@@ -696,6 +792,11 @@ def write_config(
         f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def git_commit() -> str | None:
     """The commit of these scripts, with "+changes" where files differ from it; None outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -717,6 +818,8 @@ def write_predictions(path: Path, split: Split, logits: dict[str, Tensor]) -> No
 
 
 def epoch_line(row: dict, epochs: int, images_per_second: float, best: bool) -> str:
+    if math.isnan(row["val_loss"]):
+        return f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  {images_per_second:.0f} images/s  {row['seconds']:.0f} s"
     labels = [key.removeprefix("val_top1_") for key in row if key.startswith("val_top1_") and key != "val_top1_mean"]
     each = ", ".join(f"{label} {row[f'val_top1_{label}']:.3f}" for label in labels)
     accuracy = f"top1 {row['val_top1_mean']:.4f} ({each})  acsa {row['val_acsa_mean']:.4f}"
