@@ -241,6 +241,7 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
         (["repeat", "--clean-data", "nowhere"], ["--clean-data", "nowhere does not exist"]),
         (["repeat", "--seeds", "0"], ["--seeds"]),
         (["repeat", "--", "--seed", "5"], ["--seeds before the --"]),
+        (["repeat", "--", "--fit-all"], ["nothing to compare"]),
         (["repeat", "--", "--data", "demo"], ["--data before the --"]),
         (["repeat", "--", "lr", "5"], ["lr is no flag"]),
         (["--", "--lr", "5"], ["rows to run"]),
