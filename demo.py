@@ -1,6 +1,7 @@
 """Draw the built-in demo set: photos of made-up garments in the organisers' layout and file names.
 
     python demo.py OUT --train 2400 --val 400 --test 400 --seed 0
+    python demo.py OUT --hard                                       # smaller garments among others, in more clutter
 
 writes `OUT/Fashion-How24_sub1_{train,val,test}.csv` and the photos under `OUT/{train,val,test}/`; about 3,200 photos in
 7 s on two cores. The test CSV has labels but no boxes. `--data demo` draws the same set into the user's cache folder.
@@ -10,6 +11,10 @@ Daily is the garment's silhouette, Gender the pattern of its cloth, Embellishmen
 (none, one, many). Colours, sizes, places and scenes say nothing about them. Two thirds of the photos come in pairs
 that show one garment. Photo `i` of a split depends on (seed, split, i) alone; the bytes of a seed never change under
 one Pillow release.
+
+With `--hard` the garment takes 15 to 60 % of the photo's height, amid twice the clutter and two to four other garments.
+The one that the box and the labels mean is in focus, whole and in front; the others are out of focus as the scene is,
+paler, hidden in part by furniture or cut off by the photo's edge, at times larger.
 """
 
 import colorsys
@@ -27,11 +32,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import PIL
 import typer
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from cli import misuse, progress as progress_bar, run_app, say
 
@@ -61,7 +66,7 @@ SILHOUETTES = (
     (((0.56, -1.00), (0.66, -0.55), (1.00, 1.00), (0.46, 1.00), (0.00, -0.20)), 0.65),  # sportswear: trousers
 )
 SHORT_SIDE, LONG_SIDE, LANDSCAPE = (270, 320), (360, 430), 0.3  # pixels, pixels, share of the photos
-GARMENT_HEIGHT, MAX_GARMENT_WIDTH = (0.48, 0.75), 0.8  # of the photo's height and width
+MAX_GARMENT_WIDTH = 0.8  # of the photo's width
 MARGIN = 6  # pixels between a garment and the photo's edge, at least
 MAX_ANGLE = 12  # degrees
 FOLDS = (4, 5)  # spots of light and shade across a garment
@@ -77,12 +82,26 @@ ORNAMENT_RADII = (0.07, 0.125)
 SUPERSAMPLING = 2  # garments are drawn this much larger, then averaged
 GRAIN = 0.05
 SCENE_SHRINK = 3  # scenes are drawn this much smaller, then enlarged: out of focus, and quick
+OTHER_HEIGHT, OTHER_BLUR, OTHER_PALENESS = (0.12, 0.40), (0.8, 1.4), (0.25, 0.5)  # other garments: of the photo's height, scene pixels, share of haze
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
 Progress = Callable[[int], object] | None
 Box = tuple[int, int, int, int]
 Row = tuple[str, Box, tuple[int, ...]]  # file name, box, labels
+
+
+class Kind(NamedTuple):
+    """What makes a set plain or hard."""
+
+    seeds: str  # before the text of each seed
+    height: tuple[float, float]  # the garment's, of the photo's
+    objects: tuple[int, int]  # pieces of furniture and the like in a scene
+    others: tuple[int, int] | None  # garments beside the one that is meant
+
+
+PLAIN_SET = Kind("", (0.48, 0.75), (5, 9), None)
+HARD_SET = Kind("hard ", (0.15, 0.60), (10, 18), (2, 4))
 
 
 @dataclass
@@ -104,7 +123,14 @@ class Garment:
 
 
 def draw(
-    out: Path, train: int = TRAIN, val: int = VAL, test: int = TEST, seed: int = 0, processes: int | None = None, progress: Progress = None
+    out: Path,
+    train: int = TRAIN,
+    val: int = VAL,
+    test: int = TEST,
+    seed: int = 0,
+    processes: int | None = None,
+    progress: Progress = None,
+    kind: Kind = PLAIN_SET,
 ) -> None:
     """Draw the three splits into the folder `out`, which may exist only if it is empty. All or nothing.
 
@@ -118,7 +144,7 @@ def draw(
     unfinished.mkdir(parents=True)
     try:
         for split, photos in zip(SPLITS, (train, val, test), strict=True):
-            draw_split(unfinished, split, photos, seed, processes, progress)
+            draw_split(unfinished, split, photos, seed, processes, progress, kind)
         os.rename(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -138,7 +164,7 @@ def cached() -> Path:
     return out
 
 
-def draw_split(folder: Path, split: str, photos: int, seed: int, processes: int | None, progress: Progress) -> None:
+def draw_split(folder: Path, split: str, photos: int, seed: int, processes: int | None, progress: Progress, kind: Kind) -> None:
     (folder / split).mkdir()
     for name in FOLDERS:
         (folder / split / name.split("/")[0]).mkdir()
@@ -146,7 +172,7 @@ def draw_split(folder: Path, split: str, photos: int, seed: int, processes: int 
     with (folder / f"Fashion-How24_sub1_{split}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        for name, box, labels in drawn(partial(draw_photo, folder / split, seed, split), photos, processes):
+        for name, box, labels in drawn(partial(draw_photo, folder / split, seed, split, kind), photos, processes):
             writer.writerow([name, *(() if split == "test" else box), *labels])
             if progress:
                 progress(1)
@@ -179,24 +205,24 @@ def start_helper() -> None:
 # ---------------------------------------------------------------------------------------------------------- garments
 
 
-def draw_photo(folder: Path, seed: int, split: str, index: int) -> Row:
+def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> Row:
     """Draw and save one photo. The right and lower ends of the box are exclusive, as in slices."""
     group, place = divmod(index, 3)  # of three photos the first two show one garment
-    garment = make_garment(seed, split, 2 * group + place // 2)
-    rng = random.Random(f"photo {seed} {split} {index}")
-    kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
-    photo, box, cutout = paint_photo(rng, garment)
-    if "grey" in kind:
+    number = 2 * group + place // 2
+    garment = make_garment(random.Random(f"{kind.seeds}garment {seed} {split} {number}"), len(SPLITS) * number + SPLITS.index(split) + 1)
+    rng = random.Random(f"{kind.seeds}photo {seed} {split} {index}")
+    file_kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
+    photo, box, cutout = paint_photo(rng, garment, kind)
+    if "grey" in file_kind:
         photo = photo.convert("L")
-    if "rgba" in kind:
+    if "rgba" in file_kind:
         photo.putalpha(cutout)
-    name = f"{garment.name}-{place % 2 + 1}.{kind.split()[-1]}"
-    photo.save(folder / name, **SAVING[kind.split()[-1]])
+    name = f"{garment.name}-{place % 2 + 1}.{file_kind.split()[-1]}"
+    photo.save(folder / name, **SAVING[file_kind.split()[-1]])
     return name, box, garment.labels
 
 
-def make_garment(seed: int, split: str, index: int) -> Garment:
-    rng = random.Random(f"garment {seed} {split} {index}")
+def make_garment(rng: random.Random, number: int) -> Garment:
     labels = tuple(rng.choices(range(len(shares)), shares)[0] for shares in LABEL_SHARES.values())
     daily, _, embellishment = labels
     dark = rng.random() < 0.5
@@ -207,7 +233,7 @@ def make_garment(seed: int, split: str, index: int) -> Garment:
     ornament_colours = [make_colour(rng, rng.uniform(*luma), 1.0) for luma in ORNAMENT_LUMAS]
     rng.shuffle(ornament_colours)
     return Garment(
-        name=rng.choice(FOLDERS).format(len(SPLITS) * index + SPLITS.index(split) + 1),
+        name=rng.choice(FOLDERS).format(number),
         labels=labels,
         outline=outline,
         cloth=make_colour(rng, cloth_luma, 0.8),
@@ -276,12 +302,45 @@ def inside(point: Point, outline: list[Point]) -> bool:
 # ------------------------------------------------------------------------------------------------------------ photos
 
 
-def paint_photo(rng: random.Random, garment: Garment) -> tuple[Image.Image, Box, Image.Image]:
+def paint_photo(rng: random.Random, garment: Garment, kind: Kind) -> tuple[Image.Image, Box, Image.Image]:
     """The photo, the garment's box in it, and the cut-out (L) that transparent photos use."""
     size = [rng.randint(*SHORT_SIDE), rng.randint(*LONG_SIDE)]
     if rng.random() < LANDSCAPE:
         size.reverse()
     width, height = size
+    pose = make_pose(rng, garment)
+    scale = min(rng.uniform(*kind.height) * height / pose.height, MAX_GARMENT_WIDTH * width / pose.width)
+    garment_width, garment_height = math.ceil(scale * pose.width), math.ceil(scale * pose.height)
+    left, top = rng.randint(MARGIN, width - MARGIN - garment_width), rng.randint(MARGIN, height - MARGIN - garment_height)
+    photo = paint_scene(rng, (width, height), garment.cloth_luma, [pose.place(point, scale, left, top) for point in garment.outline], kind)
+
+    cloth, shape, outline = paint_garment(rng, garment, pose, scale, left, top)
+    mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
+    photo.paste(cloth, corner, mask)
+    box = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
+
+    cutout = Image.new("L", (width, height))
+    ImageDraw.Draw(shape).line([*outline, outline[0]], fill=255, width=rng.choice(CUTOUT_RIMS), joint="curve")
+    cutout.paste(shape.reduce(SUPERSAMPLING), corner)
+    return photo, (box[0] + corner[0], box[1] + corner[1], box[2] + corner[0], box[3] + corner[1]), cutout
+
+
+class Pose(NamedTuple):
+    """How a garment hangs: turned, its points lie from `left` and `top` on."""
+
+    turn: Callable[[Point], Point]
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def place(self, point: Point, scale: float, left: int, top: int) -> Point:
+        """Where a point of the garment lies in the photo, in pixels."""
+        x, y = self.turn(point)
+        return left + (x - self.left) * scale, top + (y - self.top) * scale
+
+
+def make_pose(rng: random.Random, garment: Garment) -> Pose:
     angle, shear, stretch = math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE)), rng.uniform(-0.08, 0.08), rng.uniform(0.92, 1.08)
 
     def turn(point: Point) -> Point:
@@ -289,37 +348,25 @@ def paint_photo(rng: random.Random, garment: Garment) -> tuple[Image.Image, Box,
         return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
     xs, ys = zip(*map(turn, garment.outline), strict=True)
-    scale = min(rng.uniform(*GARMENT_HEIGHT) * height / (max(ys) - min(ys)), MAX_GARMENT_WIDTH * width / (max(xs) - min(xs)))
-    garment_width, garment_height = math.ceil(scale * (max(xs) - min(xs))), math.ceil(scale * (max(ys) - min(ys)))
-    left, top = rng.randint(MARGIN, width - MARGIN - garment_width), rng.randint(MARGIN, height - MARGIN - garment_height)
+    return Pose(turn, min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
 
-    def place(point: Point) -> Point:  # in pixels of the photo
-        x, y = turn(point)
-        return left + (x - min_x) * scale, top + (y - min_y) * scale
 
-    min_x, min_y = min(xs), min(ys)
-    photo = paint_scene(rng, (width, height), garment.cloth_luma, [place(point) for point in garment.outline])
-
-    corner = (left - MARGIN, top - MARGIN)
-    canvas = ((garment_width + 2 * MARGIN) * SUPERSAMPLING, (garment_height + 2 * MARGIN) * SUPERSAMPLING)
+def paint_garment(
+    rng: random.Random, garment: Garment, pose: Pose, scale: float, left: int = 0, top: int = 0
+) -> tuple[Image.Image, Image.Image, list[Point]]:
+    """Its cloth in light and shade, MARGIN wider than it on all sides; its shape (L) and outline on the SUPERSAMPLING times larger canvas."""
+    canvas = tuple((math.ceil(scale * side) + 2 * MARGIN) * SUPERSAMPLING for side in (pose.width, pose.height))
 
     def on_canvas(point: Point) -> Point:
-        x, y = place(point)
-        return (x - corner[0]) * SUPERSAMPLING, (y - corner[1]) * SUPERSAMPLING
+        x, y = pose.place(point, scale, left, top)
+        return (x - (left - MARGIN)) * SUPERSAMPLING, (y - (top - MARGIN)) * SUPERSAMPLING
 
     outline = [on_canvas(point) for point in garment.outline]
     shape = Image.new("L", canvas)
     ImageDraw.Draw(shape).polygon(outline, fill=255)
-    mask = shape.reduce(SUPERSAMPLING)
     cloth = paint_cloth(garment, canvas, on_canvas, scale * SUPERSAMPLING).reduce(SUPERSAMPLING)
     folds = Image.frombytes("L", FOLDS, bytes(rng.randint(170, 255) for _ in range(math.prod(FOLDS))))
-    photo.paste(ImageChops.multiply(cloth, grey(folds.resize(cloth.size, Image.Resampling.BICUBIC))), corner, mask)
-    box = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
-
-    cutout = Image.new("L", (width, height))
-    ImageDraw.Draw(shape).line([*outline, outline[0]], fill=255, width=rng.choice(CUTOUT_RIMS), joint="curve")
-    cutout.paste(shape.reduce(SUPERSAMPLING), corner)
-    return photo, (box[0] + corner[0], box[1] + corner[1], box[2] + corner[0], box[3] + corner[1]), cutout
+    return ImageChops.multiply(cloth, grey(folds.resize(cloth.size, Image.Resampling.BICUBIC))), shape, outline
 
 
 def grey(image: Image.Image) -> Image.Image:
@@ -364,7 +411,7 @@ def star(points: int, dent: float) -> list[Point]:
 ORNAMENTS = (star(8, 0.93), star(5, 0.5), star(6, 0.6), star(4, 0.75))
 
 
-def paint_scene(rng: random.Random, size: tuple[int, int], cloth_luma: float, shadow: list[Point]) -> Image.Image:
+def paint_scene(rng: random.Random, size: tuple[int, int], cloth_luma: float, shadow: list[Point], kind: Kind) -> Image.Image:
     """A room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow in it."""
     width, height = small = (size[0] // SCENE_SHRINK, size[1] // SCENE_SHRINK)
     luma = rng.uniform(*(LIGHT_SCENE if cloth_luma < 128 else DARK_SCENE))
@@ -377,7 +424,11 @@ def paint_scene(rng: random.Random, size: tuple[int, int], cloth_luma: float, sh
     pen = ImageDraw.Draw(scene)
     floor = rng.uniform(0.55, 0.9) * height
     pen.polygon([(0, floor), (width, floor + rng.uniform(-8, 8)), (width, height), (0, height)], tint(30))
-    for _ in range(rng.randint(5, 9)):
+    objects = rng.randint(*kind.objects)
+    others = rng.sample(range(objects), rng.randint(*kind.others)) if kind.others else ()
+    for i in range(objects):
+        if i in others:
+            paint_other(rng, scene, tint(20))
         paint_object(rng, pen, rng.uniform(-0.1, 1) * width, rng.uniform(-0.1, 1) * height, rng.uniform(0.1, 0.35) * width, tint)
     scene = Image.blend(scene, grey(Image.frombytes("L", small, rng.randbytes(width * height))), GRAIN)
     shade = Image.new("L", small)
@@ -385,6 +436,17 @@ def paint_scene(rng: random.Random, size: tuple[int, int], cloth_luma: float, sh
     ImageDraw.Draw(shade).polygon([(x / SCENE_SHRINK + dx, y / SCENE_SHRINK + dy) for x, y in shadow], fill=90)
     scene.paste((0, 0, 0), mask=shade)
     return scene.resize(size, Image.Resampling.BICUBIC)
+
+
+def paint_other(rng: random.Random, scene: Image.Image, haze: Colour) -> None:
+    """A garment that is not meant: out of focus and pale, at times cut off by the photo's edge; what is painted later may hide part of it."""
+    garment = make_garment(rng, 0)
+    pose = make_pose(rng, garment)
+    cloth, shape, _ = paint_garment(rng, garment, pose, rng.uniform(*OTHER_HEIGHT) * scene.height / pose.height)
+    blur = ImageFilter.GaussianBlur(rng.uniform(*OTHER_BLUR))
+    cloth = Image.blend(cloth.filter(blur), Image.new("RGB", cloth.size, haze), rng.uniform(*OTHER_PALENESS))
+    corner = [round(rng.uniform(-0.4 * own, side - 0.6 * own)) for own, side in zip(cloth.size, scene.size, strict=True)]
+    scene.paste(cloth, corner, shape.reduce(SUPERSAMPLING).filter(blur))
 
 
 def paint_object(rng: random.Random, pen: ImageDraw.ImageDraw, x: float, y: float, side: float, tint: Callable[[float], Colour]) -> None:
@@ -422,6 +484,7 @@ def main(
     val: Annotated[int, typer.Option(help="validation photos")] = VAL,
     test: Annotated[int, typer.Option(help="test photos")] = TEST,
     seed: Annotated[int, typer.Option(help="another seed, other garments")] = 0,
+    hard: Annotated[bool, typer.Option("--hard", help="smaller garments, among others that are not meant, in more clutter")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Draw a demo set in the organisers' layout."""
@@ -430,7 +493,7 @@ def main(
             raise misuse(flag, f"{photos} photos cannot be drawn")
     try:
         with progress_bar(train + val + test, "drawing", "photos") as bar:
-            draw(out, train, val, test, seed, progress=bar.advance)
+            draw(out, train, val, test, seed, progress=bar.advance, kind=HARD_SET if hard else PLAIN_SET)
     except FileExistsError as error:
         raise misuse("OUT", error) from None
     say(f"{train + val + test:,} photos in {out}")
