@@ -181,6 +181,12 @@ def show_scores(title: str, scores: dict[str, float]) -> None:
     show_table(title, ["label", "Top-1", "ACSA"], [[label, f"{scores[f'top1_{label}']:.4f}", f"{scores[f'acsa_{label}']:.4f}"] for label in labels])
 
 
+def say_boxes(scores: dict[str, float]) -> None:
+    """How well the boxes found fit the given ones (keys `iou`, `iou_over_0.5`, `iou_over_0.8`); nothing where none are given."""
+    if "iou" in scores:
+        say(f"boxes found: mean IoU {scores['iou']:.3f}, {scores['iou_over_0.5']:.1%} above 0.5, {scores['iou_over_0.8']:.1%} above 0.8")
+
+
 @contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a file that appears under its name only when it is complete: a temporary file in the same folder, fsync, rename.

@@ -46,6 +46,7 @@ BOX_COLUMNS = {  # the views that are boxes: the organisers', and the foreground
     "bbox": ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax"),
     "mask": ("Mask_xmin", "Mask_ymin", "Mask_xmax", "Mask_ymax"),
 }
+BOX = "(box)"  # where the garment is, beside the labels: a box head's output, and what it should be
 MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
@@ -71,13 +72,17 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row of a split: an image, the boxes known for it ((xmin, ymin, xmax, ymax) in pixels of the upright photo), its labels."""
+    """One row of a split: an image, the boxes known for it ((xmin, ymin, xmax, ymax) in pixels of the upright photo), its labels.
+
+    `size`: width and height of the upright photo, once its header was read.
+    """
 
     name: str
     path: str
     where: str
     boxes: dict[str, Box]
     labels: dict[str, int]
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -377,7 +382,7 @@ def check_header(sample: Sample) -> Sample | ValueError:
         boxes = {view: clip_box(box, width, height) for view, box in sample.boxes.items()}
     except ValueError as error:
         return ValueError(f"{sample.where}: {error}")
-    return sample if boxes == sample.boxes else replace(sample, boxes=boxes)
+    return replace(sample, boxes=boxes, size=(width, height))
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
@@ -441,6 +446,18 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
             raise
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
+
+
+def crop_box(crop: Sequence[float], size: tuple[int, int]) -> Box:
+    """The box nearest to `crop`, xmin, ymin, xmax, ymax in 0..1, in pixels of a photo of this width and height; one pixel at least."""
+    left, top = (min(round(at * side), side - 1) for at, side in zip(crop[:2], size))
+    right, bottom = (max(round(at * side), start + 1) for at, side, start in zip(crop[2:], size, (left, top)))
+    return left, top, right, bottom
+
+
+def relative_boxes(samples: Sequence[Sample], view: str) -> Tensor:
+    """The boxes of a view, float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of each photo; NaN where there is none."""
+    return torch.tensor([[at / side for at, side in zip(s.boxes[view], s.size * 2)] if view in s.boxes else [math.nan] * 4 for s in samples])
 
 
 def to_pixels(photo: Image.Image, box: Box | None, size: int) -> Tensor:
@@ -743,14 +760,26 @@ def as_it_is(sample: Sample) -> tuple[Image.Image, dict[str, Box]]:
     return load_photo(sample.path), sample.boxes
 
 
+def jittered(box: Box, share: float, size: tuple[int, int]) -> Box:
+    """The box with each side off by a normal error of `share` of its width or height, within a photo of this size; from torch's generator."""
+    errors = (share * torch.randn(4)).clamp(-0.4, 0.4).tolist()  # so that something is left of it
+    sides = (box[2] - box[0], box[3] - box[1]) * 2
+    moved = [(side + error * length) / whole for side, error, length, whole in zip(box, errors, sides, size * 2)]
+    return crop_box([min(max(at, 0), 1) for at in moved], size)
+
+
 class Photos(Dataset):
     """The samples of a split as uint8 tensors (3, size, size) with their labels.
 
     An item is asked for by its index (its view is `view`, squashed to size, nothing is augmented), or in training by (epoch, index): then
     the view is `view` with probability `crop_prob`, else the full photo; it is resized as `resize` says ("squash", or
     "random-resized-crop": a random part of 8 to 100 % of the view, of a side ratio between 3/4 and 4/3) and goes through `augment`.
-    All of that depends on (seed, epoch, index) alone. `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at
-    prediction). A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
+    All of that depends on (seed, epoch, index) alone. With `box_head` the labels of a training item have BOX beside them: the box of `view` in
+    a whole photo, float32 (4,), xmin, ymin, xmax, ymax in 0..1 of the augmented image, NaN where it is not to be learned: in a photo that is
+    cut to it. With `box_jitter` the sides of these cuts are off by a normal error, in shares of the box's sides.
+
+    `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at prediction). `crops` (N, 4), in 0..1 of each photo, is what is
+    seen instead of a view. A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
     """
 
     def __init__(
@@ -763,14 +792,18 @@ class Photos(Dataset):
         seed: int = 0,
         prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] = as_it_is,
         resize: str = "squash",
+        box_head: bool = False,
+        box_jitter: float = 0.0,
+        crops: Tensor | None = None,
     ):
         self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = samples, size, view, crop_prob, augment, seed, prepare
+        self.box_head, self.box_jitter, self.crops = box_head, box_jitter, crops
         self.random_crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC) if resize == "random-resized-crop" else None
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, int]] | ValueError:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, int | Tensor]] | ValueError:
         if not isinstance(key, tuple):
             return self._item(key, crop=True)
         epoch, index = key
@@ -779,17 +812,35 @@ class Photos(Dataset):
             # not torch.manual_seed: without CUDA it keeps a note of each call, for a GPU that never comes
             torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
             torch.set_num_threads(1)  # as in a worker process: more might add floats in another order
-            item = self._item(index, crop=torch.rand(()).item() < self.crop_prob, random_crop=self.random_crop)
-            return item if isinstance(item, ValueError) else (self.augment(item[0]), item[1])
+            crop = torch.rand(()).item() < self.crop_prob
+            item = self._item(index, crop, self.random_crop, self.box_jitter)
+            if isinstance(item, ValueError):
+                return item
+            image, labels = item
+            if not self.box_head:
+                return self.augment(image), labels
+            image, (box,) = self.augment(image, self._box_to_find(index, crop))
+            return image, labels | {BOX: torch.where((box[2:] - box[:2]).amin() > 0, box / self.size, math.nan)}
         finally:
             torch.set_rng_state(state)
             torch.set_num_threads(threads)
 
-    def _item(self, index: int, crop: bool, random_crop: Callable | None = None) -> tuple[Tensor, dict[str, int]] | ValueError:
+    def _box_to_find(self, index: int, crop: bool) -> tv_tensors.BoundingBoxes:
+        """The box of `view` in a whole photo that is squashed to size, (1, 4); of one that is cut to it or has none, an empty box."""
+        box = torch.zeros(1, 4) if crop else relative_boxes([self.samples[index]], self.view).nan_to_num() * self.size
+        return tv_tensors.BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
+
+    def _item(
+        self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0
+    ) -> tuple[Tensor, dict[str, int]] | ValueError:
         sample = self.samples[index]
         try:
             photo, boxes = self.prepare(sample)
             box = boxes.get(self.view) if crop else None
+            if self.crops is not None:
+                box = crop_box(self.crops[index].tolist(), photo.size)
+            elif jitter and box is not None:
+                box = jittered(box, jitter, photo.size)
             if random_crop:
                 photo, box = random_crop(photo if box is None else photo.crop(box)), None
             return to_pixels(photo, box, self.size), sample.labels
@@ -829,7 +880,8 @@ def _collate(photos: Photos, items: list) -> tuple[Tensor, dict[str, Tensor]] | 
     if bad := [item for item in items if isinstance(item, ValueError)]:
         return ValueError("\n".join(map(str, bad)))
     if not items:
-        return torch.zeros(0, 3, photos.size, photos.size, dtype=torch.uint8), {label: torch.zeros(0, dtype=torch.int64) for label in photos.samples[0].labels}
+        none = {label: torch.zeros(0, dtype=torch.int64) for label in photos.samples[0].labels} | ({BOX: torch.zeros(0, 4)} if photos.box_head else {})
+        return torch.zeros(0, 3, photos.size, photos.size, dtype=torch.uint8), none
     return torch.utils.data.default_collate(items)
 
 

@@ -1,6 +1,6 @@
-"""The losses of one head: cross-entropy with smoothing, focal, asymmetric (single-label form), and that of learning from a teacher.
+"""The losses of one head: cross-entropy with smoothing, focal, asymmetric (single-label form), learning from a teacher; and that of a box.
 
-All but the last take `logits` (N, C) and `targets`, either class indices (N,) or class probabilities (N, C). The loss under probabilities
+The first three take `logits` (N, C) and `targets`, either class indices (N,) or class probabilities (N, C). The loss under probabilities
 is the expected loss under indices (sum over c of t_c times the loss of class c), so an index and its one-hot form agree and
 mixed images need no second definition. Half-precision logits are raised to float32, float64 stays float64.
 
@@ -12,6 +12,7 @@ losses (`reduction="sum"`) and divides by the total weight of the whole batch.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss
 
 
 def _prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +43,12 @@ def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduc
 
 
 def total_weight(targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """The divisor of a weighted mean, a scalar: the sum of the weights of the targets (indices (N,) or probabilities (N, C)); N without weights."""
+    """The divisor of a weighted mean, a scalar: the sum of the weights of the targets (indices (N,) or probabilities (N, C)).
+
+    Without weights their number, rows of NaN (no box) aside.
+    """
     if class_weights is None:
-        return torch.tensor(float(len(targets)), device=targets.device)
+        return targets.reshape(len(targets), -1).isfinite().all(-1).sum().float() if len(targets) else torch.zeros((), device=targets.device)
     return class_weights[targets].sum() if targets.ndim == 1 else (targets * class_weights).sum()
 
 
@@ -101,3 +105,14 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.
 def _power_of_one_minus_p(log_p: Tensor, gamma: float) -> Tensor:
     """(1 - p)^gamma from log p. 1 - p is kept above zero, where the derivative of a power below one has no value."""
     return (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny).pow(gamma)
+
+
+def box(boxes: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """5 L1 + 2 (1 - GIoU), the loss of boxes in Carion et al. 2020 (DETR, section 3.1 and A.3).
+
+    `boxes`, `targets`: float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of the image; a row of NaN in `targets` has no box and counts nothing.
+    """
+    known = targets.isfinite().all(-1, keepdim=True)
+    goals = torch.where(known, targets, boxes.detach())  # no box: nothing to learn, and no NaN in the gradient either
+    losses = 5 * (boxes - goals).abs().sum(-1) + 2 * generalized_box_iou_loss(boxes, goals)
+    return _reduce(losses * known[:, 0], targets, None, reduction)

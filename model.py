@@ -1,9 +1,10 @@
-"""A timm backbone with one linear head per label; the size budget; saving, loading and evaluating. Prints nothing."""
+"""A timm backbone with one linear head per label, and one that finds the garment; the size budget; saving, loading and evaluating. Prints nothing."""
 
 import copy
 import difflib
 import io
 import logging
+import math
 import os
 import socket
 import sys
@@ -17,34 +18,94 @@ import huggingface_hub
 import timm
 import timm.optim
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cli import whole_file
+from data import BOX
 
 FORMAT = "fashion-attributes 1"
 MAX_IMAGE_SIZE = 4096
+POSITIONS = 40  # along each side of the image, among which the box head places the sides of the box
+BOX_WIDTH = 64  # channels of the box head
 
 
 class FashionModel(nn.Module):
     """`backbone` maps (N, 3, H, W) to pooled features (N, width); a linear head a label maps these to its logits.
 
     Takes uint8 images, as data.py gives them, and normalises them itself with the backbone's own mean and std: whoever
-    holds the model cannot normalise wrongly.
+    holds the model cannot normalise wrongly. `levels`: which of the backbone's feature maps a box head sees; none: there is no such head.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, classes: dict[str, int], mean: Iterable[float], std: Iterable[float]):
+    def __init__(
+        self, backbone: nn.Module, width: int, classes: dict[str, int], mean: Iterable[float], std: Iterable[float], levels: dict[int, int] | None = None
+    ):
         super().__init__()
         self.backbone, self.classes = backbone, dict(classes)
         self.heads = nn.ModuleList(nn.Linear(width, n) for n in classes.values())  # a list: a label may have any name
         self.register_buffer("mean", torch.tensor([*mean]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([*std]).view(3, 1, 1), persistent=False)
+        self.levels = list(levels or ())
+        self.box_head = BoxHead(levels.values()) if levels else None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}."""
-        features = self.backbone((images.float() / 255 - self.mean) / self.std)
-        return {label: head(features) for label, head in zip(self.classes, self.heads)}
+        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head {BOX: logits (N, 4, POSITIONS)}."""
+        images = (images.float() / 255 - self.mean) / self.std
+        if self.box_head is None:
+            features, more = self.backbone(images), {}
+        else:
+            last, maps = self.backbone.forward_intermediates(images, indices=self.levels)
+            features, more = self.backbone.forward_head(last), {BOX: self.box_head(maps)}
+        return {label: head(features) for label, head in zip(self.classes, self.heads)} | more
+
+
+class BoxHead(nn.Module):
+    """Where the garment is: for each side of its box a distribution over POSITIONS places along the image.
+
+    The feature maps (N, widths[i], h, w) are brought to the size of the first, the finest, and added; after two convolutions their
+    maximum over the rows is a profile of the columns, and the other way round; each profile gives two curves, where the garment begins and ends.
+    """
+
+    def __init__(self, widths: Iterable[int]):
+        super().__init__()
+        self.inputs = nn.ModuleList(nn.Conv2d(width, BOX_WIDTH, 1) for width in widths)
+        norms = [nn.GroupNorm(8, BOX_WIDTH) for _ in range(3)]
+        convolutions = [nn.Conv2d(BOX_WIDTH, BOX_WIDTH, 3, padding=1) for _ in range(2)]
+        self.mix = nn.Sequential(norms[0], nn.ReLU(), convolutions[0], norms[1], nn.ReLU(), convolutions[1], norms[2], nn.ReLU())
+        self.along_x, self.along_y = (nn.Conv1d(BOX_WIDTH, 2, 3, padding=1) for _ in range(2))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Feature maps -> logits (N, 4, POSITIONS) of xmin, ymin, xmax, ymax, float32."""
+        height, width = maps[0].shape[-2:]
+        fused = sum(_stretch(_stretch(layer(m), width).mT, height).mT for layer, m in zip(self.inputs, maps))
+        fused = self.mix(fused)
+        x, y = self.along_x(fused.amax(-2)).float(), self.along_y(fused.amax(-1)).float()
+        with torch.autocast(x.device.type, enabled=False):
+            x, y = _stretch(x, POSITIONS), _stretch(y, POSITIONS)
+        return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+
+
+def _stretch(values: Tensor, n: int) -> Tensor:
+    """Linear interpolation of the last axis to `n` values, as a product of matrices: the gradient of torch's own differs from run to run on CUDA."""
+    if values.shape[-1] == n:
+        return values
+    return values @ F.interpolate(torch.eye(values.shape[-1], device=values.device)[None], n, mode="linear")[0].to(values.dtype)
+
+
+def box_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Box and confidence from the box head's logits (N, 4, POSITIONS).
+
+    The box (N, 4), xmin, ymin, xmax, ymax in 0..1 of the image, is the mean of each side's distribution. The confidence (N,), 0 to 1, is the
+    least of the four sides' probability within a tenth of the image from it.
+    """
+    shares = logits.float().softmax(-1)
+    places = (torch.arange(POSITIONS, device=logits.device) + 0.5) / POSITIONS
+    sides = shares @ places
+    near = (places - sides[..., None]).abs() < 0.1
+    first, second = sides[:, :2], sides[:, 2:]
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1), (shares * near).sum(-1).amin(-1)
 
 
 # ---------------------------------------------------------------- building
@@ -63,11 +124,12 @@ def check_backbone(name: str) -> None:
 
 
 def build_model(
-    name: str, classes: dict[str, int], image_size: int | None = None, pretrained: bool = False, drop_path: float = 0.0
+    name: str, classes: dict[str, int], image_size: int | None = None, pretrained: bool = False, drop_path: float = 0.0, box_head: bool = False
 ) -> tuple[FashionModel, int]:
     """The model with random or pretrained backbone weights, and its image size (None: the backbone's own).
 
-    Raises ValueError where the name is unknown or the backbone takes no images of that size, OSError where the download fails.
+    Raises ValueError where the name is unknown, the backbone takes no images of that size or has no feature maps for a box head, OSError
+    where the download fails.
     """
     check_backbone(name)
     own = timm.get_pretrained_cfg(name)
@@ -84,7 +146,8 @@ def build_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); offline: --weights FILE, or --no-pretrained") from None
     config = timm.data.resolve_model_data_config(backbone)
-    return FashionModel(backbone, _pooled_width(backbone, name, size), classes, config["mean"], config["std"]), size
+    width = _pooled_width(backbone, name, size)
+    return FashionModel(backbone, width, classes, config["mean"], config["std"], _box_levels(backbone, name, size) if box_head else None), size
 
 
 def _create(name: str, pretrained: bool, **wanted: float) -> nn.Module:
@@ -122,6 +185,22 @@ def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise ValueError(f"{name} gives no pooled features (N, width); choose another --model")
     return features.shape[1]
+
+
+def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
+    """Index and width of the feature maps for the box head, by trying: the last one, and the last that is finer.
+
+    Where all are alike, as in plain transformers, the second is two thirds of the way up. Raises ValueError where there are none.
+    """
+    try:
+        strides = [level["reduction"] for level in backbone.feature_info]
+        last = len(strides) - 1
+        levels = [max((i for i in range(last) if strides[i] < strides[last]), default=2 * last // 3), last]
+        with torch.inference_mode():
+            maps = copy.deepcopy(backbone).eval().forward_intermediates(torch.zeros(1, 3, size, size), indices=levels, intermediates_only=True)
+        return {level: m.shape[1] for level, m in zip(levels, maps, strict=True)}
+    except (AttributeError, TypeError, KeyError, RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{name} gives no feature maps for --box-head ({str(error).splitlines()[0]}); choose another --model") from None
 
 
 # ---------------------------------------------------------------- training: rates by depth, the average
@@ -191,15 +270,18 @@ def predict_logits(
     amp: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Logits {label: float32 (N, classes)} and targets {label: int64 (N,)} of all batches, on the CPU. `amp`: autocast's dtype, None: off."""
+    """The model's outputs (logits float32 (N, classes) by label) and the targets {label: int64 (N,)} of all batches, on the CPU.
+
+    `amp`: autocast's dtype, None: off.
+    """
     model.eval()
-    logits: dict[str, list[Tensor]] = {label: [] for label in model.classes}
+    logits: dict[str, list[Tensor]] = {}
     targets: dict[str, list[Tensor]] = {}
     for images, labels in batches:
         with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
             outputs = model(images.to(device, non_blocking=True))
-        for label in logits:
-            logits[label].append(outputs[label].float().cpu())
+        for label, values in outputs.items():
+            logits.setdefault(label, []).append(values.float().cpu())
         for label, values in labels.items():
             targets.setdefault(label, []).append(values)
         advance(len(images))
@@ -217,6 +299,57 @@ def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, fl
     for kind in ("top1", "acsa") if targets else ():
         scores[f"{kind}_mean"] = sum(scores[f"{kind}_{label}"] for label in targets) / len(targets)
     return scores
+
+
+# ---------------------------------------------------------------- two looks at a photo: where the garment is, and what it is
+
+# How the view `learned` is made of both looks: the box is grown by `margin` of its sides; where its confidence is below `min_confidence` the first
+# look, at the whole photo, decides alone, else the second one, at the box, with `view_weight` of the first one's log-probabilities added.
+FIXED_LOOK = {"margin": 0.05, "min_confidence": 0.0, "view_weight": 0.5}  # where there is nothing to choose by
+BOX_SCORES = ("iou", "iou_over_0.5", "iou_over_0.8")
+MARGINS, VIEW_WEIGHTS, LEAST_CONFIDENT = (0.0, 0.025, 0.05, 0.1), (0.5, 0.0, 0.25, 1.0), (0.0, 0.02, 0.05, 0.1, 0.2)
+
+
+def crops_of(box_logits: Tensor, margin: float) -> Tensor:
+    """What the second look sees: the predicted boxes (N, 4) in 0..1, grown by `margin` of their sides on each side, within the photo."""
+    boxes, _ = box_of(box_logits)
+    grow = margin * (boxes[:, 2:] - boxes[:, :2])
+    return (boxes + torch.cat([-grow, grow], dim=1)).clamp(0, 1)
+
+
+def join_looks(first: dict[str, Tensor], second: dict[str, Tensor], look: dict[str, float]) -> dict[str, Tensor]:
+    """Logits of the view `learned` {label: (N, classes)} from those of both looks and the first one's of the box."""
+    sure = (box_of(first[BOX])[1] >= look["min_confidence"])[:, None]
+    first, second = ({label: values.log_softmax(-1) for label, values in logits.items() if label != BOX} for logits in (first, second))
+    return {label: torch.where(sure, second[label] + look["view_weight"] * first[label], first[label]) for label in first}
+
+
+def choose_margin(box_logits: Tensor, truth: Tensor) -> float:
+    """The margin whose boxes overlap the true ones (N, 4; NaN where there is none) best on average, the fixed one where there are none."""
+    known = truth.isfinite().all(-1)
+    if not known.any():
+        return FIXED_LOOK["margin"]
+    return max(MARGINS, key=lambda margin: overlaps(crops_of(box_logits, margin), truth)[known].mean().item())
+
+
+def choose_look(first: dict[str, Tensor], second: dict[str, Tensor], targets: dict[str, Tensor], margin: float) -> dict[str, float]:
+    """The weight of the first look and the least confidence that score best on validation; of equals the first in VIEW_WEIGHTS, and no fallback."""
+    confidence = box_of(first[BOX])[1]
+    levels = [confidence.quantile(share).item() if share else 0.0 for share in LEAST_CONFIDENT]
+    looks = [{"margin": margin, "min_confidence": level, "view_weight": weight} for level in levels for weight in VIEW_WEIGHTS]
+    return max(looks, key=lambda look: score(join_looks(first, second, look), targets)["top1_mean"])
+
+
+def overlaps(boxes: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union of each of N boxes with its true one, both (N, 4)."""
+    shared = (torch.minimum(boxes, truth)[:, 2:] - torch.maximum(boxes, truth)[:, :2]).clamp(min=0).prod(1)
+    return shared / (sum((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, truth)) - shared)
+
+
+def score_boxes(boxes: Tensor, truth: Tensor) -> dict[str, float]:
+    """`iou`: mean overlap of boxes with the true ones where these are known (both (N, 4)); `iou_over_0.5`, `iou_over_0.8`: the shares above."""
+    found = overlaps(boxes, truth)[truth.isfinite().all(-1)]
+    return dict(zip(BOX_SCORES, [x.float().mean().item() for x in (found, found > 0.5, found > 0.8)])) if len(found) else {}
 
 
 # ---------------------------------------------------------------- checkpoints and weights
@@ -291,9 +424,11 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
         classes, weights, size = state["classes"], state["weights"], state["image_size"]
         if not 0 < size <= MAX_IMAGE_SIZE or any(weights[f"heads.{i}.weight"].shape[0] != n for i, n in enumerate(classes.values())):
             raise ValueError("its heads or image size are not what it says")
-        if absent := [key for key in ("data", "batch_size", "amp", "scores") if key not in state]:
+        if absent := [key for key in ("data", "batch_size", "amp", "scores", "learned") if key not in state]:
             raise ValueError(f"it has no {absent[0]}")
-        model, _ = build_model(state["backbone"], classes, size)
+        if state["learned"] is not None and not all(math.isfinite(state["learned"][key]) for key in FIXED_LOOK):
+            raise ValueError("how it looks twice makes no sense")
+        model, _ = build_model(state["backbone"], classes, size, box_head=state["learned"] is not None)
         model.load_state_dict(weights)
         model.mean.copy_(torch.tensor(state["mean"]).view(3, 1, 1))
         model.std.copy_(torch.tensor(state["std"]).view(3, 1, 1))

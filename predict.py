@@ -11,17 +11,21 @@ Writes predictions.csv beside the checkpoint (replaced if there): image_name and
 The demo set's 400 test photos take about 4 s on two CPU cores with README's small backbone, starting up included.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
 from PIL import Image
 from torch import Tensor
 
-from cli import blaming, misuse, note, progress, run_app, say, show_scores, write_csv
+from cli import blaming, misuse, note, progress, run_app, say, say_boxes, show_scores, write_csv
 from data import (
+    BOX,
     CLASS_NAMES,
     Photos,
     Sample,
@@ -33,13 +37,26 @@ from data import (
     default_workers,
     find_dataset,
     image_samples,
+    load_photo,
     make_loader,
     needs_remover,
     read_preparation,
     read_split,
+    relative_boxes,
     submission_column,
 )
-from model import FashionModel, choose_amp, choose_device, load_model, predict_logits, score
+from model import (
+    FashionModel,
+    box_of,
+    choose_amp,
+    choose_device,
+    crops_of,
+    join_looks,
+    load_model,
+    predict_logits,
+    score,
+    score_boxes,
+)
 from preprocess import Remover, find_weights, prepare_photo
 
 UNTRAINED = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}  # preprocess.py's defaults
@@ -54,7 +71,11 @@ def predict(
     data: Annotated[str | None, typer.Option(help="Dataset folder, or `demo`.", show_default="the one trained on")] = None,
     split: Annotated[Literal["train", "val", "test"] | None, typer.Option(help="Split of the dataset.", show_default="test, else val")] = None,
     out: Annotated[Path | None, typer.Option(help="The CSV to write.", show_default="predictions.csv beside the checkpoint")] = None,
-    view: Annotated[Literal["auto", "full", "bbox", "mask"], typer.Option(help="What the model sees; auto: as in validation, where that can be had.")] = "auto",
+    view: Annotated[
+        Literal["auto", "full", "bbox", "mask", "learned"],
+        typer.Option(help="What the model sees; auto: as in validation, where that can be had; learned: the box that its box head finds."),
+    ] = "auto",
+    view_sum: Annotated[bool, typer.Option(help="In the view learned, add what it made of the whole photo.")] = True,
     background: Annotated[Literal["auto", "keep", "remove"], typer.Option(help="auto: as in training; keep: raw photos as they are, whole.")] = "auto",
     rembg_model: Annotated[str | None, typer.Option(help="Which of rembg's models cleans raw photos.", show_default="training's, else u2net")] = None,
     probs: Annotated[bool, typer.Option("--probs", help="Add the classes' probabilities.")] = False,
@@ -79,12 +100,19 @@ def predict(
     if out.resolve() in {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}:
         raise misuse("--out", f"{out} is what is predicted from")
     view, prepare = choose_treatment(saved, rows, view, background, rembg_model)
+    if view == "learned" and not view_sum:
+        saved["learned"]["view_weight"] = 0.0
+    elif not view_sum:
+        note(f"--no-view-sum cannot act in the view {view}")
     logits, targets = predict_rows(model.to(place), saved, rows, view, prepare, batch_size, workers, amp)
 
     header, columns = predictions_table(rows, logits, probs, names)
     write_csv(out, header, zip(*columns))
     if targets:
         show_scores(f"{rows.csv.name} ({view})", score(logits, targets))
+        if view == "learned" and rows.has("bbox"):
+            say_boxes(score_boxes(logits[BOX], relative_boxes(rows.samples, "bbox")))
+            show_scores("the same photos, boxes given (bbox)", score(*predict_rows(model, saved, rows, "bbox", prepare, batch_size, workers, amp)))
     say(f"{len(rows.samples):,} photos ({view}) predicted: {out}")
 
 
@@ -103,22 +131,47 @@ def predict_rows(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits {label: float32 (N, classes)} and, of labels that the rows hold, targets {label: int64 (N,)}. `model`, `saved`: load_model's.
 
+    The view `learned` is two passes: over the whole photos, and over the boxes that the first one found, float32 (N, 4) as the logits' BOX.
     `view`, `prepare`: choose_treatment's. None means training's `batch_size` and precision (`amp`), and as many `workers` as there are cores.
     Raises BadParameter for a precision that the model's device cannot have, ValueError for photos that cannot be decoded.
     """
     device = model.mean.device
     with blaming("--amp"):
         amp_dtype = choose_amp("auto" if amp is None and saved["amp"] == "fp16" and device.type != "cuda" else amp or saved["amp"], device)
-    photos = Photos(rows.samples, saved["image_size"], view, prepare=prepare)
-    loader = make_loader(photos, batch_size or saved["batch_size"], default_workers(workers))
-    with progress(len(rows.samples), "predicting") as bar:
-        return predict_logits(model, batches(loader), device, amp_dtype, bar.advance)
+
+    def look(**seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        loader = make_loader(Photos(rows.samples, saved["image_size"], **seen), batch_size or saved["batch_size"], default_workers(workers))
+        with progress(len(rows.samples), "finding garments" if view == "learned" and "crops" not in seen else "predicting") as bar:
+            return predict_logits(model, batches(loader), device, amp_dtype, bar.advance)
+
+    if view != "learned":
+        return look(view=view, prepare=prepare)
+    with TemporaryDirectory() as folder:
+        first, targets = look(prepare=prepare if prepare is as_it_is else partial(prepare_and_keep, prepare=prepare, folder=folder))
+        crops = crops_of(first[BOX], saved["learned"]["margin"])
+        second, _ = look(crops=crops, prepare=prepare if prepare is as_it_is else partial(kept, folder=folder))
+    return join_looks(first, second, saved["learned"]) | {BOX: box_of(first[BOX])[0]}, targets
+
+
+def prepare_and_keep(sample: Sample, prepare: Callable, folder: str) -> tuple[Image.Image, dict]:
+    """What `prepare` gives, which is kept in `folder` for `kept`: removing a background takes longer than all else."""
+    photo, boxes = prepare(sample)
+    photo.save(kept_file(sample, folder), compress_level=1)
+    return photo, boxes
+
+
+def kept(sample: Sample, folder: str) -> tuple[Image.Image, dict]:
+    return load_photo(kept_file(sample, folder)), {}
+
+
+def kept_file(sample: Sample, folder: str) -> Path:
+    return Path(folder) / f"{hashlib.sha256(os.fsencode(sample.path)).hexdigest()}.png"
 
 
 def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = False, names: bool = False) -> tuple[list[str], list[list]]:
     """Header and columns in the organisers' format, image_name and a class number a label; then, where asked for, the classes' names and probabilities."""
     header, columns, more = ["image_name"], [[sample.name for sample in rows.samples]], []
-    for label, values in logits.items():
+    for label, values in ((label, values) for label, values in logits.items() if label != BOX):
         column, best = submission_column(label), values.argmax(-1).tolist()
         header.append(column)
         columns.append(best)
@@ -136,8 +189,10 @@ def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = Fals
 def check_treatment(checkpoint: Path, trained_on: dict) -> None:
     """Raises ValueError where the checkpoint's record of its data makes no sense."""
     try:
-        if trained_on["view"] not in ("full", "bbox", "mask") or (trained_on["preparation"] is not None and check_preparation(trained_on["preparation"])):
+        if trained_on["view"] not in ("full", "bbox", "mask", "learned"):
             raise ValueError
+        if trained_on["preparation"] is not None:
+            check_preparation(trained_on["preparation"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{checkpoint} does not say how its photos were treated; train again with this version") from None
 
@@ -208,6 +263,8 @@ def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, 
         note(f"{boxed}: it sees whole photos, so expect far less (the notes' author fell from 0.65 to 0.50)")
         note("--view mask shows it the box round the foreground; --crop-prob below 1 with --val-view full trains for whole photos")
         return "full"
+    if asked == "learned" and saved["learned"] is None:
+        raise misuse("--view", "this model has no box head (train.py --box-head); --view mask finds garments without one")
     if asked == "bbox" and not rows.has("bbox"):
         raise misuse("--view", f"there are no boxes for {these}; --view mask finds them, --view full does without")
     return asked

@@ -34,6 +34,7 @@ import typer
 from timm.layers import DropPath
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -50,16 +51,19 @@ from cli import (
     remove_leftovers,
     run_app,
     say,
+    say_boxes,
     show_scores,
     whole_file,
     write_csv,
 )
 from data import (
+    BOX,
     EpochBatches,
     Photos,
     Split,
     augmentation,
     batches,
+    crop_box,
     cutmix,
     dataset_path,
     default_workers,
@@ -70,17 +74,25 @@ from data import (
     needs_remover,
     read_preparation,
     read_split,
+    relative_boxes,
     share_of,
 )
 from model import (
+    BOX_SCORES,
+    FIXED_LOOK,
     FORMAT,
     MAX_IMAGE_SIZE,
+    box_of,
     build_model,
     check_backbone,
     checkpoint_bytes,
     choose_amp,
     choose_device,
+    choose_look,
+    choose_margin,
+    crops_of,
     exported_weights,
+    join_looks,
     load_model,
     load_weights,
     parameter_groups,
@@ -88,6 +100,7 @@ from model import (
     read_checkpoint,
     save_checkpoint,
     score,
+    score_boxes,
     update_average,
 )
 
@@ -116,7 +129,10 @@ def train(
     subtask: Annotated[int, option(DATA, "Which sub-task's CSVs to read.", min=1, max=2)] = 1,
     crop_prob: Annotated[float, option(DATA, "Probability that a training photo is cut to --train-view, else whole.", min=0, max=1)] = 1.0,
     train_view: Annotated[Literal["bbox", "mask"], option(DATA, "What it is cut to: the CSV's box, or the foreground's (preprocess.py).")] = "bbox",
-    val_view: Annotated[Literal["bbox", "full", "mask"], option(DATA, "What validation sees; `full` and `mask` can be had of test photos too.")] = "bbox",
+    val_view: Annotated[
+        Literal["bbox", "full", "mask", "learned"] | None,
+        option(DATA, "What validation sees; all but `bbox` can be had of test photos too.", show_default="bbox; with --box-head learned"),
+    ] = None,
     resize: Annotated[Literal["squash", "random-resized-crop"], option(DATA, "How a training view becomes square: whole, or a random part of it.")] = "squash",
     augment: Annotated[Literal["basic", "randaugment", "none"], option(DATA, "Augmentation of training images: the notes', RandAugment, none.")] = "basic",
     cutmix: Annotated[list[str] | None, option(DATA, "CutMix for this label; repeats. `joint`: one paste for all labels.", show_default="off")] = None,
@@ -127,6 +143,9 @@ def train(
     pretrained: Annotated[bool, option(MODEL, "Start from timm's pretrained weights (downloaded once).")] = True,
     weights: Annotated[Path | None, option(MODEL, "Start from this .safetensors, .pth or .pt file, or a best.pt; no download.", show_default="none")] = None,
     drop_path: Annotated[float, option(MODEL, "Drop path of the backbone: the rate of its last block, less towards the first.", min=0, max=1)] = 0.0,
+    box_head: Annotated[bool, option(MODEL, "Learn from whole photos where the garment is, to look again there.", "--box-head", show_default="off")] = False,
+    box_weight: Annotated[float, option(MODEL, "Weight of the loss of its box.", min=0)] = 1.0,
+    box_jitter: Annotated[float, option(MODEL, "Error of the sides of training crops, in shares of the box's.", min=0, max=0.5)] = 0.0,
     export_dtype: Annotated[Literal["fp32", "fp16"], option(MODEL, "Precision of the weights in best.pt; fp16 halves its size.")] = "fp32",
     max_mb: Annotated[float, option(MODEL, "Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0,
     loss: Annotated[Literal["ce", "focal", "asymmetric"], option(LOSS, "Cross-entropy, focal or asymmetric loss, summed over the labels.")] = "ce",
@@ -193,7 +212,8 @@ def train(
         "format": FORMAT, "backbone": flags.model, "image_size": size, "classes": train_split.classes,
         "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]),
         "data": {"path": dataset_path(flags.data[-1]), "subtask": flags.subtask, "view": view, "preparation": preparation},
-        "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "scores": placeholder_scores(train_split.classes),
+        "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "learned": FIXED_LOOK if flags.box_head else None,
+        **placeholder_scores(train_split.classes, view, boxed=val_split.has("bbox") and not flags.fit_all),
     }  # fmt: skip
     megabytes = check_budget(best, flags)
     net.to(device)
@@ -205,9 +225,11 @@ def train(
 
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
-    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, resize=flags.resize)
+    how = {"resize": flags.resize, "box_head": flags.box_head, "box_jitter": flags.box_jitter}
+    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, **how)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
-    val_loader = make_loader(Photos(val_split.samples[share_of(len(val_split.samples), rank, world)], size, view), flags.batch_size, workers)
+    share = share_of(len(val_split.samples), rank, world)
+    val_loader = make_loader(Photos(val_split.samples[share], size, "full" if view == "learned" else view), flags.batch_size, workers)
     optimizer = torch.optim.AdamW(parameter_groups(net, flags.layer_decay), lr=flags.lr, weight_decay=flags.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, flags.t_0, flags.t_mult, flags.eta_min)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
@@ -233,6 +255,24 @@ def train(
     say(f"{run}: {flags.model}, {size} px, best.pt {megabytes:.2f} MB, {device}{among}, {amp_dtype or torch.float32}")
     held_out = "none held out" if flags.fit_all else f"{len(val_split.samples):,} validation photos ({view})"
     say(f"{len(photos):,} training photos ({flags.train_view} with probability {flags.crop_prob:g}), {held_out}")
+
+    def validate(model: torch.nn.Module, advance: Callable = lambda n: None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+        """Logits and targets of the whole validation split; and what best.pt says of it: `scores`, and of the view `learned` how it is made."""
+        watched = batches if world > 1 else lambda loader: signals.until_asked(batches(loader))
+        logits, targets = evaluate(model, watched(val_loader), amp_dtype, advance)
+        if view != "learned":
+            return logits, targets, {"scores": score(logits, targets)}
+        first, truth = logits, relative_boxes(val_split.samples, flags.train_view)
+        margin = choose_margin(first[BOX], truth)
+        second, _ = evaluate(model, watched(loader_of(crops=crops_of(first[BOX], margin)[share])), amp_dtype, advance)
+        look = choose_look(first, second, targets, margin)
+        logits = join_looks(first, second, look)
+        boxes = box_of(first[BOX])[0]
+        return logits | {BOX: boxes}, targets, {"scores": score(logits, targets) | score_boxes(boxes, truth), "learned": look}
+
+    def loader_of(**seen) -> DataLoader:
+        """A loader of this process's share of validation, seen otherwise than `view`."""
+        return make_loader(Photos(val_split.samples[share], size, **seen), flags.batch_size, workers)
 
     def save_last() -> None:
         """Write all that it takes to go on from here."""
@@ -265,22 +305,23 @@ def train(
                     row["train_loss"] = train_one_epoch(parts, batches(train_loader), criteria, state, order, flags, amp_dtype, after_step)
                 rate = (len(photos) - order.done * flags.batch_size) / (time.monotonic() - begun)
                 if flags.fit_all:  # nothing to measure with: the columns stay, without numbers
-                    row["val_loss"], scores = math.nan, dict.fromkeys(best["scores"], math.nan)
+                    row["val_loss"], result = math.nan, {"scores": dict.fromkeys(best["scores"], math.nan)}
                 else:
-                    with progress(len(val_split.samples), f"epoch {epoch}/{flags.epochs}, validation") as bar:
-                        val_batches = batches(val_loader) if world > 1 else signals.until_asked(batches(val_loader))
-                        logits, targets = evaluate(shown, val_batches, amp_dtype, bar.advance)
-                    row["val_loss"], scores = mean_loss(logits, targets, criteria), score(logits, targets)
-                row |= {f"val_{key}": value for key, value in scores.items()} | {"seconds": round(time.monotonic() - start, 2)}
+                    with progress(len(val_split.samples) * (1 + (view == "learned")), f"epoch {epoch}/{flags.epochs}, validation") as bar:
+                        logits, targets, result = validate(shown, bar.advance)
+                    row["val_loss"] = mean_loss(logits, targets, criteria)
+                row |= {f"val_{key}": value for key, value in result["scores"].items()} | {"seconds": round(time.monotonic() - start, 2)}
                 row = from_first(row)
                 schedule.step()
                 state |= {"epoch": epoch, "step": 0, "totals": None, "metrics": [*state["metrics"], row]}
                 column, sign = MONITORS[flags.monitor]
                 if flags.fit_all or sign * row[column] > state["best_value"]:
                     state |= {"best_epoch": epoch, "best_value": sign * row[column]}
-                    best |= {"weights": exported_weights(shown, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, "scores": scores}
+                    best |= {"weights": exported_weights(shown, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, **result}
                     if flags.export_dtype != "fp32" and not flags.fit_all:
-                        best |= {"scores": scores_as_saved(shown, best["weights"], batches(val_loader), amp_dtype), "scores_fp32": scores}
+                        best |= validate(as_saved(shown, best["weights"]))[2] | {"scores_fp32": result["scores"]}
+                    if "scores_bbox" in best:
+                        best["scores_bbox"] = score(*evaluate(as_saved(shown, best["weights"]), batches(loader_of(view="bbox")), amp_dtype))
                     if rank == 0:
                         if not flags.fit_all:
                             write_predictions(run / "val_predictions.csv", val_split, logits)
@@ -319,6 +360,11 @@ def train(
         say(f"nothing was held out, so there is no score: best.pt is of epoch {final['epoch']}, trained on the training and validation rows together")
     else:
         show_scores(title, final["scores"])
+        if look := final["learned"]:
+            say_boxes(final["scores"])
+            say("learned: " + ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in look.items()))
+        if "scores_bbox" in final:
+            show_scores("the same model, boxes given (bbox)", final["scores_bbox"])
     say(f"best.pt: {(run / 'best.pt').stat().st_size / 1e6:.2f} MB" + (f" of at most {flags.max_mb:g} MB" if flags.max_mb else ""))
     say(f"files: {run}/best.pt, last.pt, metrics.csv, {'' if flags.fit_all else 'val_predictions.csv, '}config.json")
     say(f"next: python predict.py {run}/best.pt")
@@ -360,6 +406,7 @@ def train_one_epoch(
             images, targets = mix(images, targets, net.classes, flags, order, step)
         divisors = torch.stack([losses.total_weight(targets[label], weights) for label, (_, weights) in criteria.items()]).to(device)
         add_over_processes(divisors)
+        shares = 1 / divisors.masked_fill(divisors == 0, 1)  # a batch may show no garment whole
         empty = len(images) == 0  # more processes than images: this one takes part in the sum with nothing
         if empty:
             images = images.new_zeros(2, *images.shape[1:])
@@ -378,7 +425,7 @@ def train_one_epoch(
                 if empty:
                     piece_sums = piece_sums * 0
                 # DistributedDataParallel takes the mean over the processes, of sums that are shares of the global mean
-                scaler.scale((piece_sums / divisors).sum() * order.world).backward()
+                scaler.scale((piece_sums * shares).sum() * order.world).backward()
             sums += piece_sums.detach()
         done = epoch - 1 + step / steps
         for group in optimizer.param_groups:
@@ -394,12 +441,13 @@ def train_one_epoch(
         add_over_processes(sums)
         state["totals"] += torch.stack([sums, divisors])
         state["step"] = step
-        recent.append(sums / divisors)
+        recent.append(sums * shares)
         if len(recent) == 20:
             check_finite(recent, criteria, epoch, step)
         after_step(n)
     check_finite(recent, criteria, epoch, state["step"])
-    return (state["totals"][0] / state["totals"][1]).sum().item()
+    sums, divisors = state["totals"]
+    return (sums / divisors.masked_fill(divisors == 0, 1)).sum().item()
 
 
 def learning_rate(schedule: torch.optim.lr_scheduler.LRScheduler, warmup_epochs: float, epochs: float) -> float:
@@ -434,7 +482,7 @@ def check_finite(recent: list[Tensor], criteria: dict, epoch: int, step: int) ->
 
 
 def make_criteria(flags: SimpleNamespace, split: Split, device: torch.device) -> dict[str, tuple[Callable, Tensor | None]]:
-    """{label: (its loss, its class weights)}; the loss is a function of logits, targets and reduction."""
+    """{label, or BOX: (its loss, its class weights)}; the loss is a function of logits, targets and reduction."""
     chosen = {
         "ce": partial(losses.cross_entropy, smoothing=flags.label_smoothing),
         "focal": partial(losses.focal, gamma=flags.focal_gamma),
@@ -447,13 +495,16 @@ def make_criteria(flags: SimpleNamespace, split: Split, device: torch.device) ->
             raise misuse("--class-weights", f"every training row has the same {label}, whose weight would be 0")
         weights = torch.tensor([1 - counts[c] / len(split.samples) for c in range(n)], device=device) if flags.class_weights else None
         criteria[label] = (partial(chosen, class_weights=weights), weights)
+    if flags.box_head:
+        criteria[BOX] = (lambda logits, boxes, reduction: flags.box_weight * losses.box(box_of(logits)[0], boxes, reduction), None)
     return criteria
 
 
 def mean_loss(logits: dict[str, Tensor], targets: dict[str, Tensor], criteria: dict) -> float:
     """The loss of a whole split, from its logits (N, classes) and targets (N,) on the CPU, summed over the heads. Raises ValueError where it is not finite."""
     total = 0.0
-    for label, (criterion, weights) in criteria.items():
+    for label in targets:
+        criterion, weights = criteria[label]
         weights = None if weights is None else weights.cpu()
         total += criterion(logits[label], targets[label], class_weights=weights).item()
         if not math.isfinite(total):
@@ -476,6 +527,9 @@ def check_flags(flags: SimpleNamespace) -> tuple[torch.device, torch.dtype | Non
         raise misuse("--eta-min", f"{flags.eta_min} is above --lr {flags.lr}")
     if flags.name is not None and (flags.name in ("", ".", "..") or "/" in flags.name or "\\" in flags.name or len(flags.name) > 100):
         raise misuse("--name", f"{flags.name!r} is no name for a folder under runs/")
+    if flags.box_head and (flags.cutmix or flags.resize != "squash"):
+        other = "--cutmix" if flags.cutmix else f"--resize {flags.resize}"
+        raise misuse("--box-head", f"it needs the garment where it was in the photo; it cannot be had together with {other}")
     if flags.grad_accum > flags.batch_size:
         raise misuse("--grad-accum", f"{flags.grad_accum} pieces of a batch of {flags.batch_size}")
     with blaming("--model"):
@@ -487,11 +541,19 @@ def check_flags(flags: SimpleNamespace) -> tuple[torch.device, torch.dtype | Non
 
 
 def choose_views(flags: SimpleNamespace, train_split: Split, val_split: Split) -> str:
-    """What validation sees: --val-view, or `full` where it is `bbox` and there are none. Raises BadParameter for masks that are not there."""
+    """What validation sees: --val-view, or `full` where it is `bbox` and there are none. Raises BadParameter for what cannot be seen or learned."""
+    flags.val_view = flags.val_view or ("learned" if flags.box_head else "bbox")
+    if flags.val_view == "learned" and not flags.box_head:
+        raise misuse("--val-view", "`learned` is what a box head finds; add --box-head")
     for flag, view, split in (("--train-view", flags.train_view, train_split), ("--val-view", flags.val_view, val_split)):
         if view == "mask" and not split.has("mask"):
             raise misuse(flag, f"{split.csv} has no Mask_ columns; python preprocess.py writes a dataset that has them")
-    return flags.val_view if val_split.has(flags.val_view) else "full"
+    if not flags.box_head:
+        return flags.val_view if val_split.has(flags.val_view) else "full"
+    if flags.crop_prob == 1 or not train_split.has(flags.train_view):
+        lacks = "no whole photo (--crop-prob 1)" if flags.crop_prob == 1 else f"no boxes ({train_split.csv} has none for --train-view {flags.train_view})"
+        raise misuse("--box-head", f"it learns where the garment is in whole photos, and training has {lacks}; --crop-prob 0.5 shows half of them whole")
+    return flags.val_view if flags.val_view == "learned" or val_split.has(flags.val_view) else "full"
 
 
 def check_cutmix(labels: list[str] | None, classes: dict[str, int]) -> None:
@@ -527,6 +589,8 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
     for key in ("distill_weight", "distill_temperature"):
         if not flags.teacher and given(ctx, key):
             note(f"--{key.replace('_', '-')} cannot act without --teacher")
+    if not flags.box_head and given(ctx, "box_weight"):
+        note("--box-weight cannot act without --box-head")
     if flags.weights and given(ctx, "pretrained") and flags.pretrained:
         note("--pretrained cannot act beside --weights")
     if flags.subtask == 2 and (flags.pretrained or flags.weights or cleaned):
@@ -540,9 +604,9 @@ def given(ctx: typer.Context, key: str) -> bool:
 def make_model(flags: SimpleNamespace, classes: dict[str, int], fresh: bool) -> tuple[torch.nn.Module, int]:
     """The model and its image size; if `fresh` with its first weights, else they will be last.pt's. Says which tensors of --weights did not match."""
     try:
-        net, size = build_model(flags.model, classes, flags.image_size, fresh and flags.pretrained and not flags.weights, drop_path=flags.drop_path)
+        net, size = build_model(flags.model, classes, flags.image_size, fresh and flags.pretrained and not flags.weights, flags.drop_path, flags.box_head)
     except ValueError as error:
-        raise misuse("--image-size" if flags.image_size and " px" in str(error) else "--model", error) from None
+        raise misuse("--box-head" if "--box-head" in str(error) else "--image-size" if flags.image_size and " px" in str(error) else "--model", error) from None
     if flags.drop_path and not any(isinstance(module, DropPath) for module in net.modules()):
         raise misuse("--drop-path", f"{flags.model} has no drop path")
     for line in load_weights(net, flags.weights, flags.model) if fresh and flags.weights else ():
@@ -581,19 +645,22 @@ def evaluate(
         dist.broadcast(buffer, 0)
     shares: list = [None] * dist.get_world_size()
     dist.all_gather_object(shares, predict_logits(net, batches, net.mean.device, amp_dtype, advance))
-    return tuple({label: torch.cat([share[i][label] for share in shares if share[i]]) for label in net.classes} for i in (0, 1))
+    return tuple({label: torch.cat([share[i][label] for share in shares if share[i]]) for label in shares[0][i]} for i in (0, 1))
 
 
-def scores_as_saved(net: torch.nn.Module, weights: dict[str, Tensor], batches: Iterable, amp_dtype: torch.dtype | None) -> dict[str, float]:
-    """The scores of the model with the weights that are saved, which are rounded; `net` stays as it is."""
-    rounded = copy.deepcopy(net)
-    rounded.load_state_dict(weights)
-    return score(*evaluate(rounded, batches, amp_dtype))
+def as_saved(net: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
+    """A copy of the model with the weights that are saved, which may be rounded."""
+    saved = copy.deepcopy(net)
+    saved.load_state_dict(weights)
+    return saved
 
 
-def placeholder_scores(classes: dict[str, int]) -> dict[str, float]:
+def placeholder_scores(classes: dict[str, int], view: str, boxed: bool) -> dict[str, dict[str, float]]:
     """Scores with the keys of the real ones, for the size of the file."""
-    return score({label: torch.zeros(1, n) for label, n in classes.items()}, {label: torch.zeros(1, dtype=torch.int64) for label in classes})
+    labels = score({label: torch.zeros(1, n) for label, n in classes.items()}, {label: torch.zeros(1, dtype=torch.int64) for label in classes})
+    if view != "learned":
+        return {"scores": labels}
+    return {"scores": labels | dict.fromkeys(BOX_SCORES, 0.0)} | ({"scores_bbox": labels} if boxed else {})
 
 
 def check_budget(best: dict, flags: SimpleNamespace) -> float:
@@ -647,12 +714,13 @@ def try_step(net: torch.nn.Module, criteria: dict, size: int, amp_dtype: torch.d
     """One step on two blank images, for its errors: says what cannot be deterministic. Returns whether a parameter got no gradient."""
     device = net.mean.device
     images, zeros = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    targets = dict.fromkeys(criteria, zeros) | {BOX: torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2, device=device)}
     for warn_only in (False, True):
         trial = copy.deepcopy(net).train()
         try:
             with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
                 logits = trial(images)
-            sum(criterion(logits[label], zeros, reduction="sum") for label, (criterion, _) in criteria.items()).backward()
+            sum(criterion(logits[label], targets[label], reduction="sum") for label, (criterion, _) in criteria.items()).backward()
             break
         except RuntimeError as error:
             if warn_only or "deterministic" not in str(error):
@@ -809,11 +877,15 @@ def git_commit() -> str | None:
 
 
 def write_predictions(path: Path, split: Split, logits: dict[str, Tensor]) -> None:
-    """val_predictions.csv: image_name, and for each label its truth, prediction and probabilities."""
+    """val_predictions.csv: image_name; for each label its truth, prediction and probabilities; where the model found the garment, that box in pixels."""
     header, columns = ["image_name"], [[sample.name for sample in split.samples]]
-    for label, values in logits.items():
+    for label in split.classes:
+        values = logits[label]
         header += [label, f"{label}_predicted", *(f"{label}_p{c}" for c in range(values.shape[1]))]
         columns += [[sample.labels[label] for sample in split.samples], values.argmax(-1).tolist(), *values.softmax(-1).T.tolist()]
+    if BOX in logits:
+        header += [f"Learned_{side}" for side in ("xmin", "ymin", "xmax", "ymax")]
+        columns += zip(*(crop_box(box, sample.size) for box, sample in zip(logits[BOX].tolist(), split.samples)))
     write_csv(path, header, zip(*columns))
 
 
