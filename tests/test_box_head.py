@@ -9,7 +9,7 @@ from conftest import TINY
 from hypothesis import given, strategies as st
 
 import losses
-from data import BOX, Photos, augmentation, crop_box, read_split, relative_boxes
+from data import BOX, Photos, as_it_is, augmentation, crop_box, read_split, relative_boxes
 from model import (
     FIXED_LOOK,
     POSITIONS,
@@ -19,11 +19,13 @@ from model import (
     choose_margin,
     crops_of,
     join_looks,
+    load_model,
     overlaps,
     read_checkpoint,
     score,
     score_boxes,
 )
+from predict import predict_rows
 
 HEAD = ["--box-head", "--crop-prob", "0.5"]
 
@@ -260,17 +262,19 @@ def test_the_second_look_alone(run, drawn, tmp_path):
     assert (p["sum"] == p["alone"]) == (weight == 0) and p["alone"] != p["first"]
 
 
-def test_a_cleaned_photo_is_cleaned_once(run, drawn, monkeypatch, u2netp):
-    """rembg is by far the slowest part: the second look gets what the first one's photo became."""
-    import preprocess
+def test_a_photo_is_prepared_once(run, drawn):
+    """Removing the background is by far the slowest part: the second look gets what the first one's photo became."""
+    assert run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a").code == 0
+    (model, saved), rows, prepared = load_model("runs/a/best.pt"), read_split(drawn, "test", {}), []
 
-    assert run("preprocess", drawn, "Clean", "--rembg-model", "u2netp").code == 0
-    assert run("train", "--data", "Clean", *TINY, *HEAD, "--amp", "off", "--name", "a").code == 0
-    calls, mask = [], preprocess.Remover.mask
-    monkeypatch.setattr(preprocess.Remover, "mask", lambda self, photo: calls.append(1) or mask(self, photo))
-    raw = run("predict", "runs/a/best.pt", "--data", drawn, "--split", "val", "--amp", "off", "--workers", 0, "--probs", "--out", "raw.csv")
-    assert raw.code == 0, raw.err
-    assert len(calls) == 2 * 20  # the learned view's and, for the table beside it, the given boxes'
+    def prepare(sample):
+        prepared.append(sample.path)
+        return as_it_is(sample)
+
+    plain, _ = predict_rows(model, saved, rows, "learned", workers=0)
+    logits, _ = predict_rows(model, saved, rows, "learned", prepare, workers=0)
+    assert len(prepared) == len(rows.samples)
+    assert all(torch.equal(plain[key], logits[key]) for key in plain)
 
 
 def test_there_is_no_learned_view_without_the_head(run, drawn):
