@@ -12,6 +12,7 @@ The demo set's 400 test photos take about 4 s on two CPU cores with README's sma
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -256,7 +257,9 @@ def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, 
         view = saved["data"]["view"]
         if view != "bbox" or rows.has("bbox"):
             return view if view != "mask" or raw or rows.has("mask") else "full"
-        boxed = f"this model was validated on boxed garments (Top-1 {saved['scores']['top1_mean']:.4f}), and there are no boxes for {these}"
+        top1 = saved["scores"]["top1_mean"]
+        made = "trained for boxed garments" if math.isnan(top1) else f"validated on boxed garments (Top-1 {top1:.4f})"  # --fit-all has no score
+        boxed = f"this model was {made}, and there are no boxes for {these}"
         if cleans or (rows.has("mask") and not raw):
             note(f"{boxed}: it sees the box round the foreground (mask)")
             return "mask"

@@ -34,6 +34,7 @@ def test_workers_and_evaluations_change_nothing(tmp_path, monkeypatch):
 def test_two_processes_see_what_one_sees(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "test_vit", "--amp", "off", "--cutmix", "Daily", "--cutmix", "Gender", "--grad-accum", "2", "--batch-size", "7"]
+    flags += ["--layer-decay", "0.8", "--warmup-epochs", "1", "--clip-grad", "1", "--ema", "0.9"]
     ((images, difference, table),) = torture.processes_agree(tmp_path, flags, [2]).values()
     assert images and table and difference < 1e-5
 
