@@ -13,7 +13,7 @@ from torchvision.tv_tensors import BoundingBoxes
 
 import data
 from benchmarks.augmentation import FACTOR, KINDS, changes, rates
-from data import CLAHE, EpochBatches, Hue, Photos, Sample, Warp, augmentation, batches, load_photo, make_loader, read_split, to_pixels
+from data import CLAHE, EpochBatches, Photos, Sample, Warp, augmentation, batches, load_photo, make_loader, read_split, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,20 @@ def test_colour_and_blur_against_other_implementations(images, monkeypatch):
     close(data.gaussian_blur(image, 2.0), v2.functional.gaussian_blur(image, [3, 3], [2.0, 2.0]), 1, 0.02)
     noise = data.gaussian_noise(torch.full((3, 224, 224), 128, dtype=torch.uint8)).float() - 128
     assert 3 <= noise.var() - 1 / 12 <= 9 and abs(noise.mean()) < 0.05
-    for turn in (-0.2, -0.05, 0.1, 0.2):
-        monkeypatch.setattr(data, "uniform", lambda low, high, turn=turn: turn)
-        close(Hue(0.2)(image), v2.functional.adjust_hue(image, turn), 2, 0.3)
+    pixels = image.short()
+    for turn in (-96, -38, -10, 19, 38, 96):  # in 192nds of the circle
+        close(data.turn_hue(pixels, turn / 192), v2.functional.adjust_hue(image, turn / 192), 3, 0.6)
+    for factor in (0.25, 0.8125, 1, 1.1875, 1.75):
+        for ours in ("brightness", "contrast", "saturation"):
+            theirs = getattr(v2.functional, f"adjust_{ours}")(image, factor)
+            close(getattr(data, f"scale_{ours}")(pixels, factor).clamp(0, 255), theirs, 3, 1.8)  # torchvision cuts its fractions off
+    for drawn in (0.8, 0.93, 1.2):  # all four at once, in any order: of hue this is a fifth of the circle, or less
+        monkeypatch.setattr(data, "uniform", lambda low, high, drawn=drawn: drawn - (low + high == 0))
+        monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n))
+        theirs = v2.functional.adjust_contrast(v2.functional.adjust_brightness(image, drawn), drawn)
+        close(data.ColorJitter(0.2, 0.2, 0.2, 0.2)(image), v2.functional.adjust_hue(v2.functional.adjust_saturation(theirs, drawn), drawn - 1), 6, 2.5)
+    table = torch.randint(256, (256,)).to(torch.uint8)
+    assert torch.equal(data.look_up(image.flip(0), table), table[image.flip(0).long()])
     for clip in (1.5, 4.0, 6.0, 40.0):  # on a grey image, where the luma is all there is
         grey = v2.functional.rgb_to_grayscale(image, num_output_channels=3)
         monkeypatch.setattr(data, "uniform", lambda low, high, clip=clip: clip)
