@@ -83,8 +83,15 @@ def test_a_row_is_the_notes(line):
     assert timm.get_pretrained_cfg(flags["model"]).input_size == (3, 224, 224)
 
 
+def test_modern_is_ours():
+    row = by_name("modern")
+    flags = parsed(words_of(merge_flags(row, {})))
+    assert "ours" in row.asks and not row.score and row.data == "clean"
+    assert (flags["lr"], flags["layer_decay"], flags["warmup_epochs"], flags["ema"], flags["drop_path"], flags["box_head"]) == (5e-5, 0.9, 5, 0.996, 0.1, True)
+
+
 def test_every_row_is_there_once_and_listed(run):
-    assert [row.name for row in ROWS] == [line.split()[0] for line in NOTES]
+    assert [row.name for row in ROWS] == [*(line.split()[0] for line in NOTES), "modern"]
     done = run("experiments", "list")
     assert done.code == 0
     for row in ROWS:
@@ -192,7 +199,7 @@ def test_commands_share_their_seeds_and_take_the_rows_data(run, stub):
     for name in ("Raw", "Clean"):
         (Path(name)).mkdir()
     done = run("experiments", "run", "all", "--data", "Raw", "--clean-data", "Clean", "--seeds", 2)
-    assert done.code == 0 and len(stub.commands) == 40
+    assert done.code == 0 and len(stub.commands) == 42
     seeds, data = {}, {}
     for command in stub.commands:
         words = parse_flags(command[2:])
