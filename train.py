@@ -388,7 +388,7 @@ def train_one_epoch(
     Returns the epoch's mean loss over the images (weighted means: over their weight), summed over the heads. Raises ValueError where a
     head's loss is not finite. In several processes, each sees its share of every batch, and all take the same step.
     """
-    net, optimizer, scaler, forward = parts["model"].train(), parts["optimizer"], parts["scaler"], parts["forward"].train()
+    net, scaler, forward = parts["model"].train(), parts["scaler"], parts["forward"].train()
     device, epoch, steps = net.mean.device, state["epoch"] + 1, math.ceil(order.n / flags.batch_size)
     if "average" in parts:
         parts["average"].train()  # some backbones keep what they computed in eval mode
@@ -427,17 +427,7 @@ def train_one_epoch(
                 # DistributedDataParallel takes the mean over the processes, of sums that are shares of the global mean
                 scaler.scale((piece_sums * shares).sum() * order.world).backward()
             sums += piece_sums.detach()
-        done = epoch - 1 + step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * learning_rate(parts["schedule"], flags.warmup_epochs, done)
-        if flags.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(net.parameters(), flags.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if "average" in parts:
-            update_average(parts["average"], net, flags.ema, (epoch - 1) * steps + step)
+        take_step(parts, flags, (epoch - 1) * steps + step, steps)
         add_over_processes(sums)
         state["totals"] += torch.stack([sums, divisors])
         state["step"] = step
@@ -448,6 +438,21 @@ def train_one_epoch(
     check_finite(recent, criteria, epoch, state["step"])
     sums, divisors = state["totals"]
     return (sums / divisors.masked_fill(divisors == 0, 1)).sum().item()
+
+
+def take_step(parts: dict, flags: SimpleNamespace, step: int, steps: int) -> None:
+    """From the gradients to new weights and a new average: step `step` (1, 2, ...) of the run, which has `steps` an epoch."""
+    net, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_scale"] * learning_rate(parts["schedule"], flags.warmup_epochs, step / steps)
+    if flags.clip_grad:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), flags.clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if "average" in parts:
+        update_average(parts["average"], net, flags.ema, step)
 
 
 def learning_rate(schedule: torch.optim.lr_scheduler.LRScheduler, warmup_epochs: float, epochs: float) -> float:
