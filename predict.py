@@ -5,29 +5,40 @@
     python predict.py runs/NAME/best.pt photo.jpg a_folder_of_photos --names
     python predict.py runs/NAME/best.pt --data Dataset --background keep --view full      # raw and whole, whatever it was trained on
 
+    python predict.py runs/NAME/best.pt --entry Entry                        # the folder to send in
+
 Photos are treated as the training photos were: where these were cleaned or cut by preprocess.py, raw ones are too, on the fly.
 
 Writes predictions.csv beside the checkpoint (replaced if there): image_name and a column a label, in the organisers' format.
 The demo set's 400 test photos take about 4 s on two CPU cores with README's small backbone, starting up included.
 """
 
+import ast
 import hashlib
+import json
 import math
 import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
+import torch
 import typer
 from PIL import Image
 from torch import Tensor
 
+import demo
 from cli import blaming, misuse, note, progress, run_app, say, say_boxes, show_scores, write_csv
 from data import (
     BOX,
     CLASS_NAMES,
+    SUFFIXES,
     Photos,
     Sample,
     Split,
@@ -85,13 +96,20 @@ def predict(
     workers: Annotated[int | None, typer.Option(help="Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
     amp: Annotated[Literal["auto", "fp16", "bf16", "off"] | None, typer.Option(help="Mixed precision.", show_default="training's, where it can be had")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    entry: Annotated[Path | None, typer.Option(help="Write the folder to send in, instead of predicting; --data: whose photos to time it on.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Predict the labels of a dataset's split, or of image files and folders."""
     if inputs and (data or split):
         raise misuse("--data" if data else "--split", "give either a dataset and split, or image files and folders")
+    if entry:
+        others = {"INPUTS": inputs, "--split": split, "--out": out, "--probs": probs, "--names": names, "--batch-size": batch_size, "--workers": workers}
+        check_entry(entry, others | {"--amp": amp, "--device": device != "auto"})
     model, saved = load_model(checkpoint)
     check_treatment(checkpoint, saved["data"])
+    if entry:
+        write_entry(entry, checkpoint, saved, data, view, view_sum, background, rembg_model)
+        return
     with blaming("--device"):
         place = choose_device(device)
     out = out or checkpoint.with_name("predictions.csv")
@@ -100,7 +118,8 @@ def predict(
     rows = image_samples(inputs) if inputs else read_labelled(saved, data, split)
     if out.resolve() in {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}:
         raise misuse("--out", f"{out} is what is predicted from")
-    view, prepare = choose_treatment(saved, rows, view, background, rembg_model)
+    view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
+    prepare = start_preparing(preparation, view, saved)
     if view == "learned" and not view_sum:
         saved["learned"]["view_weight"] = 0.0
     elif not view_sum:
@@ -133,7 +152,7 @@ def predict_rows(
     """Logits {label: float32 (N, classes)} and, of labels that the rows hold, targets {label: int64 (N,)}. `model`, `saved`: load_model's.
 
     The view `learned` is two passes: over the whole photos, and over the boxes that the first one found, float32 (N, 4) as the logits' BOX.
-    `view`, `prepare`: choose_treatment's. None means training's `batch_size` and precision (`amp`), and as many `workers` as there are cores.
+    `view`: choose_treatment's, `prepare`: start_preparing's. None is training's `batch_size` and precision (`amp`), and a worker a core.
     Raises BadParameter for a precision that the model's device cannot have, ValueError for photos that cannot be decoded.
     """
     device = model.mean.device
@@ -198,12 +217,10 @@ def check_treatment(checkpoint: Path, trained_on: dict) -> None:
         raise ValueError(f"{checkpoint} does not say how its photos were treated; train again with this version") from None
 
 
-def choose_treatment(
-    saved: dict, rows: Split, view: str = "auto", background: str = "auto", rembg_model: str | None = None
-) -> tuple[str, Callable[[Sample], tuple[Image.Image, dict]]]:
-    """What the model is to see of these rows, and the function that gives a sample's photo and boxes; says where it is not as in training.
+def choose_treatment(saved: dict, rows: Split, view: str = "auto", background: str = "auto", rembg_model: str | None = None) -> tuple[str, dict | None]:
+    """What the model is to see of these rows, and what is to be done to each photo before (None: nothing); says where that is not as in training.
 
-    `view`, `background`, `rembg_model`: the flags' values. Raises BadParameter where they cannot be had, ValueError or OSError where the remover cannot.
+    `view`, `background`, `rembg_model`: the flags' values. Raises BadParameter where they cannot be had.
     """
     of_dataset, trained = bool(rows.classes), saved["data"]["preparation"]
     there = read_preparation(rows.csv.parent) if of_dataset else None  # image files are raw photos
@@ -213,7 +230,7 @@ def choose_treatment(
         preparation = find_garments(trained, rembg_model)
     if rembg_model and not needs_remover(preparation, view):
         note(f"--rembg-model {rembg_model} cannot act: these photos are taken as they are")
-    return view, start_preparing(preparation, trained, view) if preparation else as_it_is
+    return view, preparation
 
 
 def choose_preparation(background: str, trained: dict | None, there: dict | None, rembg_model: str | None) -> dict | None:
@@ -273,11 +290,16 @@ def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, 
     return asked
 
 
-def start_preparing(preparation: dict, trained: dict | None, view: str) -> Callable[[Sample], tuple[Image.Image, dict]]:
-    """preprocess.py's function for one photo, with its remover where a foreground is needed; says what is done."""
+def start_preparing(preparation: dict | None, view: str, saved: dict) -> Callable[[Sample], tuple[Image.Image, dict]]:
+    """The function that gives a sample's photo and the boxes in it, with its remover where a foreground is needed; says what is done.
+
+    Raises BadParameter for a remover that cannot be used, ValueError or OSError where its weights cannot.
+    """
+    if preparation is None:
+        return as_it_is
     if not needs_remover(preparation, view):
         return partial(prepare_photo, preparation=preparation, remover=None)
-    model = preparation["rembg_model"]
+    model, trained = preparation["rembg_model"], saved["data"]["preparation"]
     checksum, _ = find_weights(model)
     if trained and trained["rembg_model"] == model and trained["checksum"] != checksum:
         note(f"the weights of {model} here ({checksum}) are not those of training ({trained['checksum']})")
@@ -297,6 +319,189 @@ def read_labelled(saved: dict, data: str | None, split: str | None) -> Split:
     if not (data and split):
         say(f"predicting the {chosen} split of {data or saved['data']['path']}")
     return read_split(root, chosen, saved["classes"], subtask)
+
+
+# ---------------------------------------------------------------- the folder to send in
+
+ENTRY_MB = 25  # what the competition admits
+TRIAL = 8  # photos to time an entry on
+NOTES = """\
+# The entry of {name}
+Written by `predict.py --entry`. It needs this folder and the packages of `requirements.txt`. To send it in: `pip install "aifactory<3"`, put your key
+into the environment variable `AIFACTORY_KEY`, start Jupyter in this folder and run the cells. The key is stored nowhere.
+"""
+FUNCTION = """\
+def etri_task{subtask}_submit():
+    import os
+    from pathlib import Path
+
+    os.environ["U2NET_HOME"] = os.path.abspath("./model")  # where rembg finds its weights, if it is used
+
+    import pandas as pd
+
+    from data import read_split
+    from model import load_model
+    from predict import choose_treatment, predict_rows, predictions_table, start_preparing
+
+    model, saved = load_model("./model/best.pt"){no_view_sum}
+    rows = read_split(Path("/aif/Dataset"), "test", {{}}, {subtask})  # {csv} and test/ there; {{}}: labels are not looked at
+    view, preparation = choose_treatment(saved, rows, view={view!r}, background={background!r}, rembg_model={remover!r})
+    prepare = start_preparing(preparation, view, saved)
+    logits, _ = predict_rows(model, saved, rows, view, prepare, workers=0)  # more processes would need shared memory, which containers are short of
+    header, columns = predictions_table(rows, logits)
+    return pd.DataFrame(dict(zip(header, columns)))
+"""
+WRAPPER = """\
+def submit():
+    return etri_task{subtask}_submit
+"""
+SUBMIT = """\
+import os
+
+import aifactory.score
+
+if __name__ == "__main__":
+    aifactory.score.submit(model_name={name!r}, key=os.environ.get("AIFACTORY_KEY", ""), func=submit)
+"""
+TRY = """\
+import json, time, types
+
+function, wrapper, _ = (cell["source"] for cell in json.load(open("task.ipynb", encoding="utf-8"))["cells"] if cell["cell_type"] == "code")
+source = "".join([*function, "\\n", *wrapper]).replace("import pandas as pd", "pass")  # it need not be installed here
+
+def seconds(dataset, photos):
+    names = {"pd": types.SimpleNamespace(DataFrame=dict)}
+    exec(source.replace("/aif/Dataset", dataset), names)
+    start = time.perf_counter()
+    frame = names["submit"]()()
+    assert all(len(column) == photos for column in frame.values())
+    return time.perf_counter() - start
+
+seconds("ONE", 1)  # imports, and what is compiled at first use
+print(seconds("MANY", COUNT) - seconds("ONE", 1))
+"""
+
+
+def check_entry(entry: Path, others: dict[str, object]) -> None:
+    """Raises BadParameter where the folder cannot be written, or for an option that means nothing to it."""
+    if given := [flag for flag, value in others.items() if value]:
+        raise misuse(given[0], "cannot act with --entry, which predicts the competition's test split as in training")
+    if entry.exists() or not entry.absolute().parent.is_dir():
+        raise misuse("--entry", f"{entry} exists; name a new folder" if entry.exists() else f"no folder {entry.parent}")
+
+
+def write_entry(entry: Path, checkpoint: Path, saved: dict, data: str | None, view: str, view_sum: bool, background: str, rembg_model: str | None) -> None:
+    """Write the folder to send in, whole or not at all, and try it in a process of its own; says its size and its time an image.
+
+    Raises ValueError where it does not work, and where it is over the budget, but written.
+    """
+    subtask, unfinished = saved["data"]["subtask"], entry.with_name(f".{entry.name}.unfinished-{os.getpid()}")
+    with TemporaryDirectory() as place:
+        source, photos = trial_photos(Path(place), data or saved["data"]["path"], given=bool(data))
+        one, many = (make_trial(Path(place) / str(n), photos[:n], subtask) for n in (1, len(photos)))
+        rows = read_split(many, "test", saved["classes"], subtask)
+        view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
+        start_preparing(preparation, view, saved)  # says what is done
+        remover = preparation["rembg_model"] if preparation and needs_remover(preparation, view) else None
+        if remover and subtask == 2:
+            note("the rules of sub-task 2 admit no pretrained models, rembg's among them")
+        words = {"name": checkpoint.resolve().parent.name, "subtask": subtask, "csv": csv_name("test", subtask)}
+        words |= {"view": view, "background": background, "remover": remover}
+        words["no_view_sum"] = '\n    saved["learned"]["view_weight"] = 0.0' if view == "learned" and not view_sum else ""
+        files, packages = modules_of("predict")
+        try:
+            (unfinished / "model").mkdir(parents=True)
+            for file in files:
+                shutil.copyfile(file, unfinished / file.name)
+            for weights in [checkpoint] + ([find_weights(remover)[1]] if remover else []):
+                shutil.copyfile(weights, unfinished / "model" / ("best.pt" if weights == checkpoint else weights.name))
+            (unfinished / "requirements.txt").write_text("\n".join(requirements(packages, remover)) + "\n", encoding="utf-8")
+            notebook = make_notebook(*(cell.format(**words) for cell in (NOTES, FUNCTION, WRAPPER, SUBMIT)))
+            (unfinished / "task.ipynb").write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            seconds = try_entry(unfinished, one, many, len(photos))
+            sizes = {path.name: path.stat().st_size / 1e6 for path in unfinished.rglob("*") if path.is_file()}
+            unfinished.rename(entry)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    size, parts = sum(sizes.values()), ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size >= 0.1)
+    say(f"it works by itself: {1000 * seconds:.0f} ms an image here ({len(photos) - 1} photos of {source}), so about {1500 * seconds / 60:.1f} min for 1,500")
+    say(f"{entry}: {size:.2f} MB of at most {ENTRY_MB} MB ({parts})")
+    if size > ENTRY_MB:
+        half = any(value.dtype == torch.float32 for value in saved["weights"].values())
+        advice = "train.py --export-dtype fp16 halves best.pt" if half else "choose a smaller backbone"
+        advice += "; --rembg-model u2netp takes 4.6 MB" if remover and remover != "u2netp" else ""
+        raise ValueError(f"{entry} is written, but with {size:.2f} MB it is over the {ENTRY_MB} MB that are admitted: {advice}")
+    say(f"next: set AIFACTORY_KEY, start Jupyter in {entry} and run task.ipynb")
+
+
+def trial_photos(place: Path, data: str, given: bool) -> tuple[str, list[Path]]:
+    """Some photos like the competition's, and whose they are: of a dataset's test split; drawn ones where it is not there (unless it was `given`)."""
+    photos = [] if data == "demo" else sorted(path for path in Path(data, "test").rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if len(photos) > 1:
+        return data, photos[:: max(1, len(photos) // (TRIAL + 1))][: TRIAL + 1]
+    if given and data != "demo":
+        raise misuse("--data", f"no photos to time the entry on in {Path(data, 'test')}")
+    demo.draw(place / "drawn", 0, 0, TRIAL + 1, processes=1)
+    return "the demo set", sorted(path for path in (place / "drawn" / "test").rglob("*") if path.is_file())
+
+
+def make_trial(root: Path, photos: list[Path], subtask: int) -> Path:
+    """A test split of these photos in the competition's layout, without labels."""
+    (root / "test").mkdir(parents=True)
+    names = [f"{i}{path.suffix}" for i, path in enumerate(photos)]
+    for path, name in zip(photos, names):
+        shutil.copyfile(path, root / "test" / name)
+    write_csv(root / csv_name("test", subtask), ["image_name"], [[name] for name in names])
+    return root
+
+
+def modules_of(module: str) -> tuple[list[Path], set[str]]:
+    """The files of ours that a module needs, itself included, and the names under which they import everything else."""
+    here, files, others, todo = Path(__file__).parent, [], set(), [module]
+    while todo:
+        file = here / f"{todo.pop()}.py"
+        if file in files:
+            continue
+        files.append(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            tops = {name.partition(".")[0] for name in names}
+            ours = {name for name in tops if (here / f"{name}.py").is_file()}
+            todo, others = [*todo, *ours], others | (tops - ours)
+    return files, others
+
+
+def requirements(imported: set[str], remover: str | None) -> list[str]:
+    """The lines of requirements.txt that an entry needs, and pandas."""
+    needed = {"PIL": "pillow"}.get
+    packages = {needed(name, name) for name in imported} - (set() if remover else {"rembg", "scipy"})
+    lines = [line.partition("#")[0].strip() for line in Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and re.split(r"[^\w-]", line)[0] in packages] + ["pandas"]
+
+
+def make_notebook(notes: str, *cells: str) -> dict:
+    """A notebook (nbformat 4.4) of a Markdown cell and code cells."""
+    parts = [{"cell_type": "markdown", "metadata": {}, "source": notes.strip().splitlines(keepends=True)}]
+    code = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+    parts += [code | {"source": cell.strip().splitlines(keepends=True)} for cell in cells]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {
+        "cells": parts,
+        "metadata": {"kernelspec": kernel, "language_info": {"name": "python", "file_extension": ".py"}},
+        "nbformat": 4,
+        "nbformat_minor": 4,
+    }
+
+
+def try_entry(entry: Path, one: Path, many: Path, photos: int) -> float:
+    """Call an entry's function as the service does, in a process that knows its folder alone; seconds an image, of `photos` - 1. Raises ValueError."""
+    code = TRY.replace("ONE", one.as_posix()).replace("MANY", many.as_posix()).replace("COUNT", str(photos))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=entry, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise ValueError(f"the entry does not work by itself and was not kept: {(done.stderr.strip() or 'it was stopped').splitlines()[-1]}")
+    return float(done.stdout.split()[-1]) / (photos - 1)
 
 
 if __name__ == "__main__":

@@ -248,8 +248,8 @@ def session_class(model: str) -> type:
     return sessions[model]
 
 
-def find_weights(model: str) -> tuple[str, int]:
-    """Checksum and size in bytes of a model's weights where rembg keeps them; downloads them if need be.
+def find_weights(model: str) -> tuple[str, Path]:
+    """Checksum and file of a model's weights where rembg keeps them; downloads them if need be.
 
     Raises BadParameter for a model that cannot be used, ValueError where the file is not what rembg publishes, OSError where the download fails.
     """
@@ -273,7 +273,7 @@ def find_weights(model: str) -> tuple[str, int]:
         checksum = f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
     if published and checksum != published:
         raise ValueError(f"{path} is damaged or another file: it has {checksum}, rembg publishes {published}; delete it, and it is downloaded again")
-    return checksum, os.path.getsize(path)
+    return checksum, Path(path)
 
 
 def published_file(session: type) -> tuple[str | None, str]:
@@ -337,13 +337,13 @@ def preprocess(
 
     remover = Remover(rembg_model)
     if job.todo or not written:
-        checksum, size = find_weights(rembg_model)
+        checksum, weights = find_weights(rembg_model)
         if written and written["preparation"]["checksum"] != checksum:
             before = written["preparation"]["checksum"]
             raise ValueError(f"{out} was begun with other weights of {rembg_model} ({before}, not {checksum}); choose another folder")
         providers, workers = remover.start(), default_workers(workers)
         versions = {"python": platform.python_version()} | {package: version(package) for package in ("rembg", "onnxruntime", "pillow", "numpy", "scipy")}
-        written |= {"preparation": settings | {"checksum": checksum, "weights_bytes": size}, "providers": providers, "versions": versions}
+        written |= {"preparation": settings | {"checksum": checksum, "weights_bytes": weights.stat().st_size}, "providers": providers, "versions": versions}
         if rembg_model in NON_COMMERCIAL:
             note(NON_COMMERCIAL[rembg_model])
         if subtask == 2:

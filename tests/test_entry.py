@@ -1,0 +1,189 @@
+"""The folder to send in: alone in another place, called as the service calls it, it answers what predict.py answers."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import demo
+import predict as predict_script
+from data import csv_name
+
+SCORE = '''
+"""What the service does, in the place of its package: call the function that the notebook's function returns."""
+import json, sys
+
+def submit(model_name, key, func):
+    frame = func()()
+    what = {"model_name": model_name, "key": key, "columns": frame.to_dict("list"), "types": [str(t) for t in frame.dtypes]}
+    open(sys.modules["aifactory"].__path__[0] + "/answer.json", "w").write(json.dumps(what))
+'''
+CELLS = """
+import json
+names = {"__name__": "__main__"}
+for cell in json.load(open("task.ipynb", encoding="utf-8"))["cells"]:
+    if cell["cell_type"] == "code":
+        exec("".join(cell["source"]), names)
+"""
+
+
+def answers(path: Path) -> dict[str, list]:
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    return {column: [row[column] if column == "image_name" else float(row[column]) for row in rows] for column in rows[0]}
+
+
+def train(run, data: Path, *args) -> None:
+    done = run("train", "--data", data, *TINY, "--epochs", 1, "--t-0", 1, "--name", "a", *args)
+    assert done.code == 0, done.err
+
+
+@pytest.fixture
+def raw(run, drawn):
+    """runs/a/best.pt, trained on whole raw photos."""
+    train(run, drawn, "--val-view", "full")
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """Entries are not tried as they are written."""
+    monkeypatch.setattr(predict_script, "try_entry", lambda *args: 0.02)
+
+
+def competition(place: Path, photos: Path, subtask: int = 1) -> Path:
+    """The test photos of a dataset as the competition has them: names with spaces and Korean letters, labels that are dummies or nonsense."""
+    shutil.copytree(photos / "test", place / "test")
+    with open(photos / csv_name("test", subtask), newline="") as f:
+        names = [row["image_name"] for row in csv.DictReader(f)]
+    os.rename(place / "test" / names[0], place / "test" / "2COAT 2019" / "코트 1.jpg")
+    names[0] = "2COAT 2019/코트 1.jpg"
+    lines = [f"{name},0,-1,{i * 7}" for i, name in enumerate(names)]
+    (place / csv_name("test", subtask)).write_text("\n".join(["image_name,Daily,Gender,Embellishment", *lines]), encoding="cp949")
+    return place
+
+
+def send_in(entry: Path, place: Path, data: Path, how: str) -> dict:
+    """Copy an entry, let it find `data` where the competition's lie, and start it in a process that knows nothing else; what the service gets."""
+    shutil.copytree(entry, place)
+    text = (place / "task.ipynb").read_text(encoding="utf-8")
+    assert "/aif/Dataset" in text and "secret" not in text
+    (place / "task.ipynb").write_text(text.replace("/aif/Dataset", data.as_posix()), encoding="utf-8")
+    (place / "aifactory").mkdir()
+    (place / "aifactory" / "__init__.py").touch()
+    (place / "aifactory" / "score.py").write_text(SCORE)
+    command = ["-c", CELLS]
+    if how == "a plain script":
+        notebook = json.loads((place / "task.ipynb").read_text(encoding="utf-8"))
+        cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        (place / "task.py").write_text("\n\n\n".join(cells) + "\n", encoding="utf-8")
+        command = ["task.py", "--foo", "bar", "baz"]
+    gone = {"PYTHONPATH", "U2NET_HOME", "REMBG_HOME"}
+    env = {key: value for key, value in os.environ.items() if key not in gone} | {"AIFACTORY_KEY": "secret", "HOME": str(place / "nobody")}
+    done = subprocess.run([sys.executable, *command], cwd=place, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads((place / "aifactory" / "answer.json").read_text())
+
+
+def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path):
+    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
+    assert done.code == 0 and "MB of at most 25 MB" in done.out and "20 ms an image" in done.out, done.err
+    entry = tmp_path / "Entry"
+    modules = {"cli.py", "data.py", "demo.py", "model.py", "predict.py", "preprocess.py"}
+    assert {str(p.relative_to(entry)) for p in entry.rglob("*")} == modules | {"task.ipynb", "requirements.txt", "model", "model/best.pt"}
+    packages = (entry / "requirements.txt").read_text()
+    assert all(word in packages for word in ("torch>=", "timm>=", "pillow>=", "pandas")) and not any(word in packages for word in ("rembg", "scipy"))
+    assert (entry / "model" / "best.pt").read_bytes() == Path("runs/a/best.pt").read_bytes()
+
+    (tmp_path / "there").mkdir()
+    test = competition(tmp_path / "there", drawn)
+    (entry / "rembg.py").write_text("raise ImportError('not needed')")
+    assert run("predict", "runs/a/best.pt", test / "test", "--out", "p.csv", "--workers", 0).code == 0
+    expected = answers(Path("p.csv"))  # of the folder, in another order
+    names = expected.pop("image_name")
+    for how in ("cells", "a plain script"):
+        sent = send_in(entry, tmp_path / f"somewhere else, {how}", test, how)
+        assert (sent["model_name"], sent["key"], sent["types"][1:]) == ("a", "secret", ["int64"] * 3)
+        order = [names.index(str(test / "test" / name)) for name in sent["columns"]["image_name"]]
+        assert len(order) == 20 and sent["columns"] == {
+            "image_name": sent["columns"]["image_name"], **{label: [values[i] for i in order] for label, values in expected.items()}
+        }  # fmt: skip
+
+
+def test_an_entry_with_a_remover(run, u2netp, untried, tmp_path):
+    """Trained on boxed photos without background: the test's photos are cleaned and cut to the foreground."""
+    demo.draw(tmp_path / "Demo", 6, 3, 3, seed=3, processes=1)
+    assert run("preprocess", "Demo", "Clean", "--rembg-model", "u2netp", "--workers", 1).code == 0
+    train(run, Path("Clean"))
+    done = run("predict", "runs/a/best.pt", "--entry", "Entry", "--data", "Demo")
+    assert done.code == 0 and "the box round the foreground (mask)" in done.out and "2 photos of Demo" in done.out, done.err
+    assert (tmp_path / "Entry" / "model" / "u2netp.onnx").stat().st_size > 4e6 and "rembg" in (tmp_path / "Entry" / "requirements.txt").read_text()
+    assert run("predict", "runs/a/best.pt", "--data", "Demo", "--split", "test", "--out", "p.csv", "--workers", 0).code == 0
+    assert send_in(tmp_path / "Entry", tmp_path / "there", tmp_path / "Demo", "a plain script")["columns"] == answers(Path("p.csv"))
+
+
+def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
+    monkeypatch.setattr(predict_script, "TRIAL", 3)
+    data = tmp_path / "Colours"
+    shutil.copytree(drawn, data)
+    for path in data.glob("*.csv"):
+        text = path.read_text().replace("Daily,Gender,Embellishment", "Color,x,y")
+        keep = len(text.splitlines()[0].split(",")) - 2
+        lines = [",".join(line.split(",")[:keep]) for line in text.splitlines()]
+        path.with_name(path.name.replace("sub1", "sub2")).write_text("\n".join(lines))
+        path.unlink()
+    train(run, data, "--subtask", 2)
+    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
+    assert done.code == 0 and "there are no boxes for Fashion-How24_sub2_test.csv: it sees whole photos" in done.out, done.err
+    assert "it works by itself" in done.out and f"3 photos of {data}" in done.out
+    assert "def etri_task2_submit():" in (tmp_path / "Entry" / "task.ipynb").read_text()
+    assert run("predict", "runs/a/best.pt", "--split", "test", "--out", "p.csv", "--workers", 0).code == 0
+    sent = send_in(tmp_path / "Entry", tmp_path / "there", data, "cells")
+    assert sent["columns"] == answers(Path("p.csv")) and list(sent["columns"]) == ["image_name", "color"]
+
+
+def test_an_entry_of_a_model_that_looks_twice(run, drawn, untried, tmp_path):
+    train(run, drawn, "--box-head", "--val-view", "learned", "--crop-prob", 0.5)
+    for args in [], ["--no-view-sum"]:
+        assert run("predict", "runs/a/best.pt", "--split", "test", "--probs", "--out", f"{len(args)}.csv", "--workers", 0, *args).code == 0
+        assert run("predict", "runs/a/best.pt", "--entry", f"Entry{len(args)}", *args).code == 0
+    assert "view_weight" not in Path("Entry0/task.ipynb").read_text()
+    sent = send_in(tmp_path / "Entry1", tmp_path / "there", drawn, "cells")["columns"]
+    assert sent == {column: values for column, values in answers(Path("1.csv")).items() if column in sent} and len(sent) == 4
+
+
+def test_entries_that_are_refused(run, raw, untried, monkeypatch, tmp_path):
+    Path("full").mkdir()
+    Path("full/mine.txt").touch()
+    for args, says in [
+        (["--entry", "full"], "full exists"),
+        (["--entry", "nowhere/Entry"], "no folder nowhere"),
+        (["--entry", "Entry", "--view", "bbox"], "no boxes"),
+        (["--entry", "Entry", "--probs"], "--probs"),
+        (["--entry", "Entry", "--device", "cuda"], "--device"),
+        (["--entry", "Entry", "--data", "Nowhere"], "no photos"),
+    ]:
+        done = run("predict", "runs/a/best.pt", *args)
+        assert done.code == 2 and says in done.err, done.err
+    monkeypatch.setattr(predict_script, "try_entry", lambda *args: 1 / 0)
+    assert run("predict", "runs/a/best.pt", "--entry", "Entry").code == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "full"} and os.listdir("full") == ["mine.txt"]
+
+
+def test_an_entry_over_the_budget_is_written(run, raw, untried, monkeypatch):
+    monkeypatch.setattr(predict_script, "ENTRY_MB", 1)
+    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
+    assert done.code == 1 and "over the 1 MB" in done.err and "--export-dtype fp16" in done.err and Path("Entry/task.ipynb").exists()
+
+
+def test_an_entry_that_lacks_a_module_is_not_kept(run, raw, monkeypatch, tmp_path):
+    """The trial in a process of its own sees it."""
+    files, packages = predict_script.modules_of("predict")
+    monkeypatch.setattr(predict_script, "modules_of", lambda module: ([file for file in files if file.name != "data.py"], packages))
+    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
+    assert done.code == 1 and "No module named 'data'" in done.err and not Path("Entry").exists()
