@@ -5,6 +5,7 @@
     python benchmarks/gap.py Hard Gap --masks Hard-rembg --image-size 80 -- --model tf_efficientnet_lite0 --weights $PWD/lite0.safetensors \\
         --epochs 6 --t-0 6 --lr 1e-3 --batch-size 64 --amp off
     python benchmarks/gap.py Hard Gap --run learned --seed 0 ...     # one run of one seed; the table shows whatever is finished
+    python benchmarks/gap.py Hard Gap --photographs Gap/runs/learned-0/best.pt boxes.png      # no training: boxes found on photographs
 
 Starts train.py and predict.py as a user would, in the folder GAP, which keeps runs, predictions and what they printed. What is finished there is
 not done again; a run that was interrupted goes on. All runs share the flags after `--`: another set of flags wants another folder.
@@ -16,15 +17,20 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
 import typer
+from PIL import Image, ImageDraw, ImageOps
 
 from cli import misuse, run_app, say, show_table
-from data import Split, find_dataset, read_split, submission_column
+from data import BOX, Split, find_dataset, image_samples, read_split, submission_column
+from model import load_model, overlaps
+from predict import predict_rows
 
 RUNS = {  # what train.py is told beside the flags of all runs
     "boxed": ("--crop-prob", "1", "--val-view", "bbox"),
@@ -58,8 +64,12 @@ def main(
     run: Annotated[list[str], typer.Option(help=f"Which runs to do: {', '.join(RUNS)}, none. Repeats.", show_default="all")] = list(RUNS),  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Repeats.")] = [0, 1, 2],  # noqa: B006
     workers: Annotated[int, typer.Option(help="Processes that decode photos.")] = 1,
+    photographs: Annotated[tuple[Path, Path] | None, typer.Option(help="A checkpoint with a box head, and the picture to draw.", show_default=False)] = None,
 ) -> None:
     """Train and predict what is not done yet; print the table of all that is."""
+    if photographs:
+        draw_photographs(*photographs)
+        return
     for name in run:
         if name not in (*RUNS, "none"):
             raise misuse("--run", f"{name} is none of {', '.join(RUNS)}")
@@ -120,6 +130,26 @@ def top1(predicted: Path, truth: Split) -> float:
     header, *rows = (line.split(",") for line in predicted.read_text(encoding="utf-8").splitlines())
     columns = {label: header.index(submission_column(label)) - len(header) for label in truth.classes}  # from the right: a name may hold a comma
     return mean(int(row[column]) == sample.labels[label] for row, sample in zip(rows, truth.samples, strict=True) for label, column in columns.items())
+
+
+def draw_photographs(checkpoint: Path, out: Path) -> None:
+    """The photographs of tests/test_photographs.py side by side, with the boxes drawn by hand (green) and found (red); says how well these fit."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_photographs import BOXES, photographs
+
+    model, saved = load_model(checkpoint)
+    sheet = Image.new("RGB", (400 * len(BOXES), 400), "white")
+    with TemporaryDirectory() as folder:
+        for i, (name, photo) in enumerate(photographs().items()):
+            photo.save(Path(folder) / f"{name}.png")
+            rows = image_samples([str(Path(folder) / f"{name}.png")])
+            found = predict_rows(model, saved, rows, "learned", workers=0)[0][BOX] * torch.tensor(photo.size * 2)
+            pen = ImageDraw.Draw(photo)
+            pen.rectangle(BOXES[name], outline="lime", width=4)
+            pen.rectangle(found[0].tolist(), outline="red", width=4)
+            say(f"{name}: IoU {overlaps(found, torch.tensor([BOXES[name]]))[0]:.2f}")
+            sheet.paste(ImageOps.contain(photo, (396, 396)), (400 * i, 0))
+    sheet.save(out)
 
 
 if __name__ == "__main__":
