@@ -585,6 +585,12 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
         note(f"--warmup-epochs {flags.warmup_epochs:g} is longer than the run of {flags.epochs} epochs: the learning rate does not come up to --lr")
     if flags.fit_all:
         note(f"--fit-all: trains for all of the {flags.epochs} epochs, and best.pt is the last one's; --patience and --monitor do not act")
+        end = length = flags.t_0
+        while end < flags.epochs:
+            length *= flags.t_mult
+            end += length
+        if end != flags.epochs:
+            note(f"--fit-all keeps the last epoch, and there the learning rate is not at its lowest, as it is after {end} epochs, or with --t-0 {flags.epochs}")
     elif flags.patience >= flags.epochs:
         note(f"--patience {flags.patience} cannot act in {flags.epochs} epochs")
     users = {"label_smoothing": ("ce", "asymmetric"), "focal_gamma": ("focal",), "asym_gamma_pos": ("asymmetric",), "asym_gamma_neg": ("asymmetric",)}

@@ -275,6 +275,7 @@ def test_fit_all_trains_on_every_row_and_keeps_the_last_epoch(go, run, drawn, mo
     assert len(written) == 2 and math.isnan(float(written[0]["val_top1_mean"])) and float(written[0]["train_loss"]) > 0
     again = run("train", "--resume", "runs/a", "--epochs", 3)
     assert again.code == 0 and read_checkpoint("runs/a/best.pt")["epoch"] == 3, again.err
+    assert "not at its lowest" not in done.out and "not at its lowest, as it is after 6 epochs" in again.out  # two, then four more
     assert not (last.keys() & {"average"}) and not any(path.name == "val_predictions.csv" for path in drawn.parent.rglob("runs/a/*"))
     done = run("predict", "runs/a/best.pt", "--workers", 0)
     assert done.code == 0 and "nan" not in done.out, done.err
