@@ -44,6 +44,10 @@ class FashionModel(nn.Module):
     ):
         super().__init__()
         self.backbone, self.classes = backbone, dict(classes)
+        # Convolutions are up to 1.8 times as fast on a CPU with the channels last; a transformer's only one cuts the patches.
+        convolutional = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
+        self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
+        backbone.to(memory_format=self.memory_format)
         self.heads = nn.ModuleList(nn.Linear(width, n) for n in classes.values())  # a list: a label may have any name
         self.register_buffer("mean", torch.tensor([*mean]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([*std]).view(3, 1, 1), persistent=False)
@@ -52,7 +56,7 @@ class FashionModel(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head {BOX: logits (N, 4, POSITIONS)}."""
-        images = (images.float() / 255 - self.mean) / self.std
+        images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
         if self.box_head is None:
             features, more = self.backbone(images), {}
         else:
