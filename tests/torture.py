@@ -59,10 +59,9 @@ def child(arguments: list[str], status: int, kill_write: int = 0, half: bool = F
     torch.set_num_threads(1)
     plain_create, writes = model._create, iter(range(1, 10**6))
 
-    def create(name: str, pretrained: bool, size: int) -> torch.nn.Module:
-        if name != "test_vit":
-            return plain_create(name, pretrained, size)
-        return model.timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size, drop_rate=0.2, proj_drop_rate=0.1, drop_path_rate=0.2)
+    def create(name: str, pretrained: bool, **wanted: float) -> torch.nn.Module:
+        dropout = {"drop_rate": 0.2, "proj_drop_rate": 0.1, "drop_path_rate": 0.2} if name == "test_vit" else {}
+        return plain_create(name, pretrained, **wanted | dropout)
 
     def during(phase: str, function):
         def hooked(*args, **kwargs):
