@@ -425,6 +425,8 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
     """The model of a `best.pt` and the whole checkpoint. Raises FileNotFoundError, ValueError."""
     state = read_checkpoint(path)
     try:
+        if "weights" not in state:
+            raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
         classes, weights, size = state["classes"], state["weights"], state["image_size"]
         if not 0 < size <= MAX_IMAGE_SIZE or any(weights[f"heads.{i}.weight"].shape[0] != n for i, n in enumerate(classes.values())):
             raise ValueError("its heads or image size are not what it says")

@@ -105,6 +105,8 @@ def predict(
     if entry:
         others = {"INPUTS": inputs, "--split": split, "--out": out, "--probs": probs, "--names": names, "--batch-size": batch_size, "--workers": workers}
         check_entry(entry, others | {"--amp": amp, "--device": device != "auto"})
+    if checkpoint.is_dir():
+        raise misuse("CHECKPOINT", f"{checkpoint} is a folder; give {checkpoint / 'best.pt'}")
     model, saved = load_model(checkpoint)
     check_treatment(checkpoint, saved["data"])
     if entry:
@@ -425,7 +427,7 @@ def write_entry(entry: Path, checkpoint: Path, saved: dict, data: str | None, vi
             shutil.rmtree(unfinished, ignore_errors=True)
 
     size, parts = sum(sizes.values()), ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size >= 0.1)
-    say(f"it works by itself: {1000 * seconds:.0f} ms an image here ({len(photos) - 1} photos of {source}), so about {1500 * seconds / 60:.1f} min for 1,500")
+    say(f"it works by itself: {1000 * seconds:.0f} ms an image here ({len(photos) - 1} photos of {source}), {1500 * seconds:,.0f} s for 1,500")
     say(f"{entry}: {size:.2f} MB of at most {ENTRY_MB} MB ({parts})")
     if size > ENTRY_MB:
         half = any(value.dtype == torch.float32 for value in saved["weights"].values())

@@ -322,9 +322,12 @@ def test_predict_flags(run, checkpoint, drawn, tmp_path):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
     Path("broken.jpg").write_bytes(Path("x.jpg").read_bytes()[:300])
     Path("none").mkdir()
+    Path("last.pt").write_bytes(saved({"format": "fashion-attributes 1", "model": {}}))
     os.mkfifo("pipe.jpg")
     for args, code, says in [
         (["none.pt"], 2, "none.pt"),
+        (["none"], 2, "give none/best.pt"),
+        (["last.pt"], 1, "for train.py --resume"),
         (["best.pt", "x.jpg", "--data", drawn], 2, "--data"),
         (["best.pt", "gone.jpg"], 2, "gone.jpg"),
         (["best.pt", "none"], 1, "no images"),
