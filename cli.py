@@ -214,8 +214,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone (where the system can: not on Windows). Raises ValueError where another one holds it."""
+def locked(folder: Path, wait: str = "") -> Iterator[None]:
+    """Hold a folder for this process alone (where the system can: not on Windows). Where another one holds it, says `wait` and waits, or raises ValueError."""
     try:
         import fcntl
     except ImportError:
@@ -225,8 +225,12 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(handle)
-        raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
+        if wait:
+            note(wait)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        else:
+            os.close(handle)
+            raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
     _held.append(handle)
     try:
         yield

@@ -827,7 +827,8 @@ class Photos(Dataset):
     cut to it. With `box_jitter` the sides of these cuts are off by a normal error, in shares of the box's sides.
 
     `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at prediction). `crops` (N, 4), in 0..1 of each photo, is what is
-    seen instead of a view. A photo that cannot be decoded comes as the ValueError that says so (see `batches`).
+    seen instead of a view. A photo that cannot be decoded comes as the ValueError that says so (see `batches`). `cache` (cache.py) holds the
+    views that are the same whenever they are drawn.
     """
 
     def __init__(
@@ -847,6 +848,7 @@ class Photos(Dataset):
         self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = samples, size, view, crop_prob, augment, seed, prepare
         self.box_head, self.box_jitter, self.crops = box_head, box_jitter, crops
         self.random_crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC) if resize == "random-resized-crop" else None
+        self.cache = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -883,17 +885,32 @@ class Photos(Dataset):
     ) -> tuple[Tensor, dict[str, int]] | ValueError:
         sample = self.samples[index]
         try:
-            photo, boxes = self.prepare(sample)
-            box = boxes.get(self.view) if crop else None
-            if self.crops is not None:
-                box = crop_box(self.crops[index].tolist(), photo.size)
-            elif jitter and box is not None:
-                box = jittered(box, jitter, photo.size)
-            if random_crop:
-                photo, box = random_crop(photo if box is None else photo.crop(box)), None
-            return to_pixels(photo, box, self.size), sample.labels
+            return self._pixels(index, sample, crop, random_crop, jitter), sample.labels
         except (ValueError, OSError) as error:
             return ValueError(f"{sample.where}: {error}")
+
+    def _pixels(self, index: int, sample: Sample, crop: bool, random_crop: Callable | None, jitter: float) -> Tensor:
+        boxed = crop and self.view in sample.boxes
+        if self.cache and not random_crop and self.crops is None and not (jitter and boxed):
+            stored = self.cache.pixels(index, boxed)
+            if stored is not None:
+                return stored
+        photo, boxes = self.prepare(sample)
+        box = boxes.get(self.view) if crop else None
+        if self.crops is not None:
+            box = crop_box(self.crops[index].tolist(), photo.size)
+        elif jitter and box is not None:
+            box = jittered(box, jitter, photo.size)
+        if random_crop:
+            photo, box = random_crop(photo if box is None else photo.crop(box)), None
+        return to_pixels(photo, box, self.size)
+
+    def fixed_boxes(self, sample: Sample) -> set[Box | None]:
+        """The views of a sample that are the same whenever they are drawn, and so can be decoded once: boxes, None the whole photo."""
+        if self.random_crop:
+            return set()
+        boxes = ({sample.boxes.get(self.view)} if self.crop_prob > 0 else set()) | ({None} if self.crop_prob < 1 else set())
+        return boxes & {None} if self.box_jitter else boxes
 
 
 def share_of(n: int, rank: int, world: int) -> slice:

@@ -39,6 +39,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 import losses
+from cache import add_cache
 from cli import (
     Stopped,
     StopSignals,
@@ -104,7 +105,9 @@ from model import (
     update_average,
 )
 
-CHANGEABLE_ON_RESUME = {"resume", "workers", "debug", "data", "teacher", "epochs", "save_every"}  # data and teacher: where the same ones lie
+CHANGEABLE_ON_RESUME = {  # of data and teacher: where the same ones lie
+    "resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache_dir", "no_cache",
+}  # fmt: skip
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 START = {  # the loop's state: epochs finished; of the next one, steps done, sums of losses and of weights, seconds; the best so far; metrics.csv
@@ -139,6 +142,8 @@ def train(
     image_size: Annotated[int | None, option(DATA, "Side of the square image in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the backbone's")] = None,
     fit_all: Annotated[bool, option(DATA, "Train on the validation rows too; best.pt is the last epoch's.", "--fit-all", show_default="off")] = False,
     workers: Annotated[int | None, option(DATA, "Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
+    cache_dir: Annotated[Path | None, option(DATA, "Where decoded photos are kept for later epochs and runs.", show_default="DATASET/.cache")] = None,
+    no_cache: Annotated[bool, option(DATA, "Decode the photos again in every epoch.", "--no-cache", show_default="off")] = False,
     model: Annotated[str, option(MODEL, "Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k",
     pretrained: Annotated[bool, option(MODEL, "Start from timm's pretrained weights (downloaded once).")] = True,
     weights: Annotated[Path | None, option(MODEL, "Start from this .safetensors, .pth or .pt file, or a best.pt; no download.", show_default="none")] = None,
@@ -227,9 +232,12 @@ def train(
     workers = default_workers(flags.workers)
     how = {"resize": flags.resize, "box_head": flags.box_head, "box_jitter": flags.box_jitter}
     photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, **how)
-    train_loader = make_loader(photos, flags.batch_size, workers, order)
     share = share_of(len(val_split.samples), rank, world)
-    val_loader = make_loader(Photos(val_split.samples[share], size, "full" if view == "learned" else view), flags.batch_size, workers)
+    val_photos = Photos(val_split.samples[share], size, "full" if view == "learned" else view)
+    if not flags.no_cache:
+        add_cache([photos, val_photos], roots, flags.cache_dir, workers)
+    train_loader = make_loader(photos, flags.batch_size, workers, order)
+    val_loader = make_loader(val_photos, flags.batch_size, workers)
     optimizer = torch.optim.AdamW(parameter_groups(net, flags.layer_decay), lr=flags.lr, weight_decay=flags.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, flags.t_0, flags.t_mult, flags.eta_min)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
@@ -814,7 +822,7 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
         raise ValueError(f"{path} was changed since {flags.resume / 'last.pt'} was written; put the old settings back, or start a new run")
     for key, value in settings.items():
         if not given(ctx, key):
-            setattr(flags, key, Path(value) if key in ("weights", "teacher") and value else value)
+            setattr(flags, key, Path(value) if key in ("weights", "teacher", "cache_dir") and value else value)
         elif key not in CHANGEABLE_ON_RESUME and str(getattr(flags, key)) != str(value):
             may = ", ".join(sorted(CHANGEABLE_ON_RESUME - {"resume"}))
             raise misuse("--" + key.replace("_", "-"), f"the run was started with {value}; only {may} may change")
