@@ -238,7 +238,8 @@ def train(
         add_cache([photos, val_photos], roots, flags.cache_dir, workers)
     train_loader = make_loader(photos, flags.batch_size, workers, order)
     val_loader = make_loader(val_photos, flags.batch_size, workers)
-    optimizer = torch.optim.AdamW(parameter_groups(net, flags.layer_decay), lr=flags.lr, weight_decay=flags.weight_decay)
+    fused = device.type in ("cpu", "cuda")  # one pass over all parameters
+    optimizer = torch.optim.AdamW(parameter_groups(net, flags.layer_decay), lr=flags.lr, weight_decay=flags.weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, flags.t_0, flags.t_mult, flags.eta_min)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "forward": net, "teach": teach}
