@@ -280,7 +280,8 @@ def read_run(folder: Path) -> Run:
         images.sort(key=lambda row: (row["image_name"], *(row[label] for label in labels)))
         predicted = np.array([[int(row[f"{label}_predicted"]) for label in labels] for row in images])
         right = predicted == np.array([[int(row[label]) for label in labels] for row in images])
-        best = min(metrics, key=lambda row: row["val_loss"]) if monitor == "loss" else max(metrics, key=lambda row: row[f"val_{monitor}_mean"])
+        column, sign = ("val_loss", -1) if monitor == "loss" else (f"val_{monitor}_mean", 1)
+        best = max(metrics, key=lambda row: (sign * row[column], row.get("val_iou", 0)))
         scores = [{label: row[f"val_top1_{label}"] for label in (*labels, "mean")} for row in (best, metrics[-1])]
         if not np.allclose(right.mean(0), [scores[0][label] for label in labels], atol=1e-9):
             raise ValueError("val_predictions.csv is not of the best epoch in metrics.csv")

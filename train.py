@@ -111,7 +111,7 @@ CHANGEABLE_ON_RESUME = {  # of data and teacher: where the same ones lie
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 START = {  # the loop's state: epochs finished; of the next one, steps done, sums of losses and of weights, seconds; the best so far; metrics.csv
-    "epoch": 0, "step": 0, "totals": None, "seconds": 0.0, "best_epoch": 0, "best_value": -math.inf, "metrics": [],
+    "epoch": 0, "step": 0, "totals": None, "seconds": 0.0, "best_epoch": 0, "best_value": (-math.inf, 0.0), "metrics": [],
 }  # fmt: skip
 STATEFUL = ("model", "average", "optimizer", "schedule", "scaler")  # what last.pt holds beside it
 
@@ -324,8 +324,9 @@ def train(
                 schedule.step()
                 state |= {"epoch": epoch, "step": 0, "totals": None, "metrics": [*state["metrics"], row]}
                 column, sign = MONITORS[flags.monitor]
-                if flags.fit_all or sign * row[column] > state["best_value"]:
-                    state |= {"best_epoch": epoch, "best_value": sign * row[column]}
+                value = (sign * row[column], row.get("val_iou", 0.0))  # of epochs that are as good, the one with the better boxes
+                if flags.fit_all or value > state["best_value"]:
+                    state |= {"best_epoch": epoch, "best_value": value}
                     best |= {"weights": exported_weights(shown, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, **result}
                     if flags.export_dtype != "fp32" and not flags.fit_all:
                         best |= validate(as_saved(shown, best["weights"]))[2] | {"scores_fp32": result["scores"]}
