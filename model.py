@@ -192,14 +192,15 @@ def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
 
 
 def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
-    """Index and width of the feature maps for the box head, by trying: the last one, and the last that is finer.
+    """Index and width of the feature maps for the box head, the finest first, by trying: the last of each of the three coarsest strides.
 
-    Where all are alike, as in plain transformers, the second is two thirds of the way up. Raises ValueError where there are none.
+    Where all are alike, as in plain transformers, the last one and one two thirds of the way up. Raises ValueError where there are none.
     """
     try:
         strides = [level["reduction"] for level in backbone.feature_info]
         last = len(strides) - 1
-        levels = [max((i for i in range(last) if strides[i] < strides[last]), default=2 * last // 3), last]
+        by_stride = sorted({stride: level for level, stride in enumerate(strides)}.values())
+        levels = by_stride[-3:] if len(by_stride) > 1 else [2 * last // 3, last]
         with torch.inference_mode():
             maps = copy.deepcopy(backbone).eval().forward_intermediates(torch.zeros(1, 3, size, size), indices=levels, intermediates_only=True)
         return {level: m.shape[1] for level, m in zip(levels, maps, strict=True)}
