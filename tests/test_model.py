@@ -5,6 +5,8 @@ import torch
 from pytest import approx, mark, raises
 from safetensors.torch import save_file
 
+import cli
+from benchmarks import gpu_check
 from model import FORMAT, build_model, checkpoint_bytes, load_weights, predict_logits, save_checkpoint, score
 
 CLASSES = {"Daily": 6, "type": 4, "fit.style": 2}  # names that torch's ModuleDict would refuse
@@ -78,6 +80,32 @@ def test_every_image_counts_once_at_any_batch_size():
     assert all((logits["Daily"] - results[0][0]["Daily"]).abs().max() < 1e-4 for logits, _ in results)
 
 
+@mark.parametrize("name", ["test_vit", "tiny_vit_5m_224"])
+def test_the_same_predictions_at_any_number_of_threads(name):
+    model, _ = build_model(name, CLASSES, 64)
+    batches = [(x, {}) for x in images(100, 64).split(40)]
+    before, found, counted = torch.get_num_threads(), [], []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(predict_logits(model, batches, torch.device("cpu"), advance=counted.append)[0]["Daily"])
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert sum(counted) == 300 and all(torch.equal(found[0], other) for other in found[1:])
+    with torch.inference_mode():
+        torch.testing.assert_close(found[0], torch.cat([model(x)["Daily"] for x, _ in batches]), rtol=1e-4, atol=1e-5)
+
+    def fails():
+        yield batches[0]
+        raise ValueError("a damaged photo")
+
+    with raises(ValueError, match="a damaged photo"):
+        predict_logits(model, fails(), torch.device("cpu"))
+    with raises(RuntimeError):
+        predict_logits(model, [(torch.zeros(20, 3, 64, dtype=torch.uint8), {})], torch.device("cpu"))
+
+
 def test_the_size_is_that_of_the_file_and_a_failed_write_leaves_the_old_one(tmp_path):
     state = {"format": FORMAT, "weights": build_model("test_vit", CLASSES, 32)[0].state_dict()}
     save_checkpoint(state, tmp_path / "best.pt")
@@ -86,3 +114,11 @@ def test_the_size_is_that_of_the_file_and_a_failed_write_leaves_the_old_one(tmp_
     with raises(Exception, match="pickle"):
         save_checkpoint({"format": lambda: None}, tmp_path / "best.pt")
     assert (tmp_path / "best.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_without_a_gpu_its_checks_say_so(monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu_check.py"])
+    with raises(SystemExit) as stop:
+        cli.run_app(gpu_check.app)
+    assert stop.value.code == 2 and capfd.readouterr().out == "no CUDA GPU here: nothing was checked\n"
