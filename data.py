@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -224,6 +225,15 @@ def join_splits(splits: Sequence[Split]) -> Split:
     classes = {label: max(split.classes[label] for split in splits) for label in splits[-1].classes}
     fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
     return Split(splits[-1].csv, [sample for split in splits for sample in split.samples], classes, splits[-1].labelled, fingerprint)
+
+
+def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) -> tuple[Split, Split]:
+    """What a run trains on, the train splits of all its datasets (with `fit_all` their val splits too), and the last one's val split."""
+    train_split = join_splits([read_split(root, "train", subtask=subtask) for root in roots])
+    val_split = read_split(roots[-1], "val", train_split.classes, subtask)
+    if fit_all:
+        train_split = join_splits([train_split, *(read_split(root, "val", train_split.classes, subtask) for root in roots[:-1]), val_split])
+    return train_split, val_split
 
 
 def image_samples(inputs: Sequence[str]) -> Split:
@@ -880,6 +890,11 @@ class Photos(Dataset):
         box = torch.zeros(1, 4) if crop else relative_boxes([self.samples[index]], self.view).nan_to_num() * self.size
         return tv_tensors.BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
 
+    def view_in(self, epoch: int, index: int) -> str:
+        """The view that this photo is seen in: the first that `__getitem__` draws."""
+        drawn = torch.rand((), generator=torch.Generator().manual_seed(derive_seed(self.seed, "sample", epoch, index))).item()
+        return self.view if drawn < self.crop_prob and self.view in self.samples[index].boxes else "full"
+
     def _item(
         self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0
     ) -> tuple[Tensor, dict[str, int]] | ValueError:
@@ -911,6 +926,12 @@ class Photos(Dataset):
             return set()
         boxes = ({sample.boxes.get(self.view)} if self.crop_prob > 0 else set()) | ({None} if self.crop_prob < 1 else set())
         return boxes & {None} if self.box_jitter else boxes
+
+
+def training_photos(samples: list[Sample], size: int, settings: SimpleNamespace) -> Photos:
+    """The training photos as a run with these settings (train.py's flags) sees them."""
+    how = {"resize": settings.resize, "box_head": settings.box_head, "box_jitter": settings.box_jitter}
+    return Photos(samples, size, settings.train_view, settings.crop_prob, augmentation(settings.augment), settings.seed, **how)
 
 
 def share_of(n: int, rank: int, world: int) -> slice:

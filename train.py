@@ -4,8 +4,8 @@
     python train.py --loss focal --crop-prob 0.7                          # the organisers' Dataset/ folder, the notes' settings
     python train.py --resume runs/NAME                                    # go on after an interruption, or with more --epochs
 
-Writes runs/NAME/: config.json, metrics.csv (a row an epoch), best.pt (to predict with and to send in), last.pt (to go on from)
-and val_predictions.csv (the best epoch's). The defaults are those of the notes' last entry; they suit a GPU and 11,058 photos.
+Writes runs/NAME/: config.json, metrics.csv (a row an epoch), best.pt (to predict with and to send in), last.pt (to go on from),
+val_predictions.csv (the best epoch's) and report.py's pictures. The defaults are those of the notes' last entry; they suit a GPU and 11,058 photos.
 """
 
 import copy
@@ -62,7 +62,6 @@ from data import (
     EpochBatches,
     Photos,
     Split,
-    augmentation,
     batches,
     crop_box,
     cutmix,
@@ -70,13 +69,13 @@ from data import (
     default_workers,
     derive_seed,
     find_dataset,
-    join_splits,
     make_loader,
     needs_remover,
     read_preparation,
-    read_split,
+    read_splits,
     relative_boxes,
     share_of,
+    training_photos,
 )
 from model import (
     BOX_SCORES,
@@ -104,9 +103,10 @@ from model import (
     score_boxes,
     update_average,
 )
+from report import draw_pictures
 
 CHANGEABLE_ON_RESUME = {  # of data and teacher: where the same ones lie
-    "resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache_dir", "no_cache",
+    "resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache_dir", "no_cache", "pictures",
 }  # fmt: skip
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column of metrics.csv, sign of better
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -184,6 +184,7 @@ def train(
     resume: Annotated[Path | None, option(RUN, "Go on with this run (runs/NAME), with its settings.", show_default="none")] = None,
     device: Annotated[str, option(RUN, "auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     threads: Annotated[int | None, option(RUN, "CPU threads of the model; the decoding processes want a core too.", min=1, show_default="torch's")] = None,
+    pictures: Annotated[bool, option(RUN, "Draw the run's pictures as it ends (report.py).")] = True,
     debug: Annotated[bool, option(RUN, "Show the traceback of an error.", "--debug", show_default="off")] = False,
 ) -> None:
     """Train on a dataset's train split, validate on its val split, keep the best epoch."""
@@ -202,10 +203,7 @@ def train(
     # ------------------------------------------------ data
     roots = [find_dataset(data, flags.subtask) for data in flags.data]
     preparation = [read_preparation(root) for root in roots][-1]
-    train_split = join_splits([read_split(root, "train", subtask=flags.subtask) for root in roots])
-    val_split = read_split(roots[-1], "val", train_split.classes, flags.subtask)
-    if flags.fit_all:
-        train_split = join_splits([train_split, *(read_split(root, "val", train_split.classes, flags.subtask) for root in roots[:-1]), val_split])
+    train_split, val_split = read_splits(roots, flags.subtask, flags.fit_all)
     view = choose_views(flags, train_split, val_split)
     check_cutmix(flags.cutmix, train_split.classes)
     say_what_is_idle(ctx, flags, train_split, view, cleaned=any(read_preparation(root) for root in roots))
@@ -230,8 +228,7 @@ def train(
 
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
-    how = {"resize": flags.resize, "box_head": flags.box_head, "box_jitter": flags.box_jitter}
-    photos = Photos(train_split.samples, size, flags.train_view, flags.crop_prob, augmentation(flags.augment), flags.seed, **how)
+    photos = training_photos(train_split.samples, size, flags)
     share = share_of(len(val_split.samples), rank, world)
     val_photos = Photos(val_split.samples[share], size, "full" if view == "learned" else view)
     if not flags.no_cache:
@@ -377,6 +374,11 @@ def train(
             show_scores("the same model, boxes given (bbox)", final["scores_bbox"])
     say(f"best.pt: {(run / 'best.pt').stat().st_size / 1e6:.2f} MB" + (f" of at most {flags.max_mb:g} MB" if flags.max_mb else ""))
     say(f"files: {run}/best.pt, last.pt, metrics.csv, {'' if flags.fit_all else 'val_predictions.csv, '}config.json")
+    if flags.pictures:
+        try:
+            draw_pictures(run, photos, val_split)
+        except Exception as error:  # the run is finished, and all of it is saved
+            note(f"the pictures could not be drawn ({type(error).__name__}: {error}); to try again: python report.py {run}")
     say(f"next: python predict.py {run}/best.pt")
 
 

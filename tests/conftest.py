@@ -20,7 +20,7 @@ import demo
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--no-pretrained", "--model", "test_vit", "--image-size", "32", "--batch-size", "16", "--workers", "0"]
-TINY += ["--epochs", "2", "--t-0", "2", "--patience", "1", "--lr", "1e-3"]
+TINY += ["--epochs", "2", "--t-0", "2", "--patience", "1", "--lr", "1e-3", "--no-pictures"]  # these take seconds: tests/test_report.py
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,253 @@
+"""The pictures of a run: that they show what was, that nothing in them overlaps, and that the heat is where the model looks."""
+
+import itertools
+import shutil
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import TINY
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from test_train_predict import RUN_FILES, rows
+
+import cli
+import data
+import report
+import train as train_script
+from model import FashionModel
+
+PICTURED = [*TINY[:-1], "--crop-prob", "0.5", "--cutmix", "Gender", "--cutmix", "Embellishment"]
+CLASSES = {"Daily": 6, "Gender": 5, "Embellishment": 3}
+
+
+@pytest.fixture(scope="module")
+def pictured(drawn, tmp_path_factory):
+    """A finished run with its pictures, what it printed, and the images of its first steps as the model received them."""
+    folder, received = tmp_path_factory.mktemp("pictured"), []
+
+    def forward(net, images, plain=FashionModel.forward):
+        if net.training and images.any():
+            received.extend(images.clone())
+        return plain(net, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.chdir(folder)
+        patch.setattr(FashionModel, "forward", forward)
+        patch.setattr(sys, "argv", ["train.py", "--data", str(drawn), *PICTURED, "--name", "a b"])
+        patch.setattr(cli.console, "print", lambda text, **how: said.append(str(text)))
+        with pytest.raises(SystemExit) as stop:
+            cli.run_app(train_script.app)
+    assert stop.value.code == 0
+    return SimpleNamespace(folder=folder / "runs" / "a b", said=said, received=received)
+
+
+@pytest.fixture
+def copy(pictured, tmp_path):
+    return shutil.copytree(pictured.folder, tmp_path / "runs" / "copy")
+
+
+def answers_of(names, classes=CLASSES, seed=0):
+    """Random answers in the form of `read_answers`."""
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = {label: torch.rand(len(names), n, generator=generator).softmax(-1) for label, n in classes.items()}
+    truth = {label: torch.randint(n, (len(names),), generator=generator) for label, n in classes.items()}
+    predicted = {label: p.argmax(-1) for label, p in probabilities.items()}
+    return SimpleNamespace(names=names, truth=truth, predicted=predicted, probabilities=probabilities, learned=None)
+
+
+def nothing_overlaps(figure):
+    """Draws the figure without a warning; all of its texts lie inside it, and no two over each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FigureCanvasAgg(figure).draw()
+    ticks = {t for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_major_ticks() for t in (tick.label1, tick.label2)}
+    drawn = {t for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis._update_ticks() for t in (tick.label1, tick.label2)}
+    texts = {t for t in figure.findobj(lambda a: hasattr(a, "get_text")) if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn)}
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
+    assert len(boxes) > 5
+    for text, box in boxes:
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, text
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        across, up = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert across <= 1 or up <= 1.5, (one, other)
+
+
+def test_a_run_ends_with_its_pictures(pictured):
+    assert {p.name for p in pictured.folder.iterdir()} == RUN_FILES | set(report.PICTURES)
+    for name in report.PICTURES:
+        with Image.open(pictured.folder / name) as picture:
+            assert picture.format == "PNG" and 300 < picture.width < 2000 and 300 < picture.height < 2500
+            rgba = np.asarray(picture.convert("RGBA"))
+        assert (rgba[..., 3] == 255).all() and (rgba[0] == 255).all() and rgba[..., :3].min() < 60  # white, opaque, with something on it
+    assert any("heat inside the garment's box: 0." in line for line in pictured.said) and any(report.PICTURES[4] in line for line in pictured.said)
+
+
+def test_the_inputs_are_the_pixels_that_the_model_received(pictured, drawn):
+    with Image.open(pictured.folder / "inputs.png") as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    side, shown, cell = 160, [], {}
+    tall = side + 2 + report.LINE * 4 + report.GAP
+    for i, image in enumerate(pictured.received[:24]):
+        x, y = report.GAP + i % 6 * (side + report.GAP), 40 + i // 6 * tall
+        cell[i] = sheet[y : y + side, x : x + side]
+        shown.append(np.array_equal(cell[i], image.permute(1, 2, 0).numpy().repeat(5, 0).repeat(5, 1)))
+    assert len(shown) == 24 and all(shown)
+
+
+def test_the_view_named_is_the_view_seen(drawn):
+    samples = data.read_split(drawn, "train").samples
+    photos = data.Photos(samples, 32, "bbox", crop_prob=0.5, seed=3)
+    views = [photos.view_in(2, i) for i in range(40)]
+    assert 8 < views.count("bbox") < 32
+    for i, view in enumerate(views):
+        assert torch.equal(photos[2, i][0], data.Photos(samples, 32, view)[i][0])
+
+
+def test_mistakes_are_the_surest_errors(pictured, drawn):
+    answers = report.read_answers(pictured.folder / "val_predictions.csv", CLASSES)
+    written = rows(pictured.folder / "val_predictions.csv")
+    for label in CLASSES:
+        errors = report.surest_errors(answers, label)
+        assert [sure for _, sure in errors] == sorted((sure for _, sure in errors), reverse=True)
+        assert {i for i, _ in errors} == {i for i, row in enumerate(written) if row[label] != row[f"{label}_predicted"]} and errors
+        for i, sure in errors:
+            assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in range(CLASSES[label])))
+    answers.learned = [(5, 5, 60, 70)] * len(written)
+    split = data.read_split(drawn, "val", CLASSES)
+    texts = [t.get_text() for t in report.mistakes(answers, split).texts]
+    assert "given box" in texts and "learned box" in texts and "mask box" not in texts
+    answers.names = answers.names[::-1]
+    with pytest.raises(ValueError, match="does not hold the photos"):
+        report.mistakes(answers, split)
+
+
+def test_confusion_counts_rows_and_scores(pictured):
+    answers = report.read_answers(pictured.folder / "val_predictions.csv", CLASSES)
+    figure = report.confusion(answers)
+    best = max(rows(pictured.folder / "metrics.csv"), key=lambda row: float(row["val_top1_mean"]))
+    for ax, label in zip(figure.axes, CLASSES):
+        counts = [text.get_text().split("\n") for text in ax.texts]
+        assert sum(int(count) for count, _ in counts) == len(answers.names) == 20
+        title = f"{label}\nTop-1 {float(best[f'val_top1_{label}']):.4f}, ACSA {float(best[f'val_acsa_{label}']):.4f}"
+        assert ax.get_title(loc="left") == title and [t.get_text() for t in ax.get_yticklabels()] == list(data.CLASS_NAMES[label])
+
+
+@pytest.mark.parametrize("kind", ["class token", "averaged tokens", "convolutional"])
+def test_the_heat_is_where_the_garment_is(kind):
+    """A square on noise, whose colour is its class, is learned; then the heat lies on it, and the logits are the model's."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    if kind != "convolutional":
+        backbone = timm.create_model("test_vit", num_classes=0, img_size=96, global_pool="token" if kind == "class token" else "avg")
+    net = FashionModel(backbone, backbone.num_features, {"Daily": 3, "Gender": 3}, (0.5,) * 3, (0.25,) * 3)
+    size, side = (128, 64) if kind == "convolutional" else (96, 32)
+
+    def draw(n):
+        images, kinds = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8), torch.randint(0, 3, (n,))
+        places = 16 * torch.randint(0, (size - side) // 16 + 1, (n, 2))
+        for image, color, (y, x) in zip(images, kinds, places.tolist()):
+            image[:, y : y + side, x : x + side] = 0
+            image[color, y : y + side, x : x + side] = 255
+        return images, kinds, [(x, y, x + side, y + side) for y, x in places.tolist()]
+
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for _ in range(40):
+        images, kinds, _ = draw(12)
+        logits = net.train()(images)
+        loss = sum(torch.nn.functional.cross_entropy(values, kinds) for values in logits.values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    images, kinds, boxes = draw(16)
+    heats, logits = report.heat_maps(net, images)
+    again = net.eval()(images)
+    for label, heat in heats.items():
+        assert torch.allclose(logits[label], again[label], atol=1e-4) and (logits[label].argmax(-1) == kinds).float().mean() > 0.8
+        assert heat.shape == (16, size, size) and heat.isfinite().all() and heat.min() >= 0 and heat.max() <= 1
+        assert (heat.flatten(1).std(1) > 0.01).all()
+    inside, chance = report.heat_inside(net, images, boxes)
+    assert chance == pytest.approx((side / size) ** 2) and inside > 1.5 * chance, (inside, chance)
+
+
+def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch):
+    long = tuple(f"a class with quite a long name $_{c}" for c in range(6))
+    monkeypatch.setitem(data.CLASS_NAMES, "Daily", long)
+    monkeypatch.setitem(data.CLASS_NAMES, "Gender", ("한글 이름",) * 5)
+    odd = ["봄 코트 2019/한글이름-1.jpg", "$x^2$_{.jpg", "\udcff\n.jpg", "a" * 300 + ".jpg", "_hidden.png", "\U0001f457.jpg"]
+    split = data.read_split(drawn, "val", CLASSES)
+    samples = [data.replace(sample, name=odd[i % len(odd)]) for i, sample in enumerate(split.samples)]
+    split = data.replace(split, samples=samples)
+    answers = answers_of([sample.name for sample in samples])
+    settings = {"batch_size": 8, "seed": 1, "cutmix": ["joint"], "t_0": 2, "t_mult": 2}
+    photos = data.Photos(samples, 48, "bbox", 0.5)
+    net = FashionModel(timm.create_model("test_resnet", num_classes=0), 96, CLASSES, (0.5,) * 3, (0.25,) * 3)
+    metrics = {key: np.linspace(0.2, 0.9, 9) for key in ("lr", "train_loss", "val_loss", *(f"val_top1_{label}" for label in (*CLASSES, "mean")))}
+    runs = [SimpleNamespace(folder="runs/" + name, settings=settings, metrics=metrics | {"epoch": np.arange(1.0, 10)}, best=4) for name in odd[1:]]
+    with report.drawing():
+        nothing_overlaps(report.mistakes(answers, split))
+        nothing_overlaps(report.inputs(photos, settings, CLASSES))
+        nothing_overlaps(report.confusion(answers))
+        nothing_overlaps(report.confusion(answers_of(odd * 9, {"Color": 19, "Daily": 6, "fit.type": 2, "many": 32})))
+        nothing_overlaps(report.looks(net, {"image_size": 48, "data": {"view": "bbox"}}, split, answers)[0])
+        nothing_overlaps(report.curves(runs[:1]))
+        nothing_overlaps(report.curves(runs))
+
+
+def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
+    read = report.read_run(copy)
+    read.settings |= {"t_0": 2, "t_mult": 2}
+    read.metrics = {key: np.resize(values, 9) for key, values in read.metrics.items()} | {"epoch": np.arange(1.0, 10)}
+    assert report.restarts(read) == [3, 7]
+    with report.drawing():
+        figure = report.curves([read])
+        loss, accuracy, rate = figure.axes
+        assert [line.get_label() for line in accuracy.lines[:4]] == [" Daily", " Gender", " Embellishment", " mean"]
+        assert all({3, 7, read.best} <= {line.get_xdata()[0] for line in ax.lines} for ax in (loss, accuracy, rate))
+    done = run("report", pictured.folder, copy)
+    assert done.code == 0 and "compare.png" in done.out, done.err
+    assert {p.name for p in copy.iterdir()} == RUN_FILES | set(report.PICTURES)
+    (pictured.folder / "compare.png").unlink()
+
+
+def test_a_run_without_validation_has_the_other_pictures(copy, run):
+    table = rows(copy / "metrics.csv")
+    cli.write_csv(copy / "metrics.csv", list(table[0]), [["" if key.startswith("val_") else value for key, value in row.items()] for row in table])
+    for name in ("val_predictions.csv", *report.PICTURES):
+        (copy / name).unlink()
+    done = run("report", copy)
+    assert done.code == 0 and "no confusion.png" in done.out, done.err
+    assert {"curves.png", "inputs.png", "looks.png"} == {p.name for p in copy.glob("*.png")}
+
+
+def test_a_damaged_run_is_one_line(copy, run, tmp_path):
+    assert run("report", tmp_path).code == 2 and run("report").code == 2
+    for name, text in {
+        "config.json": "{}", "metrics.csv": "epoch,lr\n1", "best.pt": "x", "val_predictions.csv": "image_name,Daily\na.jpg,9",
+    }.items():  # fmt: skip
+        whole = (copy / name).read_bytes()
+        (copy / name).write_text(text)
+        done = run("report", copy)
+        assert done.code == 1 and done.err.count("\n") == 1 and name in done.err and "Traceback" not in done.err, done.err
+        (copy / name).unlink()
+        if name != "val_predictions.csv":
+            assert run("report", copy).code == 2
+        (copy / name).write_bytes(whole)
+    (copy / "config.json").write_text((copy / "config.json").read_text().replace("Demo", "Gone"))
+    done = run("report", copy)
+    assert done.code == 2 and "Gone" in done.err
+
+
+def test_a_failure_of_drawing_fails_no_run(run, drawn, tmp_path, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(train_script, "draw_pictures", fail)
+    done = run("train", "--data", drawn, *PICTURED, "--epochs", 1, "--name", "a")
+    assert done.code == 0 and "RuntimeError: no room" in done.out and "python report.py runs/a" in done.out
+    assert not list((tmp_path / "runs" / "a").glob("*.png"))
