@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import TINY
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 from test_train_predict import RUN_FILES, rows
 
@@ -68,7 +69,7 @@ def nothing_overlaps(figure):
         FigureCanvasAgg(figure).draw()
     ticks = {t for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_major_ticks() for t in (tick.label1, tick.label2)}
     drawn = {t for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis._update_ticks() for t in (tick.label1, tick.label2)}
-    texts = {t for t in figure.findobj(lambda a: hasattr(a, "get_text")) if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn)}
+    texts = {t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn)}
     boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
     assert len(boxes) > 5
     for text, box in boxes:
@@ -146,7 +147,7 @@ def test_the_heat_is_where_the_garment_is(kind):
     if kind != "convolutional":
         backbone = timm.create_model("test_vit", num_classes=0, img_size=96, global_pool="token" if kind == "class token" else "avg")
     net = FashionModel(backbone, backbone.num_features, {"Daily": 3, "Gender": 3}, (0.5,) * 3, (0.25,) * 3)
-    size, side = (128, 64) if kind == "convolutional" else (96, 32)
+    size, side = 96, 48 if kind == "convolutional" else 32  # pixels
 
     def draw(n):
         images, kinds = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8), torch.randint(0, 3, (n,))
