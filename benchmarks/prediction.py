@@ -4,7 +4,8 @@
     python benchmarks/prediction.py --check runs/NAME/best.pt --data demo             # a trained model: bf16's answers beside float32's
 
 The plain loop: float32, batches of 64, the photos decoded in the same process. The limit: 1 / (the forward time of the fastest of torch float32,
-torch bf16 where the chip has it, torch.compile and ONNX Runtime + the time to decode / cores), on constant images. Rounds take turns; the best counts.
+torch bf16 where the chip has it, torch.compile and ONNX Runtime, at 16 or 64 constant images + the time to decode / cores). Rounds take turns; the
+best counts.
 """
 
 import io
@@ -29,7 +30,7 @@ from torch import Tensor
 import data
 from cli import note, run_app, say, show_table
 from data import SPLITS, Sample, Split, load_photo, read_split, to_pixels
-from model import FashionModel, build_model, choose_amp, load_model, score
+from model import PIECE, FashionModel, build_model, choose_amp, load_model, score
 from predict import predict_rows
 
 CLASSES = {"Daily": 6, "Gender": 5, "Embellishment": 3}
@@ -125,7 +126,10 @@ def compare(
         rows = write_photos(Path(folder), images)
         decoded = best_of({"decode": lambda: [to_pixels(load_photo(sample.path), None, size) for sample in rows.samples]}, rounds, images)["decode"]
         rates = best_of({"plain loop": lambda: plain_loop(model, rows, size), "predict.py": lambda: predict_rows(model, saved, rows, "full")}, rounds, images)
-        speeds = best_of(forwards(model, torch.randint(256, (BATCH, 3, size, size), dtype=torch.uint8)), rounds, BATCH)
+        speeds = {}
+        for n in (PIECE, BATCH):
+            engines = forwards(model, torch.randint(256, (n, 3, size, size), dtype=torch.uint8))
+            speeds |= {f"{name}, batch {n}": values for name, values in best_of(engines, rounds, n).items()}
     table = {"decode, one core": decoded, **{f"forward, {name}": values for name, values in speeds.items()}, **rates}
     lines = [[name, f"{max(values):.1f}", f"{min(values):.1f}"] for name, values in table.items()]
     show_table(f"{backbone}, {size} px, {cores} cores, {images} photos", ["images/s", "best", "worst"], lines)
