@@ -385,12 +385,12 @@ def inputs(photos: Photos, settings: dict, classes: dict[str, int]):
     """Training images as the model receives them, pixel by pixel, with their view and labels."""
     images, targets, keys = training_images(photos, settings, classes)
     size = photos.size
-    side = size * max(1, 160 // size) if size <= 256 else 224
+    side = size * max(1, round(200 / size)) if size <= 256 else 224
     cells = []
     for image, target, key in zip(images, targets, keys):
         lines = [(f"{photos.view_in(*key)}, {photos.samples[key[1]].where.partition(' (')[0].partition(', ')[2]}", FAINT)]
         for label, value in target.items():
-            shares = {int(value): 1.0} if value.ndim == 0 else {c: p for c, p in enumerate(value.tolist()) if p > 0}
+            shares = {int(value): 1.0} if value.ndim == 0 else {c: p for p, c in sorted(zip(value.tolist(), range(len(value))), reverse=True) if p > 0}
             lines.append((", ".join(class_name(label, c) + (f" {p:.2f}" if p < 1 else "") for c, p in shares.items()), INK))
         cells.append((shown(image.permute(1, 2, 0).numpy(), side), {}, lines))
     title = f"Training images of epoch 1, as the model receives them ({size} px): {', '.join(classes)}"
@@ -499,13 +499,12 @@ def look_rows(heading: str, model: FashionModel, images: Tensor, chosen: list[in
     from matplotlib import colormaps
 
     heats, logits = heat_maps(model, images)
-    plain = [shown(image, LOOK) for image in images.permute(0, 2, 3, 1).numpy()]
-    scale = plain[0].shape[0] / images.shape[-1]
-    boxes = [{"bbox": [at * scale for at in boxes[i]]} if boxes.get(i) else {} for i in chosen]
+    plain = [np.asarray(Image.fromarray(image).resize((LOOK, LOOK), Image.Resampling.BICUBIC)) for image in images.permute(0, 2, 3, 1).numpy()]
+    boxes = [{"bbox": [at * LOOK / images.shape[-1] for at in boxes[i]]} if boxes.get(i) else {} for i in chosen]
     names = [fit(drawable(split.samples[i].name, i + 1), LOOK, keep_end=True) for i in chosen]
     rows = [(heading, [(image, {}, [(name, FAINT)]) for image, name in zip(plain, names)])]
     for label, heat in heats.items():
-        heat = F.interpolate(heat[:, None], plain[0].shape[:2], mode="bilinear")[:, 0].numpy()
+        heat = F.interpolate(heat[:, None], (LOOK, LOOK), mode="bilinear")[:, 0].numpy()
         cells = []
         for image, one, values, i, box in zip(plain, heat, logits[label].softmax(-1), chosen, boxes):
             truth, said = split.samples[i].labels[label], int(values.argmax())

@@ -1,6 +1,8 @@
 """The pictures of a run: that they show what was, that nothing in them overlaps, and that the heat is where the model looks."""
 
 import itertools
+import json
+import re
 import shutil
 import sys
 import warnings
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
@@ -89,15 +91,20 @@ def test_a_run_ends_with_its_pictures(pictured):
     assert any("heat inside the garment's box: 0." in line for line in pictured.said) and any(report.PICTURES[4] in line for line in pictured.said)
 
 
+def test_readme_names_every_column_and_key(pictured):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    columns = {re.sub("Daily|Gender|Embellishment", "LABEL", column) for column in rows(pictured.folder / "metrics.csv")[0]}
+    assert {name for name in {*columns, *json.loads((pictured.folder / "config.json").read_text())} if f"`{name}`" not in readme} == set()
+
+
 def test_the_inputs_are_the_pixels_that_the_model_received(pictured, drawn):
     with Image.open(pictured.folder / "inputs.png") as picture:
         sheet = np.asarray(picture.convert("RGB"))
-    side, shown, cell = 160, [], {}
+    side, shown = 192, []
     tall = side + 2 + report.LINE * 4 + report.GAP
     for i, image in enumerate(pictured.received[:24]):
         x, y = report.GAP + i % 6 * (side + report.GAP), 40 + i // 6 * tall
-        cell[i] = sheet[y : y + side, x : x + side]
-        shown.append(np.array_equal(cell[i], image.permute(1, 2, 0).numpy().repeat(5, 0).repeat(5, 1)))
+        shown.append(np.array_equal(sheet[y : y + side, x : x + side], image.permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1)))
     assert len(shown) == 24 and all(shown)
 
 
