@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -244,7 +244,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
 
 
-def write_csv(path: Path, header: list[str], rows: Iterable[list]) -> None:
+def write_csv(path: Path, header: list[str], rows: Iterable[Sequence]) -> None:
     """Write a CSV file, UTF-8, whole or not at all."""
     with whole_file(path) as f:  # a file name of other bytes than UTF-8 keeps its bytes
         csv.writer(f, lineterminator="\n").writerows([header, *rows])

@@ -16,7 +16,7 @@ import re
 import signal
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -977,7 +977,7 @@ def _ignore_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(photos: Photos, batch_size: int, workers: int, epochs: EpochBatches | None = None) -> DataLoader:
+def make_loader(photos: Photos, batch_size: int, workers: int, epochs: Iterable[list] | None = None) -> DataLoader:
     """A loader of (images uint8 (N, 3, H, W), {label: int64 (N,)}): in order, or by `epochs`. Read it through `batches`."""
     order = {"batch_sampler": epochs} if epochs is not None else {"batch_size": batch_size}
     return DataLoader(

@@ -10,7 +10,7 @@ mistakes: the surest errors of validation. looks: where the model looks (Grad-CA
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -218,7 +218,7 @@ def fit(text: str, pixels: float, points: float = FONT, keep_end: bool = False) 
     return shown
 
 
-def sheet(title: str, rows: list[tuple[str, list]], columns: int, side: int, legend: list = ()):
+def sheet(title: str, rows: list[tuple[str, list]], columns: int, side: int, legend: Sequence = ()):
     """A figure of cells in rows, each row under its heading ("": none).
 
     A cell: (pixels uint8 (H, W, 3), at most side x side; {kind of box: box in these pixels}; lines of text under it, each (text, colour)).

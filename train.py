@@ -82,6 +82,7 @@ from model import (
     FIXED_LOOK,
     FORMAT,
     MAX_IMAGE_SIZE,
+    FashionModel,
     box_of,
     build_model,
     check_backbone,
@@ -262,7 +263,7 @@ def train(
     held_out = "none held out" if flags.fit_all else f"{len(val_split.samples):,} validation photos ({view})"
     say(f"{len(photos):,} training photos ({flags.train_view} with probability {flags.crop_prob:g}), {held_out}")
 
-    def validate(model: torch.nn.Module, advance: Callable = lambda n: None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    def validate(model: FashionModel, advance: Callable = lambda n: None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
         """Logits and targets of the whole validation split; and what best.pt says of it: `scores`, and of the view `learned` how it is made."""
         watched = batches if world > 1 else lambda loader: signals.until_asked(batches(loader))
         logits, targets = evaluate(model, watched(val_loader), amp_dtype, advance)
@@ -624,7 +625,7 @@ def given(ctx: typer.Context, key: str) -> bool:
     return ctx.get_parameter_source(key).name == "COMMANDLINE"
 
 
-def make_model(flags: SimpleNamespace, classes: dict[str, int], fresh: bool) -> tuple[torch.nn.Module, int]:
+def make_model(flags: SimpleNamespace, classes: dict[str, int], fresh: bool) -> tuple[FashionModel, int]:
     """The model and its image size; if `fresh` with its first weights, else they will be last.pt's. Says which tensors of --weights did not match."""
     try:
         net, size = build_model(flags.model, classes, flags.image_size, fresh and flags.pretrained and not flags.weights, flags.drop_path, flags.box_head)
@@ -659,7 +660,7 @@ def load_teacher(flags: SimpleNamespace, classes: dict[str, int], device: torch.
 
 
 def evaluate(
-    net: torch.nn.Module, batches: Iterable, amp_dtype: torch.dtype | None, advance: Callable = lambda n: None
+    net: FashionModel, batches: Iterable, amp_dtype: torch.dtype | None, advance: Callable = lambda n: None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`predict_logits` of the whole split in its order; in several processes each takes its share, all get the whole."""
     if not dist.is_initialized():
@@ -671,7 +672,7 @@ def evaluate(
     return tuple({label: torch.cat([share[i][label] for share in shares if share[i]]) for label in shares[0][i]} for i in (0, 1))
 
 
-def as_saved(net: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
+def as_saved(net: FashionModel, weights: dict[str, Tensor]) -> FashionModel:
     """A copy of the model with the weights that are saved, which may be rounded."""
     saved = copy.deepcopy(net)
     saved.load_state_dict(weights)
@@ -705,7 +706,7 @@ def check_budget(best: dict, flags: SimpleNamespace) -> float:
     return megabytes
 
 
-def check_smallest_batch(net: torch.nn.Module, flags: SimpleNamespace, order: EpochBatches, size: int) -> None:
+def check_smallest_batch(net: FashionModel, flags: SimpleNamespace, order: EpochBatches, size: int) -> None:
     """Batch norm over pooled features cannot train on one image: raises BadParameter where a batch, or a piece of one, would hold one."""
     whole = min(order.n, flags.batch_size)
     shares = (share_of(length, rank, order.world) for length in (whole, order.n % whole or whole) for rank in range(order.world))
@@ -733,7 +734,7 @@ def set_deterministic(on: bool, device: torch.device) -> None:
             enable(not on)
 
 
-def try_step(net: torch.nn.Module, criteria: dict, size: int, amp_dtype: torch.dtype | None) -> bool:
+def try_step(net: FashionModel, criteria: dict, size: int, amp_dtype: torch.dtype | None) -> bool:
     """One step on two blank images, for its errors: says what cannot be deterministic. Returns whether a parameter got no gradient."""
     device = net.mean.device
     images, zeros = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int64, device=device)

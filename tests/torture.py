@@ -40,6 +40,7 @@ import train
 
 PHASES = ("start", "step", "validation", "checkpoint write", "CSV write", "end")
 BASE = ["--no-pretrained", "--image-size", "32", "--batch-size", "10", "--epochs", "3", "--t-0", "2", "--lr", "1e-3", "--save-every", "0.02", "--threads", "1"]
+BASE += ["--no-pictures"]
 SETTINGS = {  # 36 training photos: the last batch is short
     "dropout and drop path, bf16, CutMix": ["--model", "test_vit", "--amp", "bf16", "--cutmix", "Daily", "--cutmix", "Gender"],
     "batch norm, float32, RandAugment": ["--model", "test_resnet", "--amp", "off", "--augment", "randaugment"],
