@@ -78,7 +78,8 @@ def add_cache(photos: Sequence[data.Photos], roots: Sequence[Path], cache_dir: P
     for folder in {shelf.folder: None for shelf in shelves.values() if shelf.missing}:
         problems |= dict.fromkeys(build(folder, [shelf for shelf in shelves.values() if shelf.folder == folder], workers))
     if problems:
-        raise ValueError(data.report(f"{len(problems)} images cannot be decoded", list(problems)))
+        first, *more = problems
+        raise ValueError(data.report(f"{len(problems)} images cannot be decoded", list(problems)) if more else first)
     numbers = {shelf: i for i, shelf in enumerate(shelves.values())}
     files = tuple((str(shelf.pixels), shelf.size, shelf.slots) for shelf in shelves.values())
     for some in photos:
