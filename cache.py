@@ -174,17 +174,18 @@ class Shelf:
         """Decode what is missing; returns what is wrong with photos. Raises OSError where the disk is full."""
         views = Views(list(self.missing), self.wanted, self.size, {(entry[-2], tuple(entry[1] or ())): entry[-1] for entry in self.entries.values()})
         workers = workers if len(views) > CHUNK else 0
-        loader = DataLoader(views, CHUNK, num_workers=workers, collate_fn=list, worker_init_fn=data._ignore_stop_signals, generator=torch.Generator())
+        loader = DataLoader(views, CHUNK, num_workers=workers, collate_fn=together, worker_init_fn=data._ignore_stop_signals, generator=torch.Generator())
         problems, lines, since, done = [], [], time.monotonic(), 0
         with open(self.pixels, "r+b", buffering=0) as pixels, open(self.index, "ab") as index:
-            for chunk in loader:
+            for chunk, decoded in loader:
+                decoded = iter(decoded.numpy())
                 for (path, box), (digest, found) in zip(views.keys[done : done + CHUNK], chunk):
                     if digest is None:
                         problems.append(found)
                         continue
-                    if isinstance(found, np.ndarray):
+                    if found is None:
                         pixels.seek(self.slots * self.bytes)
-                        pixels.write(found)
+                        pixels.write(next(decoded))
                         found, self.slots = self.slots, self.slots + 1
                     name = self.name(path, box)
                     lines.append([name[0], box, *self.missing[path, box], digest, found])
@@ -207,14 +208,22 @@ class Views:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, i: int) -> tuple[str | None, np.ndarray | int | str]:
+    def __getitem__(self, i: int) -> tuple[str | None, Tensor | int | str]:
         path, box = self.keys[i]
         try:
             digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
             slot = self.known.get((digest, box or ()))
-            return digest, data.to_pixels(data.load_photo(path), box, self.size).numpy() if slot is None else slot
+            return digest, data.to_pixels(data.load_photo(path), box, self.size) if slot is None else slot
         except (ValueError, OSError) as error:
             return None, f"{self.rows[self.keys[i]]}: {error}"
+
+
+def together(chunk: list[tuple]) -> tuple[list[tuple], Tensor]:
+    """The pixels of a chunk as one tensor, None in their places: it goes through shared memory. A pipe full of them would hold up for ever a process whose
+    parent was killed.
+    """
+    decoded = [found for _, found in chunk if isinstance(found, Tensor)]
+    return [(digest, None if isinstance(found, Tensor) else found) for digest, found in chunk], torch.stack(decoded) if decoded else torch.empty(0)
 
 
 def build(folder: Path, shelves: list[Shelf], workers: int) -> list[str]:
