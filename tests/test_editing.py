@@ -1,0 +1,53 @@
+"""README's section on editing holds: each of its edits, made to a copy of the scripts as it says, trains."""
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = TEXT[TEXT.index("\n## Editing") :]
+DIFFS = re.findall(r"^```diff\n--- (\w+\.py)\n(.*?)^```$", SECTION, flags=re.S | re.M)
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """A copy of the scripts, with all of the section's edits made."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for name, diff in DIFFS:
+        path, lines = tmp_path / name, diff.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+")  # the last line may go on
+        text = path.read_text(encoding="utf-8")
+        assert text.count(before) == 1, f"README's edit of {name} finds its place {text.count(before)} times"
+        path.write_text(text.replace(before, after), encoding="utf-8")
+    return tmp_path
+
+
+def train(scripts, drawn, *flags):
+    command = [sys.executable, "train.py", "--data", str(drawn), *TINY, "--epochs", "1", "--t-0", "1", "--workers", "0", "--name", "edited", *flags]
+    done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_augmentation_and_a_loss(scripts, drawn):
+    assert {name for name, _ in DIFFS} == {"data.py", "losses.py", "train.py"}
+    plain = subprocess.run([sys.executable, "-c", "import data; print(data.augmentation('basic'))"], cwd=scripts, capture_output=True, text=True)
+    assert "RandomGrayscale" in plain.stdout, plain.stderr
+    train(scripts, drawn, "--loss", "poly1")
+
+
+def test_a_label_is_a_column(scripts, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "Own")
+    for split in ("train", "val"):
+        path = tmp_path / "Own" / f"Fashion-How24_sub1_{split}.csv"
+        with open(path, newline="", encoding="utf-8") as f:
+            header, *rows = csv.reader(f)
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([[*header, "Sleeve"], *([*row, str(i % 3)] for i, row in enumerate(rows))])
+    assert "Sleeve" in train(scripts, tmp_path / "Own")
