@@ -295,6 +295,7 @@ def test_hard_scenes_show_other_garments(tmp_path, monkeypatch):
     assert 2 * 30 < len(changed) < 4 * 30 and 0.02 < np.mean(changed) < 0.2 and min(changed) > 0.001
 
 
+@pytest.mark.slow
 def test_hard_boxes_are_worth_20_points(hard_photos):
     """Probe 3: as probe 2, on fewer photos. With 2,000, boxed 0.88; trained and validated on whole ones 0.43 (always the largest class: 0.34)."""
     train, val = (targets(hard_photos, split) for split in ("train", "val"))

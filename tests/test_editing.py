@@ -42,6 +42,7 @@ def test_an_augmentation_and_a_loss(scripts, drawn):
     train(scripts, drawn, "--loss", "poly1")
 
 
+@pytest.mark.slow
 def test_a_label_is_a_column(scripts, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / "Own")
     for split in ("train", "val"):

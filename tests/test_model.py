@@ -2,7 +2,7 @@
 
 import timm
 import torch
-from pytest import approx, mark, raises
+from pytest import approx, mark, param, raises
 from safetensors.torch import save_file
 
 import cli
@@ -80,7 +80,7 @@ def test_every_image_counts_once_at_any_batch_size():
     assert all((logits["Daily"] - results[0][0]["Daily"]).abs().max() < 1e-4 for logits, _ in results)
 
 
-@mark.parametrize("name", ["test_vit", "tiny_vit_5m_224"])
+@mark.parametrize("name", ["test_vit", param("tiny_vit_5m_224", marks=mark.slow)])
 def test_the_same_predictions_at_any_number_of_threads(name):
     model, _ = build_model(name, CLASSES, 64)
     batches = [(x, {}) for x in images(100, 64).split(40)]

@@ -53,6 +53,7 @@ def cuttings(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_box_head_finds_what_was_drawn_by_hand_round_it(run, cuttings, tmp_path):
     flags = ["--no-pretrained", "--model", "test_resnet", "--image-size", 64, "--batch-size", 8, "--workers", 0, "--amp", "off", "--threads", 1]
     flags += ["--augment", "none", "--box-head", "--crop-prob", 0, "--epochs", 8, "--t-0", 8, "--lr", 4e-3]

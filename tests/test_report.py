@@ -183,6 +183,7 @@ def test_the_heat_is_where_the_garment_is(kind):
     assert chance == pytest.approx((side / size) ** 2) and inside > 1.5 * chance, (inside, chance)
 
 
+@pytest.mark.slow
 def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch):
     long = tuple(f"a class with quite a long name $_{c}" for c in range(6))
     monkeypatch.setitem(data.CLASS_NAMES, "Daily", long)

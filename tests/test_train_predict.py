@@ -96,7 +96,7 @@ def test_predicting_the_validation_split_repeats_trainings_numbers(trained, run)
     assert saved["scores"]["top1_mean"] == max(float(r["val_top1_mean"]) for r in rows(run_folder / "metrics.csv"))
 
 
-@pytest.mark.parametrize("model", ["tiny_vit_5m_224", "test_resnet"])
+@pytest.mark.parametrize("model", [pytest.param("tiny_vit_5m_224", marks=pytest.mark.slow), "test_resnet"])
 def test_prediction_repeats_the_table_in_trainings_precision(run, drawn, tmp_path, model):
     """TinyViT keeps attention biases between calls: a stale copy of them would show here."""
     args = ["--data", drawn, *TINY, "--model", model, "--image-size", 64, "--augment", "none", "--amp", "bf16", "--name", "a"]
