@@ -54,13 +54,13 @@ import photos as bench
 import torch, losses, data
 from functools import partial
 from types import SimpleNamespace
-from model import build_model
+from model import build_model, parameter_groups
 from train import START, train_one_epoch
 name, batch = sys.argv[1], int(sys.argv[2])
 classes = {{"Daily": 6, "Gender": 5, "Embellishment": 3}}
 net, size = build_model(name, classes)
 images = torch.zeros(batch, 3, size, size, dtype=torch.uint8), {{label: torch.zeros(batch, dtype=torch.int64) for label in classes}}
-optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
+optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-6, fused=True)
 schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1)
 parts = {{"model": net, "forward": net, "optimizer": optimizer, "schedule": schedule, "scaler": torch.amp.GradScaler("cpu", enabled=False), "teach": None}}
 criteria = {{label: (partial(losses.cross_entropy, class_weights=None), None) for label in classes}}
