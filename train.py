@@ -266,10 +266,10 @@ def train(
     def validate(model: FashionModel, advance: Callable = lambda n: None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
         """Logits and targets of the whole validation split; and what best.pt says of it: `scores`, and of the view `learned` how it is made."""
         watched = batches if world > 1 else lambda loader: signals.until_asked(batches(loader))
-        logits, targets = evaluate(model, watched(val_loader), amp_dtype, advance)
-        if view != "learned":
-            return logits, targets, {"scores": score(logits, targets)}
-        first, truth = logits, relative_boxes(val_split.samples, flags.train_view)
+        first, targets = evaluate(model, watched(val_loader), amp_dtype, advance)
+        if view != "learned":  # a box head's output is of no use here
+            return {label: first[label] for label in targets}, targets, {"scores": score(first, targets)}
+        truth = relative_boxes(val_split.samples, flags.train_view)
         margin = choose_margin(first[BOX], truth)
         second, _ = evaluate(model, watched(loader_of(crops=crops_of(first[BOX], margin)[share])), amp_dtype, advance)
         look = choose_look(first, second, targets, margin)
@@ -326,10 +326,11 @@ def train(
                 if flags.fit_all or value > state["best_value"]:
                     state |= {"best_epoch": epoch, "best_value": value}
                     best |= {"weights": exported_weights(shown, EXPORT_DTYPES[flags.export_dtype]), "epoch": epoch, **result}
-                    if flags.export_dtype != "fp32" and not flags.fit_all:
-                        best |= validate(as_saved(shown, best["weights"]))[2] | {"scores_fp32": result["scores"]}
+                    kept = shown if flags.export_dtype == "fp32" else as_saved(shown, best["weights"])
+                    if kept is not shown and not flags.fit_all:
+                        best |= validate(kept)[2] | {"scores_fp32": result["scores"]}
                     if "scores_bbox" in best:
-                        best["scores_bbox"] = score(*evaluate(as_saved(shown, best["weights"]), batches(loader_of(view="bbox")), amp_dtype))
+                        best["scores_bbox"] = score(*evaluate(kept, batches(loader_of(view="bbox")), amp_dtype))
                     if rank == 0:
                         if not flags.fit_all:
                             write_predictions(run / "val_predictions.csv", val_split, logits)
@@ -673,7 +674,7 @@ def evaluate(
 
 
 def as_saved(net: FashionModel, weights: dict[str, Tensor]) -> FashionModel:
-    """A copy of the model with the weights that are saved, which may be rounded."""
+    """A copy of the model with the weights that are saved, which are rounded."""
     saved = copy.deepcopy(net)
     saved.load_state_dict(weights)
     return saved

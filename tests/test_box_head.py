@@ -281,3 +281,12 @@ def test_there_is_no_learned_view_without_the_head(run, drawn):
     assert run("train", "--data", drawn, *TINY, "--name", "a").code == 0
     done = run("predict", "runs/a/best.pt", "--view", "learned")
     assert done.code == 2 and "no box head" in done.err
+
+
+@pytest.mark.parametrize("view", ["full", "bbox"])
+def test_a_box_head_beside_another_validation_view(run, drawn, view):
+    done = run("train", "--data", drawn, *TINY, *HEAD, "--val-view", view, "--amp", "off", "--name", "a", "--export-dtype", "fp16")
+    assert done.code == 0, done.err
+    assert f"validation ({view})" in done.out and not any(column.startswith("Learned_") for column in rows("runs/a/val_predictions.csv")[0])
+    assert read_checkpoint("runs/a/best.pt")["learned"] == FIXED_LOOK  # nothing chose another
+    assert run("predict", "runs/a/best.pt", "--view", "learned").code == 0
