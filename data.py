@@ -885,10 +885,10 @@ class Photos(Dataset):
             torch.set_rng_state(state)
             torch.set_num_threads(threads)
 
-    def _box_to_find(self, index: int, crop: bool) -> tv_tensors.BoundingBoxes:
+    def _box_to_find(self, index: int, crop: bool) -> BoundingBoxes:
         """The box of `view` in a whole photo that is squashed to size, (1, 4); of one that is cut to it or has none, an empty box."""
         box = torch.zeros(1, 4) if crop else relative_boxes([self.samples[index]], self.view).nan_to_num() * self.size
-        return tv_tensors.BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
+        return BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
 
     def view_in(self, epoch: int, index: int) -> str:
         """The view that this photo is seen in: the first that `__getitem__` draws."""
