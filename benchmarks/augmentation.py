@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms import v2
 
+import augment
 import data
 from cli import progress, run_app, say, show_table
 
@@ -58,8 +59,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def ours() -> dict[str, Callable[[Tensor], Tensor]]:
     """Each kind of `basic` alone, applied surely."""
-    _, _, colours, blurs, warp, dropout = data.augmentation("basic").transforms
-    warps = [data.Warp((1, [member])) for _, members in warp.groups for member in members]
+    _, _, colours, blurs, warp, dropout = augment.augmentation("basic").transforms
+    warps = [augment.Warp((1, [member])) for _, members in warp.groups for member in members]
     members = [v2.RandomVerticalFlip(1), v2.RandomHorizontalFlip(1), *(t for group in (colours, blurs) for t in group.transform.transforms[0].transforms)]
     return dict(zip(KINDS, [*members, *warps, *dropout.transform.transforms]))
 
@@ -71,11 +72,11 @@ def rates(draws: int = 10_000) -> dict[str, float]:
     def noting(name: str) -> Callable:
         return lambda *args: (seen.update([name]), args if len(args) > 1 else args[0])[1]
 
-    basic = data.augmentation("basic")
+    basic = augment.augmentation("basic")
     for group in basic.transforms[2:4]:
         choice = group.transform.transforms[0]
         choice.transforms = [noting(next(names)) for _ in choice.transforms]
-    basic.transforms[4] = data.Warp(*((p, [noting(next(names)) for _ in members]) for p, members in basic.transforms[4].groups))
+    basic.transforms[4] = augment.Warp(*((p, [noting(next(names)) for _ in members]) for p, members in basic.transforms[4].groups))
     basic.transforms[5].transform.transforms = [noting(next(names))]
     corner = torch.zeros(3, 4, 4, dtype=torch.uint8)
     corner[:, 0, 0] = 255  # where it comes to lie tells the flips
@@ -142,7 +143,7 @@ def compare(
         if abs(seen[name] - rate) > 4 * math.sqrt(rate * (1 - rate) / draws) or not 1 / FACTOR < ours_ / theirs < FACTOR:
             wrong.append(name)
     show_table(f"{len(shown)} photos of {dataset}", ["kind", "the notes' rate", "rate here", "Albumentations' change", "change here", "ratio"], rows)
-    basic = data.augmentation("basic")
+    basic = augment.augmentation("basic")
     with progress(len(shown), "timing"):
         start = time.process_time()
         for image in shown:

@@ -54,7 +54,7 @@ import photos as bench
 import torch, losses, data
 from functools import partial
 from types import SimpleNamespace
-from model import build_model, parameter_groups
+from model import build_model, choose_amp, parameter_groups
 from train import START, train_one_epoch
 name, batch = sys.argv[1], int(sys.argv[2])
 classes = {{"Daily": 6, "Gender": 5, "Embellishment": 3}}
@@ -64,8 +64,9 @@ optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-6, fused=True)
 schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1)
 parts = {{"model": net, "forward": net, "optimizer": optimizer, "schedule": schedule, "scaler": torch.amp.GradScaler("cpu", enabled=False), "teach": None}}
 criteria = {{label: (partial(losses.cross_entropy, class_weights=None), None) for label in classes}}
+amp = choose_amp("auto", torch.device("cpu"))
 flags = SimpleNamespace(seed=0, cutmix=None, grad_accum=1, batch_size=batch, clip_grad=0, warmup_epochs=0)
-train_one_epoch(parts, itertools.repeat(images, 3), criteria, dict(START), data.EpochBatches(batch, batch, 0), flags, torch.bfloat16, lambda n: None)
+train_one_epoch(parts, itertools.repeat(images, 3), criteria, dict(START), data.EpochBatches(batch, batch, 0), flags, amp, lambda n: None)
 print(bench.anonymous_mb())
 """
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -92,7 +93,7 @@ def measure(
         if not (place / "Photos").exists():
             bench.make_dataset(place / "Photos", images, 1800)
         cwd = stack.enter_context(tempfile.TemporaryDirectory())
-        flags = ["--data", place / "Photos", "--model", model, "--no-pretrained", "--batch-size", batch_size, "--amp", "bf16"]
+        flags = ["--data", place / "Photos", "--model", model, "--no-pretrained", "--batch-size", batch_size]
         python("-c", RUN, "start", "train.py", *flags, "--name", "cold", cwd=cwd)  # builds the cache
         imports, starts, more = [], [], []
         for i in range(rounds):

@@ -1,6 +1,6 @@
 """Training from photos against the same loop on a constant batch (the limit) and against timm's loader and a plain loop.
 
-    python benchmarks/training.py                              # EVA02 tiny, 224 px, bf16: 5 minutes on two cores
+    python benchmarks/training.py                              # EVA02 tiny, 224 px, the precision of --amp auto: 5 minutes on two cores
     python benchmarks/training.py --batch-size 16 --rounds 2   # 1 minute
 
 Photos are JPEGs of 600 x 800, cut to their boxes, `--augment basic`, from a warm cache. timm's way is its `create_loader` with the settings of
@@ -26,11 +26,12 @@ import torch
 import typer
 from PIL import Image
 
+import augment
 import data
 import losses
 from cache import add_cache
 from cli import Stopped, run_app, say, show_table
-from model import build_model, choose_device, parameter_groups
+from model import build_model, choose_amp, choose_device, parameter_groups
 from train import START, train_one_epoch
 
 OURS, LIMIT, TIMM = "train.py", "constant batch", "timm's loader"
@@ -58,27 +59,28 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     steps: Annotated[int, typer.Option(min=2, help="Timed steps of each way in a round.")] = 6,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    amp: Literal["bf16", "off"] = "bf16",
+    amp: Literal["auto", "fp16", "bf16", "off"] = "auto",
     device: str = "auto",
     threads: Annotated[int | None, typer.Option(min=1, show_default="torch's")] = None,
     workers: Annotated[int | None, typer.Option(min=0, show_default="one a core")] = None,
 ) -> None:
     """Time a step of train.py fed by its loader, by a constant batch, and of a plain loop fed by timm's loader."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    place, amp_dtype, workers = choose_device(device), {"bf16": torch.bfloat16, "off": None}[amp], data.default_workers(workers)
+    place, workers = choose_device(device), data.default_workers(workers)
+    amp_dtype = choose_amp(amp, place)
     warm = 2 + workers * 2 * (workers > 0)  # until the queue is full
     with tempfile.TemporaryDirectory() as folder:
         root = bench.make_dataset(Path(folder) / "Photos", batch_size * (warm + steps + 8))
         split = data.read_split(root, "train")
         net, size = build_model(model, split.classes)
         net.to(place)
-        photos = data.Photos(split.samples, size, "bbox", augment=data.augmentation("basic"))
+        photos = data.Photos(split.samples, size, "bbox", augment=augment.augmentation("basic"))
         add_cache([photos], [root], None, workers)
         criteria = {label: (partial(losses.cross_entropy, smoothing=0.1, class_weights=None), None) for label in split.classes}
         flags = SimpleNamespace(seed=0, cutmix=None, grad_accum=1, batch_size=batch_size, clip_grad=0, warmup_epochs=0)
         optimizer = torch.optim.AdamW(parameter_groups(net), lr=5e-6, weight_decay=0.01, fused=place.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1)
-        scaler = torch.amp.GradScaler(place.type, enabled=False)
+        scaler = torch.amp.GradScaler(place.type, enabled=amp_dtype is torch.float16)
         parts = {"model": net, "forward": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "teach": None}
 
         def ours(batches: Iterable, skip: int) -> float:
@@ -130,7 +132,8 @@ def compare(
             for way in list(ways)[:: 1 if i % 2 == 0 else -1]:
                 rates[way].append(ways[way]())
     ratios = {way: [a / b for a, b in zip(rates[OURS], rates[way])] for way in ways}
-    title = f"{model}, {size} px, batch {batch_size}, {amp}, {place}, {torch.get_num_threads()} threads, {workers} workers; load {os.getloadavg()[0]:.1f}"
+    precision, load = amp_dtype or torch.float32, os.getloadavg()[0]
+    title = f"{model}, {size} px, batch {batch_size}, {precision}, {place}, {torch.get_num_threads()} threads, {workers} workers; load {load:.1f}"
     rows = [[way, bench.spread(rates[way]), bench.spread(ratios[way], 3), f"{AT_LEAST[way]:.2f}" if way in AT_LEAST else ""] for way in ways]
     show_table(title, ["", "images/s", "train.py over this", "at least"], rows)
     say(f"median of {rounds} rounds, smallest and largest")

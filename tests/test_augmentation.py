@@ -11,9 +11,11 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
+import augment
 import data
+from augment import CLAHE, Warp, augmentation
 from benchmarks.augmentation import FACTOR, KINDS, changes, rates
-from data import CLAHE, EpochBatches, Photos, Sample, Warp, augmentation, batches, load_photo, make_loader, read_split, to_pixels
+from data import EpochBatches, Photos, Sample, batches, load_photo, make_loader, read_split, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +47,28 @@ def test_colour_and_blur_against_other_implementations(images, monkeypatch):
     image = images[0]
     torch.manual_seed(3)
     windows = v2.functional.pad(image, [1, 1, 1, 1], padding_mode="reflect").unfold(1, 3, 1).unfold(2, 3, 1)
-    assert torch.equal(data.median_blur(image), windows.flatten(3).median(-1).values)
-    close(data.gaussian_blur(image, 0.8), v2.functional.gaussian_blur(image, [3, 3], [0.8, 0.8]), 1, 0.02)
-    close(data.gaussian_blur(image, 2.0), v2.functional.gaussian_blur(image, [3, 3], [2.0, 2.0]), 1, 0.02)
-    noise = data.gaussian_noise(torch.full((3, 224, 224), 128, dtype=torch.uint8)).float() - 128
+    assert torch.equal(augment.median_blur(image), windows.flatten(3).median(-1).values)
+    close(augment.gaussian_blur(image, 0.8), v2.functional.gaussian_blur(image, [3, 3], [0.8, 0.8]), 1, 0.02)
+    close(augment.gaussian_blur(image, 2.0), v2.functional.gaussian_blur(image, [3, 3], [2.0, 2.0]), 1, 0.02)
+    noise = augment.gaussian_noise(torch.full((3, 224, 224), 128, dtype=torch.uint8)).float() - 128
     assert 3 <= noise.var() - 1 / 12 <= 9 and abs(noise.mean()) < 0.05
     pixels = image.short()
     for turn in (-96, -38, -10, 19, 38, 96):  # in 192nds of the circle
-        close(data.turn_hue(pixels, turn / 192), v2.functional.adjust_hue(image, turn / 192), 3, 0.6)
+        close(augment.turn_hue(pixels, turn / 192), v2.functional.adjust_hue(image, turn / 192), 3, 0.6)
     for factor in (0.25, 0.8125, 1, 1.1875, 1.75):
         for ours in ("brightness", "contrast", "saturation"):
             theirs = getattr(v2.functional, f"adjust_{ours}")(image, factor)
-            close(getattr(data, f"scale_{ours}")(pixels, factor).clamp(0, 255), theirs, 3, 1.8)  # torchvision cuts its fractions off
+            close(getattr(augment, f"scale_{ours}")(pixels, factor).clamp(0, 255), theirs, 3, 1.8)  # torchvision cuts its fractions off
     for drawn in (0.8, 0.93, 1.2):  # all four at once, in any order: of hue this is a fifth of the circle, or less
-        monkeypatch.setattr(data, "uniform", lambda low, high, drawn=drawn: drawn - (low + high == 0))
+        monkeypatch.setattr(augment, "uniform", lambda low, high, drawn=drawn: drawn - (low + high == 0))
         monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n))
         theirs = v2.functional.adjust_contrast(v2.functional.adjust_brightness(image, drawn), drawn)
-        close(data.ColorJitter(0.2, 0.2, 0.2, 0.2)(image), v2.functional.adjust_hue(v2.functional.adjust_saturation(theirs, drawn), drawn - 1), 6, 2.5)
+        close(augment.ColorJitter(0.2, 0.2, 0.2, 0.2)(image), v2.functional.adjust_hue(v2.functional.adjust_saturation(theirs, drawn), drawn - 1), 6, 2.5)
     table = torch.randint(256, (256,)).to(torch.uint8)
-    assert torch.equal(data.look_up(image.flip(0), table), table[image.flip(0).long()])
+    assert torch.equal(augment.look_up(image.flip(0), table), table[image.flip(0).long()])
     for clip in (1.5, 4.0, 6.0, 40.0):  # on a grey image, where the luma is all there is
         grey = v2.functional.rgb_to_grayscale(image, num_output_channels=3)
-        monkeypatch.setattr(data, "uniform", lambda low, high, clip=clip: clip)
+        monkeypatch.setattr(augment, "uniform", lambda low, high, clip=clip: clip)
         reference = torch.from_numpy(cv2.createCLAHE(clipLimit=clip, tileGridSize=(16, 16)).apply(grey[0].numpy()))
         close(CLAHE(40, 16)(grey)[0], reference, 100, 3.5)
 
@@ -77,7 +79,7 @@ def test_motion_blur_is_a_mean_along_a_short_line():
     lengths = set()
     for seed in range(200):
         torch.manual_seed(seed)
-        blurred = data.motion_blur(point)
+        blurred = augment.motion_blur(point)
         ys, xs = torch.nonzero(blurred[0], as_tuple=True)
         lengths.add(len(ys))
         assert (ys - 4).abs().max() <= 1 and (xs - 4).abs().max() <= 1 and set(blurred[0][ys, xs].tolist()) == {240 // len(ys)}
@@ -88,7 +90,7 @@ def test_holes_are_one_to_three_black_rectangles():
     counts, sides = set(), []
     for seed in range(300):
         torch.manual_seed(seed)
-        black = (data.holes(torch.full((3, 200, 120), 255, dtype=torch.uint8)) == 0).all(0)
+        black = (augment.holes(torch.full((3, 200, 120), 255, dtype=torch.uint8)) == 0).all(0)
         ys, xs = torch.nonzero(black, as_tuple=True)
         counts.add(len(ys) <= 20 * 12)
         if len(ys) == (ys.max() - ys.min() + 1) * (xs.max() - xs.min() + 1):  # one rectangle
@@ -111,20 +113,20 @@ def test_shift_scale_rotate_moves_as_it_says():
     bar[:, 29:32, 10:51] = 255
     for seed in range(100):
         torch.manual_seed(seed)
-        ys, xs = torch.nonzero(surely(data.shift_scale_rotate, scale=0, degrees=0)(image)[0] > 127, as_tuple=True)
+        ys, xs = torch.nonzero(surely(augment.shift_scale_rotate, scale=0, degrees=0)(image)[0] > 127, as_tuple=True)
         far.append((xs.float().mean() - 20, ys.float().mean() - 20))
-        areas.append((surely(data.shift_scale_rotate, shift=0, degrees=0)(image).float().sum() / image.float().sum()).item())
-        ys, xs = (at.float() - 30 for at in torch.nonzero(surely(data.shift_scale_rotate, shift=0, scale=0)(bar)[0] > 127, as_tuple=True))
+        areas.append((surely(augment.shift_scale_rotate, shift=0, degrees=0)(image).float().sum() / image.float().sum()).item())
+        ys, xs = (at.float() - 30 for at in torch.nonzero(surely(augment.shift_scale_rotate, shift=0, scale=0)(bar)[0] > 127, as_tuple=True))
         angles.append(math.degrees(torch.atan2((ys * xs).sum(), (xs * xs).sum())))
     far, angles = torch.tensor(far), torch.tensor(angles)
     assert 3.2 < far.abs().max() <= 4.7 and far.mean(0).abs().max() < 1.2  # 0.1 of 41 pixels, either way
     assert 0.8**2 - 0.03 < min(areas) < 0.7 and 1.3 < max(areas) < 1.2**2 + 0.03
     assert 17 < angles.abs().max() < 21 and angles.mean().abs() < 4
-    assert torch.equal(surely(data.shift_scale_rotate, shift=0, scale=0, degrees=0)(image), image)
+    assert torch.equal(surely(augment.shift_scale_rotate, shift=0, scale=0, degrees=0)(image), image)
 
 
 def test_distortions_are_none_at_strength_zero_and_compose_in_order(images, monkeypatch):
-    for member in (data.lens_distortion, data.grid_distortion):
+    for member in (augment.lens_distortion, augment.grid_distortion):
         close(surely(member, limit=0)(images[1]), images[1], 1, 0.01)
         torch.manual_seed(4)
         assert (surely(member)(images[1]).int() - images[1].int()).abs().float().mean() > 2
@@ -181,14 +183,14 @@ def seen(image):
 
 def moving(kind):
     """The parts of a pipeline that move pixels."""
-    return v2.Compose([t for t in augmentation(kind).transforms if not isinstance(t, data.KeepBoxes)])
+    return v2.Compose([t for t in augmentation(kind).transforms if not isinstance(t, augment.KeepBoxes)])
 
 
 MOVES = {
     "flips": v2.Compose([v2.RandomVerticalFlip(0.5), v2.RandomHorizontalFlip(0.5)]),
-    "lens": surely(data.lens_distortion),
-    "grid": surely(data.grid_distortion),
-    "shift, scale, rotate": surely(data.shift_scale_rotate),
+    "lens": surely(augment.lens_distortion),
+    "grid": surely(augment.grid_distortion),
+    "shift, scale, rotate": surely(augment.shift_scale_rotate),
     "basic": moving("basic"),
     "randaugment": moving("randaugment"),
 }
@@ -196,8 +198,8 @@ MOVES = {
 
 @pytest.mark.parametrize("kind", MOVES)
 def test_a_box_moves_with_its_pixels(kind, monkeypatch):
-    geometric = {name: how for name, how in data.RandAugment._AUGMENTATION_SPACE.items() if name.startswith(("Shear", "Translate", "Rotate"))}
-    monkeypatch.setattr(data.RandAugment, "_AUGMENTATION_SPACE", geometric)
+    geometric = {name: how for name, how in augment.RandAugment._AUGMENTATION_SPACE.items() if name.startswith(("Shear", "Translate", "Rotate"))}
+    monkeypatch.setattr(augment.RandAugment, "_AUGMENTATION_SPACE", geometric)
     image, boxes = painted((25, 12, 95, 76) if kind == "lens" else (45, 25, 65, 52))  # the small one is never seen twice, in the mirror at the border
     assert len(geometric) == 5
     moved = 0

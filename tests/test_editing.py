@@ -36,8 +36,8 @@ def train(scripts, drawn, *flags):
 
 
 def test_an_augmentation_and_a_loss(scripts, drawn):
-    assert {name for name, _ in DIFFS} == {"data.py", "losses.py", "train.py"}
-    plain = subprocess.run([sys.executable, "-c", "import data; print(data.augmentation('basic'))"], cwd=scripts, capture_output=True, text=True)
+    assert {name for name, _ in DIFFS} == {"augment.py", "losses.py", "train.py"}
+    plain = subprocess.run([sys.executable, "-c", "import augment; print(augment.augmentation('basic'))"], cwd=scripts, capture_output=True, text=True)
     assert "RandomGrayscale" in plain.stdout, plain.stderr
     train(scripts, drawn, "--loss", "poly1")
 

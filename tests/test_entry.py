@@ -94,7 +94,7 @@ def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path):
     done = run("predict", "runs/a/best.pt", "--entry", "Entry")
     assert done.code == 0 and "MB of at most 25 MB" in done.out and "20 ms an image" in done.out, done.err
     entry = tmp_path / "Entry"
-    modules = {"cli.py", "data.py", "demo.py", "model.py", "predict.py", "preprocess.py"}
+    modules = {"augment.py", "cli.py", "data.py", "demo.py", "model.py", "predict.py", "preprocess.py"}
     assert {str(p.relative_to(entry)) for p in entry.rglob("*")} == modules | {"task.ipynb", "requirements.txt", "model", "model/best.pt"}
     packages = (entry / "requirements.txt").read_text()
     assert all(word in packages for word in ("torch>=", "timm>=", "pillow>=", "pandas")) and not any(word in packages for word in ("rembg", "scipy"))
