@@ -174,7 +174,7 @@ class Shelf:
         """Decode what is missing; returns what is wrong with photos. Raises OSError where the disk is full."""
         views = Views(list(self.missing), self.wanted, self.size, {(entry[-2], tuple(entry[1] or ())): entry[-1] for entry in self.entries.values()})
         workers = workers if len(views) > CHUNK else 0
-        loader = DataLoader(views, CHUNK, num_workers=workers, collate_fn=together, worker_init_fn=data._ignore_stop_signals, generator=torch.Generator())
+        loader = DataLoader(views, CHUNK, num_workers=workers, collate_fn=together, worker_init_fn=data.start_worker, generator=torch.Generator())
         problems, lines, since, done = [], [], time.monotonic(), 0
         with open(self.pixels, "r+b", buffering=0) as pixels, open(self.index, "ab") as index:
             for chunk, decoded in loader:

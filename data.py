@@ -7,6 +7,7 @@ image_name, BBox_* and Mask_* have their meaning; every other column is a label.
 """
 
 import csv
+import gc
 import hashlib
 import io
 import json
@@ -644,8 +645,9 @@ def _collate(photos: Photos, items: list) -> tuple[Tensor, dict[str, Tensor]] | 
     return torch.utils.data.default_collate(items)
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """Ctrl-C reaches the loading processes too; the training process decides when they end."""
+def start_worker(worker: int) -> None:
+    """Ctrl-C reaches the loading processes too; the training process decides when they end. The rows are no garbage: looking through them would copy them."""
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -657,7 +659,7 @@ def make_loader(photos: Photos, batch_size: int, workers: int, epochs: Iterable[
         photos,
         num_workers=workers,
         collate_fn=partial(_collate, photos),
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=start_worker,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
