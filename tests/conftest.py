@@ -53,17 +53,24 @@ def u2netp():
         yield home
 
 
+def run_script(folder: Path, script: str, *args: object) -> int:
+    """Run a script in this process, in a folder; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        cli.run_app(importlib.import_module(script).app)
+    return stop.value.code
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
     """run("train", "--data", ...) runs a script in this process, in an empty folder: .code, .out, .err."""
     monkeypatch.chdir(tmp_path)
 
     def call(script: str, *args: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.run_app(importlib.import_module(script).app)
-        return SimpleNamespace(code=stop.value.code, **dict(zip(("out", "err"), capfd.readouterr())))
+        code = run_script(Path.cwd(), script, *args)
+        return SimpleNamespace(code=code, **dict(zip(("out", "err"), capfd.readouterr())))
 
     return call
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run_script
 from PIL import Image
 
 TRAIN_CSV, VAL_CSV = "Fashion-How24_sub1_train.csv", "Fashion-How24_sub1_val.csv"
@@ -242,15 +242,8 @@ def test_one_image_alone_under_batch_norm(run, drawn):
 
 @pytest.fixture(scope="module")
 def checkpoint(drawn, tmp_path_factory) -> bytes:
-    import os
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     folder = tmp_path_factory.mktemp("checkpoint")
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(drawn), *TINY, "--epochs", "1", "--name", "a"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env=dict(os.environ))
+    assert run_script(folder, "train", "--data", drawn, *TINY, "--epochs", "1", "--name", "a") == 0
     return (folder / "runs" / "a" / "best.pt").read_bytes()
 
 
@@ -356,6 +349,3 @@ def test_a_last_pt_is_no_weights(run, drawn, checkpoint, tmp_path):
     refused(run, drawn, "--weights", "last.pt", says=["last.pt is for --resume"])
 
 
-def test_debug_shows_the_traceback(shell, drawn):
-    done = shell("train", "--data", "Nowhere", "--debug")
-    assert done.returncode != 0 and "Traceback" in done.stderr

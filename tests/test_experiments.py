@@ -455,6 +455,7 @@ def test_half_written_runs_are_left_aside(run):
 # ---------------------------------------------------------------- the whole of it
 
 
+@pytest.mark.slow
 def test_a_row_run_twice_by_the_real_script_is_the_same_exactly(run, drawn, tmp_path):
     """Trains for real: the base by a pasted command, the repeat by `run`; then the table."""
     more = [word for word in TINY if word not in ("--patience", "1")]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_script
 from PIL import Image
 
 import demo
@@ -123,11 +123,7 @@ def place(drawn, tmp_path_factory):
     """A folder where the first runs that the commands speak of have been made; runs/NAME looks twice."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(drawn, folder / "Dataset")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *SHRUNK["train"], "--box-head", "--crop-prob", "0.5", "--name", "NAME"])
-        preprocess.run_app(importlib.import_module("train").app)
-    assert stop.value.code == 0
+    assert run_script(folder, "train", *SHRUNK["train"], "--box-head", "--crop-prob", "0.5", "--name", "NAME") == 0
     return folder
 
 

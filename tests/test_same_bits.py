@@ -31,6 +31,7 @@ def test_workers_and_evaluations_change_nothing(tmp_path, monkeypatch):
     assert len(set(torture.one_hash(tmp_path, FLAGS).values())) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_one_sees(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "test_vit", "--amp", "off", "--cutmix", "Daily", "--cutmix", "Gender", "--grad-accum", "2", "--batch-size", "7"]
