@@ -82,7 +82,7 @@ ROWS = (
     Row("backbone_convnext", "raw", "--model convnext_femto.d1_in1k", "below EVA-02", "a ConvNeXt of 19 MB"),
     Row("backbone_mobilenet", "raw", "--model mobilenetv3_large_100.ra_in1k", "below EVA-02", "a MobileNet of 17 MB"),
     Row("repeat", "raw", "", 'differed "a lot"', "the base again: does it come out the same?"),
-    Row("modern", "clean", MODERN, "", "ours, not the notes': README's recommended line"),
+    Row("modern", "clean", MODERN, "", "ours, not the notes': README's recipe"),
 )
 FIRST_SEED = 1103  # of the seeds that all rows share: 1103, 1104, ...
 OURS = ("--data", "--seed", "--resume")  # flags that are not for behind --

@@ -1,6 +1,6 @@
 """Train a classifier of garment attributes: one backbone, a linear head per label.
 
-    python train.py --data demo --no-pretrained --model test_resnet --image-size 80 --epochs 14 --t-0 14 --lr 4e-3     # the built-in set
+    python train.py --data demo --no-pretrained --model test_resnet --image-size 80 --epochs 14 --lr 4e-3 --batch-size 64    # the built-in set
     python train.py --loss focal --crop-prob 0.7                          # the organisers' Dataset/ folder, the notes' settings
     python train.py --resume runs/NAME                                    # go on after an interruption, or with more --epochs
 

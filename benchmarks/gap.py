@@ -5,6 +5,7 @@
     python benchmarks/gap.py Hard Gap --masks Hard-rembg --image-size 80 -- --model tf_efficientnet_lite0 --weights $PWD/lite0.safetensors \\
         --epochs 6 --t-0 6 --lr 1e-3 --batch-size 64 --amp off
     python benchmarks/gap.py Hard Gap --run learned --seed 0 ...     # one run of one seed; the table shows whatever is finished
+    python benchmarks/gap.py Hard Gap --order runs/BOTH/best.pt Hard-rembg     # no training: is the box found in the raw or the cleaned photo?
     python benchmarks/gap.py Hard Gap --photographs Gap/runs/learned-0/best.pt boxes.png      # no training: boxes found on photographs
 
 Starts train.py and predict.py as a user would, in the folder GAP, which keeps runs, predictions and what they printed. What is finished there is
@@ -28,8 +29,8 @@ import typer
 from PIL import Image, ImageDraw, ImageOps
 
 from cli import misuse, run_app, say, show_table
-from data import BOX, Split, find_dataset, image_samples, read_split, submission_column
-from model import load_model, overlaps
+from data import BOX, Photos, Split, batches, find_dataset, image_samples, make_loader, read_split, relative_boxes, submission_column
+from model import box_of, choose_margin, crops_of, load_model, overlaps, predict_logits, score
 from predict import predict_rows
 
 RUNS = {  # what train.py is told beside the flags of all runs
@@ -64,11 +65,15 @@ def main(
     run: Annotated[list[str], typer.Option(help=f"Which runs to do: {', '.join(RUNS)}, none. Repeats.", show_default="all")] = list(RUNS),  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Repeats.")] = [0, 1, 2],  # noqa: B006
     workers: Annotated[int, typer.Option(help="Processes that decode photos.")] = 1,
+    order: Annotated[tuple[Path, Path] | None, typer.Option(help="A checkpoint with a box head, and DATA cleaned: compare orders.", show_default=False)] = None,
     photographs: Annotated[tuple[Path, Path] | None, typer.Option(help="A checkpoint with a box head, and the picture to draw.", show_default=False)] = None,
 ) -> None:
     """Train and predict what is not done yet; print the table of all that is."""
     if photographs:
         draw_photographs(*photographs)
+        return
+    if order:
+        compare_orders(order[0], {"raw": find_dataset(data, 1), "cleaned": find_dataset(order[1], 1)})
         return
     for name in run:
         if name not in (*RUNS, "none"):
@@ -130,6 +135,24 @@ def top1(predicted: Path, truth: Split) -> float:
     header, *rows = (line.split(",") for line in predicted.read_text(encoding="utf-8").splitlines())
     columns = {label: header.index(submission_column(label)) - len(header) for label in truth.classes}  # from the right: a name may hold a comma
     return mean(int(row[column]) == sample.labels[label] for row, sample in zip(rows, truth.samples, strict=True) for label, column in columns.items())
+
+
+def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:
+    """Mean Top-1 on validation where the box is found in the raw or in the cleaned photo, and what it holds of one or the other is classified."""
+    model, saved = load_model(checkpoint)
+    splits = {kind: read_split(root, "val", saved["classes"]) for kind, root in roots.items()}
+
+    def look(kind: str, **seen) -> tuple[dict, dict]:
+        return predict_logits(model, batches(make_loader(Photos(splits[kind].samples, saved["image_size"], **seen), 64, 0)), torch.device("cpu"))
+
+    truth, rows = relative_boxes(splits["raw"].samples, "bbox"), []
+    for found_in in roots:
+        first, targets = look(found_in)
+        iou = overlaps(box_of(first[BOX])[0], truth).mean().item()
+        for classified in roots:
+            second, _ = look(classified, crops=crops_of(first[BOX], choose_margin(first[BOX], truth)))
+            rows.append([found_in, f"{iou:.3f}", classified, f"{score(second, targets)['top1_mean']:.4f}"])
+    show_table(f"{len(truth)} validation photos, second look alone", ["box found in", "IoU", "classified", "mean Top-1"], rows)
 
 
 def draw_photographs(checkpoint: Path, out: Path) -> None:
