@@ -10,7 +10,7 @@
 Photos are treated as the training photos were: where these were cleaned or cut by preprocess.py, raw ones are too, on the fly.
 
 Writes predictions.csv beside the checkpoint (replaced if there): image_name and a column a label, in the organisers' format.
-The demo set's 400 test photos take about 4 s on two CPU cores with README's small backbone, starting up included.
+The demo set's 400 test photos take seconds on two CPU cores with README's small backbone, most of it for starting up.
 """
 
 import ast

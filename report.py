@@ -46,7 +46,7 @@ from model import FashionModel, load_model, read_checkpoint, score
 
 PICTURES = ("curves.png", "confusion.png", "inputs.png", "mistakes.png", "looks.png")
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "UnDotum", "Baekmuk Dotum")
-INK, RIGHT, WRONG, FAINT = "#222222", "#1a7f37", "#c62828", "#999999"
+INK, RIGHT, WRONG, FAINT = "#222222", "#1a7f37", "#c62828", "#666666"
 BOX_STYLES = {"bbox": ("given", "#ff7f0e", "-"), "mask": ("mask", "#1f77ff", "--"), "learned": ("learned", "#e0007a", "-.")}  # in words, colour, line
 DPI, GAP, LINE, FONT, LOOK = 100, 10, 15, 8, 128  # pixels an inch, between cells, from line to line; points of the text; pixels of a cell of looks.png
 
