@@ -34,7 +34,6 @@ import typer
 from timm.layers import DropPath
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -217,7 +216,7 @@ def train(
         "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]),
         "data": {"path": dataset_path(flags.data[-1]), "subtask": flags.subtask, "view": view, "preparation": preparation},
         "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "learned": FIXED_LOOK if flags.box_head else None,
-        **placeholder_scores(train_split.classes, view, boxed=val_split.has("bbox") and not flags.fit_all),
+        "scores": placeholder_scores(train_split.classes, view),
     }  # fmt: skip
     megabytes = check_budget(best, flags)
     net.to(device)
@@ -271,15 +270,12 @@ def train(
             return {label: first[label] for label in targets}, targets, {"scores": score(first, targets)}
         truth = relative_boxes(val_split.samples, flags.train_view)
         margin = choose_margin(first[BOX], truth)
-        second, _ = evaluate(model, watched(loader_of(crops=crops_of(first[BOX], margin)[share])), amp_dtype, advance)
+        closer = Photos(val_split.samples[share], size, crops=crops_of(first[BOX], margin)[share])
+        second, _ = evaluate(model, watched(make_loader(closer, flags.batch_size, workers)), amp_dtype, advance)
         look = choose_look(first, second, targets, margin)
         logits = join_looks(first, second, look)
         boxes = box_of(first[BOX])[0]
         return logits | {BOX: boxes}, targets, {"scores": score(logits, targets) | score_boxes(boxes, truth), "learned": look}
-
-    def loader_of(**seen) -> DataLoader:
-        """A loader of this process's share of validation, seen otherwise than `view`."""
-        return make_loader(Photos(val_split.samples[share], size, **seen), flags.batch_size, workers)
 
     def save_last() -> None:
         """Write all that it takes to go on from here."""
@@ -329,8 +325,6 @@ def train(
                     kept = shown if flags.export_dtype == "fp32" else as_saved(shown, best["weights"])
                     if kept is not shown and not flags.fit_all:
                         best |= validate(kept)[2] | {"scores_fp32": result["scores"]}
-                    if "scores_bbox" in best:
-                        best["scores_bbox"] = score(*evaluate(kept, batches(loader_of(view="bbox")), amp_dtype))
                     if rank == 0:
                         if not flags.fit_all:
                             write_predictions(run / "val_predictions.csv", val_split, logits)
@@ -372,8 +366,10 @@ def train(
         if look := final["learned"]:
             say_boxes(final["scores"])
             say("learned: " + ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in look.items()))
-        if "scores_bbox" in final:
-            show_scores("the same model, boxes given (bbox)", final["scores_bbox"])
+        if view == "learned" and val_split.has("bbox"):
+            boxed = make_loader(Photos(val_split.samples, size, "bbox"), flags.batch_size, workers)
+            kept = load_model(run / "best.pt")[0].to(device)
+            show_scores("the same model, boxes given (bbox)", score(*predict_logits(kept, batches(boxed), device, amp_dtype)))
     say(f"best.pt: {(run / 'best.pt').stat().st_size / 1e6:.2f} MB" + (f" of at most {flags.max_mb:g} MB" if flags.max_mb else ""))
     say(f"files: {run}/best.pt, last.pt, metrics.csv, {'' if flags.fit_all else 'val_predictions.csv, '}config.json")
     if flags.pictures:
@@ -680,12 +676,10 @@ def as_saved(net: FashionModel, weights: dict[str, Tensor]) -> FashionModel:
     return saved
 
 
-def placeholder_scores(classes: dict[str, int], view: str, boxed: bool) -> dict[str, dict[str, float]]:
+def placeholder_scores(classes: dict[str, int], view: str) -> dict[str, float]:
     """Scores with the keys of the real ones, for the size of the file."""
     labels = score({label: torch.zeros(1, n) for label, n in classes.items()}, {label: torch.zeros(1, dtype=torch.int64) for label in classes})
-    if view != "learned":
-        return {"scores": labels}
-    return {"scores": labels | dict.fromkeys(BOX_SCORES, 0.0)} | ({"scores_bbox": labels} if boxed else {})
+    return labels | dict.fromkeys(BOX_SCORES, 0.0) if view == "learned" else labels
 
 
 def check_budget(best: dict, flags: SimpleNamespace) -> float:

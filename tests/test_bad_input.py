@@ -167,7 +167,7 @@ def test_a_truncated_image_stops_the_run_with_its_row(run, dataset):
         assert len(done.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize("debug", [pytest.param([], marks=pytest.mark.slow), ["--debug"]])
 def test_a_run_that_fails_ends_whatever_its_decoding_processes_do(shell, dataset, debug):
     path = dataset / "train" / edit(dataset, 5, lambda cells: None)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -128,6 +128,7 @@ def test_classes_are_uneven(photos):
         assert counted.max() > 1.7 * counted.min()
 
 
+@pytest.mark.slow
 def test_colours_and_thumbnails_do_not_tell_the_labels(boxed):
     """Probe 1: logistic regression on 8 x 8 thumbnails and mean colours of the boxed garments stays under 0.50."""
 
@@ -176,6 +177,7 @@ def mean_top1(backbone: torch.nn.Module, images: torch.Tensor, labels: torch.Ten
     return np.mean(accuracies(backbone(images * 4 - 2), labels))
 
 
+@pytest.mark.slow
 def test_the_box_is_worth_20_points(boxed, photos):
     """Probe 2: a small network trained and validated on boxes beats itself validated on whole photos."""
     backbone = probe_network(*boxed["train"])

@@ -36,6 +36,7 @@ def train(scripts, drawn, *flags):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_an_augmentation_and_a_loss(scripts, drawn):
     assert {name for name, _ in DIFFS} == {"augment.py", "losses.py", "train.py"}
     assert "RandomGrayscale" in str(runpy.run_path(str(scripts / "augment.py"))["augmentation"]("basic"))

@@ -127,6 +127,7 @@ def test_an_entry_with_a_remover(run, u2netp, untried, tmp_path):
     assert send_in(tmp_path / "Entry", tmp_path / "there", tmp_path / "Demo", "a plain script")["columns"] == answers(Path("p.csv"))
 
 
+@pytest.mark.slow
 def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
     monkeypatch.setattr(predict_script, "TRIAL", 3)
     data = tmp_path / "Colours"
@@ -147,6 +148,7 @@ def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
     assert sent["columns"] == answers(Path("p.csv")) and list(sent["columns"]) == ["image_name", "color"]
 
 
+@pytest.mark.slow
 def test_an_entry_of_a_model_that_looks_twice(run, drawn, untried, tmp_path):
     train(run, drawn, "--box-head", "--val-view", "learned", "--crop-prob", 0.5)
     for args in [], ["--no-view-sum"]:

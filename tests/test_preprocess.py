@@ -321,6 +321,7 @@ def test_a_blank_photo_stays_whole(garments, processed):
 # ---------------------------------------------------------------- again, stopped, damaged
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bytes(u2netp, run, garments, processed, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "preprocess.py"), str(garments), str(out), "--rembg-model", "u2netp", "--workers", "1"]

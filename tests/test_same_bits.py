@@ -26,6 +26,7 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, monkeypatch):
     assert sum(phases.values()) == 4 and runs == agreeing
 
 
+@pytest.mark.slow
 def test_workers_and_evaluations_change_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(set(torture.one_hash(tmp_path, FLAGS).values())) == 1
