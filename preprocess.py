@@ -598,4 +598,5 @@ def write_json(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported is no garbage; to look through it again and again takes half a second over 14,000 rows
     run_app(app)
