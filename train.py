@@ -1,6 +1,7 @@
 """Train a classifier of garment attributes: one backbone, a linear head per label.
 
-    python train.py --data demo --no-pretrained --model test_resnet --image-size 80 --epochs 14 --lr 4e-3 --batch-size 64    # the built-in set
+    python train.py --data demo --no-pretrained --model test_resnet --image-size 64 --augment none --box-head --crop-prob 0.5 \\
+        --epochs 10 --t-0 10 --lr 4e-3 --batch-size 32 --threads 1        # the built-in set: README's first command
     python train.py --loss focal --crop-prob 0.7                          # the organisers' Dataset/ folder, the notes' settings
     python train.py --resume runs/NAME                                    # go on after an interruption, or with more --epochs
 
@@ -368,7 +369,7 @@ def train(
             say("learned: " + ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in look.items()))
         if view == "learned" and val_split.has("bbox"):
             boxed = make_loader(Photos(val_split.samples, size, "bbox"), flags.batch_size, workers)
-            kept = load_model(run / "best.pt")[0].to(device)
+            kept = as_saved(shown, final["weights"])
             show_scores("the same model, boxes given (bbox)", score(*predict_logits(kept, batches(boxed), device, amp_dtype)))
     say(f"best.pt: {(run / 'best.pt').stat().st_size / 1e6:.2f} MB" + (f" of at most {flags.max_mb:g} MB" if flags.max_mb else ""))
     say(f"files: {run}/best.pt, last.pt, metrics.csv, {'' if flags.fit_all else 'val_predictions.csv, '}config.json")

@@ -149,8 +149,9 @@ def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:
     for found_in in roots:
         first, targets = look(found_in)
         iou = overlaps(box_of(first[BOX])[0], truth).mean().item()
+        crops = crops_of(first[BOX], choose_margin(first[BOX], truth))
         for classified in roots:
-            second, _ = look(classified, crops=crops_of(first[BOX], choose_margin(first[BOX], truth)))
+            second, _ = look(classified, crops=crops)
             rows.append([found_in, f"{iou:.3f}", classified, f"{score(second, targets)['top1_mean']:.4f}"])
     show_table(f"{len(truth)} validation photos, second look alone", ["box found in", "IoU", "classified", "mean Top-1"], rows)
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -44,10 +45,13 @@ def demo_commands(text: str, long: bool) -> list[str]:
 
 
 @app.command()
-def main(long: bool = False, list: bool = False) -> None:
+def main(
+    long: Annotated[bool, typer.Option("--long", help="The experiments too.")] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="Only say which commands.")] = False,
+) -> None:
     """Run README's demo commands."""
     commands = demo_commands((ROOT / "README.md").read_text(encoding="utf-8"), long)
-    if list:
+    if only_list:
         say("\n".join(commands))
         return
     failed, env = [], os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -347,5 +347,3 @@ def test_predict_flags(run, checkpoint, drawn, tmp_path):
 def test_a_last_pt_is_no_weights(run, drawn, checkpoint, tmp_path):
     (tmp_path / "last.pt").write_bytes(saved({"format": "fashion-attributes 1", "model": {}}))
     refused(run, drawn, "--weights", "last.pt", says=["last.pt is for --resume"])
-
-
