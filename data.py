@@ -531,6 +531,10 @@ class Photos(Dataset):
     ):
         self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = samples, size, view, crop_prob, augment, seed, prepare
         self.box_head, self.box_jitter, self.crops = box_head, box_jitter, crops
+        # as tensors, so that a loading process whose photos are cached touches no row: it would get a copy of each that it does
+        self.labels = {label: torch.tensor([sample.labels[label] for sample in samples]) for label in (samples[0].labels if samples else ())}
+        self.boxed = torch.tensor([view in sample.boxes for sample in samples])
+        self.boxes = relative_boxes(samples, view) if box_head else None
         self.random_crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC) if resize == "random-resized-crop" else None
         self.cache = None
 
@@ -561,30 +565,29 @@ class Photos(Dataset):
 
     def _box_to_find(self, index: int, crop: bool) -> BoundingBoxes:
         """The box of `view` in a whole photo that is squashed to size, (1, 4); of one that is cut to it or has none, an empty box."""
-        box = torch.zeros(1, 4) if crop else relative_boxes([self.samples[index]], self.view).nan_to_num() * self.size
+        box = torch.zeros(1, 4) if crop else self.boxes[index : index + 1].nan_to_num() * self.size
         return BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
 
     def view_in(self, epoch: int, index: int) -> str:
         """The view that this photo is seen in: the first that `__getitem__` draws."""
         drawn = torch.rand((), generator=torch.Generator().manual_seed(derive_seed(self.seed, "sample", epoch, index))).item()
-        return self.view if drawn < self.crop_prob and self.view in self.samples[index].boxes else "full"
+        return self.view if drawn < self.crop_prob and self.boxed[index] else "full"
 
     def _item(
         self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0
     ) -> tuple[Tensor, dict[str, int]] | ValueError:
-        sample = self.samples[index]
         try:
-            return self._pixels(index, sample, crop, random_crop, jitter), sample.labels
+            return self._pixels(index, crop, random_crop, jitter), {label: values[index].item() for label, values in self.labels.items()}
         except (ValueError, OSError) as error:
-            return ValueError(f"{sample.where}: {error}")
+            return ValueError(f"{self.samples[index].where}: {error}")
 
-    def _pixels(self, index: int, sample: Sample, crop: bool, random_crop: Callable | None, jitter: float) -> Tensor:
-        boxed = crop and self.view in sample.boxes
+    def _pixels(self, index: int, crop: bool, random_crop: Callable | None, jitter: float) -> Tensor:
+        boxed = crop and self.boxed[index].item()
         if self.cache and not random_crop and self.crops is None and not (jitter and boxed):
             stored = self.cache.pixels(index, boxed)
             if stored is not None:
                 return stored
-        photo, boxes = self.prepare(sample)
+        photo, boxes = self.prepare(self.samples[index])
         box = boxes.get(self.view) if crop else None
         if self.crops is not None:
             box = crop_box(self.crops[index].tolist(), photo.size)

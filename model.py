@@ -59,10 +59,10 @@ class FashionModel(nn.Module):
         self.levels = list(levels or ())
         self.box_head = BoxHead(levels.values()) if levels else None
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head {BOX: logits (N, 4, POSITIONS)}."""
+    def forward(self, images: Tensor, find_box: bool = True) -> dict[str, Tensor]:
+        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head, unless not to `find_box`, {BOX: logits (N, 4, POSITIONS)}."""
         images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
-        if self.box_head is None:
+        if self.box_head is None or not find_box:
             features, more = self.backbone(images), {}
         else:
             last, maps = self.backbone.forward_intermediates(images, indices=self.levels)
@@ -283,11 +283,13 @@ def predict_logits(
     device: torch.device,
     amp: torch.dtype | None = None,
     advance: Callable[[int], None] = lambda n: None,
+    find_box: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's outputs (logits float32 (N, classes) by label) and the targets {label: int64 (N,)} of all batches, on the CPU.
 
-    `amp`: autocast's dtype, None: off. On a CPU each thread takes PIECE images at a time for itself, while the next are decoded: nothing waits
-    for the slowest, and the bits are the same at any number of threads. On CUDA attention is the plain one, as in deterministic training.
+    `amp`: autocast's dtype, None: off. `find_box`: a box head's output too. On a CPU each thread takes PIECE images at a time for itself, while
+    the next are decoded: nothing waits for the slowest, and the bits are the same at any number of threads. On CUDA attention is the plain one,
+    as in deterministic training.
     """
     model.eval()
     logits: dict[str, list[Tensor]] = {}
@@ -298,7 +300,7 @@ def predict_logits(
     def forward(images: Tensor) -> dict[str, Tensor]:
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
         with torch.inference_mode(), plain, torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            return {label: values.float().cpu() for label, values in model(images.to(device, non_blocking=True)).items()}
+            return {label: values.float().cpu() for label, values in model(images.to(device, non_blocking=True), find_box).items()}
 
     def collect(left: int) -> None:
         while len(running) > left:

@@ -161,15 +161,15 @@ def predict_rows(
     with blaming("--amp"):
         amp_dtype = choose_amp("auto" if amp is None and saved["amp"] == "fp16" and device.type != "cuda" else amp or saved["amp"], device)
 
-    def look(**seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def look(find_box: bool = False, **seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         loader = make_loader(Photos(rows.samples, saved["image_size"], **seen), batch_size or saved["batch_size"], default_workers(workers))
-        with progress(len(rows.samples), "finding garments" if view == "learned" and "crops" not in seen else "predicting") as bar:
-            return predict_logits(model, batches(loader), device, amp_dtype, bar.advance)
+        with progress(len(rows.samples), "finding garments" if find_box else "predicting") as bar:
+            return predict_logits(model, batches(loader), device, amp_dtype, bar.advance, find_box)
 
     if view != "learned":
         return look(view=view, prepare=prepare)
     with TemporaryDirectory() as folder:
-        first, targets = look(prepare=prepare if prepare is as_it_is else partial(prepare_and_keep, prepare=prepare, folder=folder))
+        first, targets = look(find_box=True, prepare=prepare if prepare is as_it_is else partial(prepare_and_keep, prepare=prepare, folder=folder))
         crops = crops_of(first[BOX], saved["learned"]["margin"])
         second, _ = look(crops=crops, prepare=prepare if prepare is as_it_is else partial(kept, folder=folder))
     return join_looks(first, second, saved["learned"]) | {BOX: box_of(first[BOX])[0]}, targets

@@ -266,9 +266,9 @@ def train(
     def validate(model: FashionModel, advance: Callable = lambda n: None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
         """Logits and targets of the whole validation split; and what best.pt says of it: `scores`, and of the view `learned` how it is made."""
         watched = batches if world > 1 else lambda loader: signals.until_asked(batches(loader))
-        first, targets = evaluate(model, watched(val_loader), amp_dtype, advance)
-        if view != "learned":  # a box head's output is of no use here
-            return {label: first[label] for label in targets}, targets, {"scores": score(first, targets)}
+        first, targets = evaluate(model, watched(val_loader), amp_dtype, advance, find_box=view == "learned")
+        if view != "learned":
+            return first, targets, {"scores": score(first, targets)}
         truth = relative_boxes(val_split.samples, flags.train_view)
         margin = choose_margin(first[BOX], truth)
         closer = Photos(val_split.samples[share], size, crops=crops_of(first[BOX], margin)[share])
@@ -651,22 +651,22 @@ def load_teacher(flags: SimpleNamespace, classes: dict[str, int], device: torch.
     def teach(images: Tensor) -> dict[str, Tensor]:
         if images.shape[-1] != size:
             images = resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        outputs = teacher(images)
+        outputs = teacher(images, find_box=False)
         return {label: outputs[label] for label in classes}
 
     return teach
 
 
 def evaluate(
-    net: FashionModel, batches: Iterable, amp_dtype: torch.dtype | None, advance: Callable = lambda n: None
+    net: FashionModel, batches: Iterable, amp_dtype: torch.dtype | None, advance: Callable = lambda n: None, find_box: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`predict_logits` of the whole split in its order; in several processes each takes its share, all get the whole."""
     if not dist.is_initialized():
-        return predict_logits(net, batches, net.mean.device, amp_dtype, advance)
+        return predict_logits(net, batches, net.mean.device, amp_dtype, advance, find_box)
     for buffer in net.buffers():  # batch norm's, which DistributedDataParallel takes from the first process at the next step
         dist.broadcast(buffer, 0)
     shares: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, predict_logits(net, batches, net.mean.device, amp_dtype, advance))
+    dist.all_gather_object(shares, predict_logits(net, batches, net.mean.device, amp_dtype, advance, find_box))
     return tuple({label: torch.cat([share[i][label] for share in shares if share[i]]) for label in shares[0][i]} for i in (0, 1))
 
 

@@ -143,7 +143,8 @@ def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:
     splits = {kind: read_split(root, "val", saved["classes"]) for kind, root in roots.items()}
 
     def look(kind: str, **seen) -> tuple[dict, dict]:
-        return predict_logits(model, batches(make_loader(Photos(splits[kind].samples, saved["image_size"], **seen), 64, 0)), torch.device("cpu"))
+        photos = Photos(splits[kind].samples, saved["image_size"], **seen)
+        return predict_logits(model, batches(make_loader(photos, 64, 0)), torch.device("cpu"), find_box="crops" not in seen)
 
     truth, rows = relative_boxes(splits["raw"].samples, "bbox"), []
     for found_in in roots:

@@ -263,16 +263,19 @@ def test_the_second_look_alone(run, drawn, tmp_path):
     assert (p["sum"] == p["alone"]) == (weight == 0) and p["alone"] != p["first"]
 
 
-def test_a_photo_is_prepared_once(run, drawn):
-    """Removing the background is by far the slowest part: the second look gets what the first one's photo became."""
+def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
+    """Removing the background is by far the slowest part: the second look gets what the first one's photo became. No other look wants a box."""
     assert run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a").code == 0
-    (model, saved), rows, prepared = load_model("runs/a/best.pt"), read_split(drawn, "test", {}), []
+    (model, saved), rows, prepared, boxes = load_model("runs/a/best.pt"), read_split(drawn, "test", {}), [], []
 
     def prepare(sample):
         prepared.append(sample.path)
         return as_it_is(sample)
 
+    model.box_head.register_forward_hook(lambda head, maps, found: boxes.extend(found))
     plain, _ = predict_rows(model, saved, rows, "learned", workers=0)
+    predict_rows(model, saved, rows, "full", workers=0)
+    assert len(boxes) == len(rows.samples)
     logits, _ = predict_rows(model, saved, rows, "learned", prepare, workers=0)
     assert len(prepared) == len(rows.samples)
     assert all(torch.equal(plain[key], logits[key]) for key in plain)
