@@ -44,7 +44,7 @@ DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400
 SPLITS = ("train", "val", "test")
 BOX_COLUMNS = ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax")
-LABEL_SHARES = {  # one share a class, in the order of DESIGN.md section 1
+LABEL_SHARES = {  # one share a class, in the order of data.py's CLASS_NAMES
     "Daily": (0.14, 0.28, 0.20, 0.10, 0.12, 0.16),
     "Gender": (0.18, 0.30, 0.26, 0.15, 0.11),
     "Embellishment": (0.45, 0.33, 0.22),

@@ -35,6 +35,7 @@ MAX_IMAGE_SIZE = 4096
 POSITIONS = 40  # along each side of the image, among which the box head places the sides of the box
 PIECE = 16  # images that a CPU's core predicts at a time; what the layers pass on of more would not fit its cache
 BOX_WIDTH = 64  # channels of the box head
+FINE = 16  # places along a side that its finest map should have: of a garment of 20 px on a map of 10 places, two would tell
 
 
 class FashionModel(nn.Module):
@@ -59,13 +60,17 @@ class FashionModel(nn.Module):
         self.levels = list(levels or ())
         self.box_head = BoxHead(levels.values()) if levels else None
 
-    def forward(self, images: Tensor, find_box: bool = True) -> dict[str, Tensor]:
-        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head, unless not to `find_box`, {BOX: logits (N, 4, POSITIONS)}."""
+    def forward(self, images: Tensor, find_box: bool | Tensor = True) -> dict[str, Tensor]:
+        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head, unless not to `find_box`, {BOX: logits (N, 4, POSITIONS)}.
+
+        `find_box` may be the numbers of M images, int64 (M,): then BOX has logits (M, 4, POSITIONS), of these alone.
+        """
         images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
-        if self.box_head is None or not find_box:
+        if self.box_head is None or find_box is False:
             features, more = self.backbone(images), {}
         else:
             last, maps = self.backbone.forward_intermediates(images, indices=self.levels)
+            maps = maps if find_box is True else [m[find_box] for m in maps]
             features, more = self.backbone.forward_head(last), {BOX: self.box_head(maps)}
         return {label: head(features) for label, head in zip(self.classes, self.heads)} | more
 
@@ -197,15 +202,17 @@ def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
 
 
 def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
-    """Index and width of the feature maps for the box head, the finest first, by trying: the last of each of the three coarsest strides.
+    """Index and width of the feature maps for the box head, the finest first, by trying: the last of each stride, the three coarsest and, in small
+    images, finer ones up to the first of FINE places along a side.
 
     Where all are alike, as in plain transformers, the last one and one two thirds of the way up. Raises ValueError where there are none.
     """
     try:
         strides = [level["reduction"] for level in backbone.feature_info]
         last = len(strides) - 1
-        by_stride = sorted({stride: level for level, stride in enumerate(strides)}.values())
-        levels = by_stride[-3:] if len(by_stride) > 1 else [2 * last // 3, last]
+        by_stride = sorted({stride: level for level, stride in enumerate(strides)}.items())
+        n = next((n for n in range(3, len(by_stride)) if size / by_stride[-n][0] >= FINE), len(by_stride))
+        levels = [level for _, level in by_stride[-n:]] if len(by_stride) > 1 else [2 * last // 3, last]
         with torch.inference_mode():
             maps = copy.deepcopy(backbone).eval().forward_intermediates(torch.zeros(1, 3, size, size), indices=levels, intermediates_only=True)
         return {level: m.shape[1] for level, m in zip(levels, maps, strict=True)}

@@ -411,6 +411,7 @@ def train_one_epoch(
         # what is random in the model (dropout, drop path) depends on (seed, step) alone
         seed = derive_seed(flags.seed, "step", epoch, step, *([order.rank] if order.rank else []))
         (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
+        whole = targets[BOX].isfinite().all(-1) if BOX in targets else None  # who has a box to find, asked on the CPU: a GPU would have to be waited for
         images = images.to(device, non_blocking=True)
         targets = {label: target.to(device, non_blocking=True) for label, target in targets.items()}
         if flags.cutmix:
@@ -422,16 +423,21 @@ def train_one_epoch(
         if empty:
             images = images.new_zeros(2, *images.shape[1:])
             targets = {label: target.new_zeros(2, *target.shape[1:]) for label, target in targets.items()}
+            whole = None if whole is None else torch.ones(2, dtype=torch.bool)
         sums = torch.zeros(len(criteria), device=device)
         n = min(flags.batch_size, order.n - (step - 1) * flags.batch_size)  # images of all processes
         pieces = torch.arange(len(images)).chunk(flags.grad_accum)
         for i, piece in enumerate(pieces, start=1):
             piece = slice(piece[0].item(), piece[-1].item() + 1)
+            piece_targets = {label: target[piece] for label, target in targets.items()}
+            wanted = {}
+            if whole is not None:
+                wanted["find_box"] = whole[piece].nonzero()[:, 0].to(device, non_blocking=True)
+                piece_targets[BOX] = piece_targets[BOX][wanted["find_box"]]
             with forward.no_sync() if order.world > 1 and i < len(pieces) else nullcontext():
                 with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-                    logits = forward(images[piece])
+                    logits = forward(images[piece], **wanted)
                     taught = parts["teach"](images[piece]) if parts["teach"] else {}
-                piece_targets = {label: target[piece] for label, target in targets.items()}
                 piece_sums = sum_losses(logits, piece_targets, criteria, taught, divisors / n, flags)
                 if empty:
                     piece_sums = piece_sums * 0

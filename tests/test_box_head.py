@@ -294,3 +294,15 @@ def test_a_box_head_beside_another_validation_view(run, drawn, view):
     assert f"validation ({view})" in done.out and not any(column.startswith("Learned_") for column in rows("runs/a/val_predictions.csv")[0])
     assert read_checkpoint("runs/a/best.pt")["learned"] == FIXED_LOOK  # nothing chose another
     assert run("predict", "runs/a/best.pt", "--view", "learned").code == 0
+
+
+def test_the_finest_map_has_places_enough_for_small_garments():
+    """Lite0's maps have strides of 2 to 32: three in large images, one more in small ones; the head may be asked for some of the images alone."""
+    strides = {size: build_model("tf_efficientnet_lite0", {"a": 3}, size, box_head=True)[0].levels for size in (80, 224)}
+    assert strides == {80: [1, 2, 3, 4], 224: [2, 3, 4]}
+    model, _ = build_model("test_efficientnet", {"a": 3}, 64, box_head=True)
+    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        whole, some, none = model.eval()(images), model(images, torch.tensor([3, 1])), model(images, torch.zeros(0, dtype=torch.int64))
+    torch.testing.assert_close(some[BOX], whole[BOX][[3, 1]])
+    assert none[BOX].shape == (0, 4, POSITIONS) and all(torch.equal(out["a"], whole["a"]) for out in (some, none, model(images, False)))

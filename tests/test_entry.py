@@ -115,6 +115,7 @@ def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path):
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_entry_with_a_remover(run, u2netp, untried, tmp_path):
     """Trained on boxed photos without background: the test's photos are cleaned and cut to the foreground."""
     demo.draw(tmp_path / "Demo", 6, 3, 3, seed=3, processes=1)
