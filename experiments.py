@@ -52,7 +52,7 @@ RESTARTS = "--t-0 10 --t-mult 2"
 SMOOTH = f"--label-smoothing 0.2 {RESTARTS}"
 BOTH_VIEWS = "--crop-prob 0.5 --val-view full"
 MODERN = (
-    "--label-smoothing 0.1 --t-0 30 --t-mult 2 --eta-min 5e-8 --crop-prob 0.5 --val-view learned --box-head "
+    "--label-smoothing 0.1 --t-0 30 --t-mult 2 --eta-min 5e-8 --crop-prob 0.7 --val-view learned --box-head "
     "--lr 5e-5 --layer-decay 0.9 --warmup-epochs 5 --ema 0.996 --drop-path 0.1"
 )
 ROWS = (

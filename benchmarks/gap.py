@@ -37,13 +37,13 @@ RUNS = {  # what train.py is told beside the flags of all runs
     "boxed": ("--crop-prob", "1", "--val-view", "bbox"),
     "whole": ("--crop-prob", "0", "--val-view", "full"),
     "mask": ("--train-view", "mask", "--crop-prob", "1", "--val-view", "mask"),
-    "learned": ("--box-head", "--crop-prob", "0.5", "--val-view", "learned"),
+    "learned": ("--box-head", "--crop-prob", "0.7", "--val-view", "learned"),
     "larger": ("--crop-prob", "0", "--val-view", "full"),
 }
 ROWS = (  # what is done; the run; what a prediction costs, in passes; what predict.py is told where there are no boxes
     ("boxed training, whole photo at test (the notes' way)", "boxed", "1", ("--view", "full")),
     ("whole photos in training and test", "whole", "1", ("--view", "full")),
-    ("box head, half of the training whole; whole photo at test", "learned", "1", ("--view", "full")),
+    ("box head, 0.3 of the training whole; whole photo at test", "learned", "1", ("--view", "full")),
     ("boxed training, mask box at test", "boxed", "1 + remover", ("--view", "mask")),
     ("mask box in training and test", "mask", "1 + remover", ("--view", "mask")),
     ("whole photos in training and test, side x 1.4", "larger", "2", ("--view", "full")),
