@@ -70,7 +70,7 @@ class FashionModel(nn.Module):
             features, more = self.backbone(images), {}
         else:
             last, maps = self.backbone.forward_intermediates(images, indices=self.levels)
-            maps = maps if find_box is True else [m[find_box] for m in maps]
+            maps = maps if find_box is True else [m.index_select(0, find_box) for m in maps]  # which keeps the memory format
             features, more = self.backbone.forward_head(last), {BOX: self.box_head(maps)}
         return {label: head(features) for label, head in zip(self.classes, self.heads)} | more
 
@@ -302,12 +302,13 @@ def predict_logits(
     logits: dict[str, list[Tensor]] = {}
     targets: dict[str, list[Tensor]] = {}
     running, all_threads = deque(), torch.get_num_threads()
+    wanted = {"find_box": find_box} if model.box_head else {}
     piece_size, threads, threads_each = (PIECE, all_threads, 1) if device.type == "cpu" else (sys.maxsize, 1, all_threads)
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
         with torch.inference_mode(), plain, torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            return {label: values.float().cpu() for label, values in model(images.to(device, non_blocking=True), find_box).items()}
+            return {label: values.float().cpu() for label, values in model(images.to(device, non_blocking=True), **wanted).items()}
 
     def collect(left: int) -> None:
         while len(running) > left:

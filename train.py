@@ -651,13 +651,14 @@ def load_teacher(flags: SimpleNamespace, classes: dict[str, int], device: torch.
     if differ := [label for label in {**classes, **there} if classes.get(label) != there.get(label)]:
         each = ", ".join(f"{label} has {there.get(label, 'no')} classes there and {classes.get(label, 'none')} here" for label in differ)
         raise misuse("--teacher", f"{flags.teacher} was trained on other labels: {each}")
+    teacher.box_head = None  # its labels alone are learned from
     teacher.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def teach(images: Tensor) -> dict[str, Tensor]:
         if images.shape[-1] != size:
             images = resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        outputs = teacher(images, find_box=False)
+        outputs = teacher(images)
         return {label: outputs[label] for label in classes}
 
     return teach

@@ -114,7 +114,7 @@ def test_what_cannot_be_deterministic_is_said(run, drawn, monkeypatch):
                 raise RuntimeError("wild_backward does not have a deterministic implementation")
             return gradient
 
-    monkeypatch.setattr(model.FashionModel, "forward", lambda self, *seen: {k: Refusing.apply(v) for k, v in plain(self, *seen).items()})
+    monkeypatch.setattr(model.FashionModel, "forward", lambda self, images: {k: Refusing.apply(v) for k, v in plain(self, images).items()})
     done = run("train", "--data", drawn, *TINY, "--epochs", "1")
     assert done.code == 0 and "not everything here can be deterministic (wild_backward)" in done.out and calls[0] is False and calls[-1] is True
     done = run("train", "--data", drawn, *TINY, "--epochs", "1", "--no-deterministic", "--name", "wild")
