@@ -51,6 +51,7 @@ BOX_COLUMNS = {  # the views that are boxes: the organisers', and the foreground
 BOX = "(box)"  # where the garment is, beside the labels: a box head's output, and what it should be
 MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
 MAX_PIXELS = 100_000_000
+SHOWN = 200  # images of a split, about, that a description decodes
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
@@ -722,7 +723,7 @@ def describe(
     """Describe and check a dataset: splits, rows, classes, images, boxes. Exit code 1 where something is wrong."""
     root = find_dataset(data, subtask)
     say(f"{data}: {root}")
-    classes, wrong = None, []
+    classes, wrong, left_out = None, [], False
     for split in SPLITS:
         if not (root / csv_name(split, subtask)).is_file():
             note(f"no {csv_name(split, subtask)}")
@@ -731,13 +732,14 @@ def describe(
         try:
             read = read_split(root, split, classes, subtask)
             classes = read.classes if split == "train" else classes
+            left_out |= not all_images and len(read.samples) >= 2 * SHOWN
             _describe_split(split, read)
             wrong += _describe_images(split, read.samples, all_images)
         except (ValueError, OSError) as error:
             wrong.append(str(error))
     if wrong:
         raise ValueError("\n".join(wrong))
-    say("nothing wrong found" + ("" if all_images else " (a sample of the images was decoded; --all decodes every one)"))
+    say("nothing wrong found" + ("" if not left_out else " (a sample of the images was decoded; --all decodes every one)"))
 
 
 def _describe_split(split: str, read: Split) -> None:
@@ -753,7 +755,7 @@ def _describe_split(split: str, read: Split) -> None:
 
 def _describe_images(split: str, samples: list[Sample], all_images: bool) -> list[str]:
     """Decode the images (evenly spread ones unless `all_images`), print their sizes and kinds and the boxes'; returns what is wrong."""
-    chosen = samples if all_images else samples[:: max(1, len(samples) // 200)]
+    chosen = samples if all_images else samples[:: max(1, len(samples) // SHOWN)]
     kinds, wrong, sizes = Counter(), [], []
     with progress(len(chosen), f"decoding {split}") as bar:
         for sample in chosen:

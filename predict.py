@@ -123,19 +123,22 @@ def predict(
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     prepare = start_preparing(preparation, view, saved)
     if view == "learned" and not view_sum:
+        if saved["learned"]["view_weight"] == 0:
+            note("--no-view-sum changes nothing: validation gave the first look no weight")
         saved["learned"]["view_weight"] = 0.0
     elif not view_sum:
         note(f"--no-view-sum cannot act in the view {view}")
     logits, targets = predict_rows(model.to(place), saved, rows, view, prepare, batch_size, workers, amp)
 
     header, columns = predictions_table(rows, logits, probs, names)
+    replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
     write_csv(out, header, zip(*columns))
     if targets:
         show_scores(f"{rows.csv.name} ({view})", score(logits, targets))
         if view == "learned" and rows.has("bbox"):
             say_boxes(score_boxes(logits[BOX], relative_boxes(rows.samples, "bbox")))
             show_scores("the same photos, boxes given (bbox)", score(*predict_rows(model, saved, rows, "bbox", prepare, batch_size, workers, amp)))
-    say(f"{len(rows.samples):,} photos ({view}) predicted: {out}")
+    say(f"{len(rows.samples):,} photos ({view}) predicted: {out}{replaced}")
 
 
 # ---------------------------------------------------------------- from rows to answers
@@ -283,7 +286,7 @@ def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, 
             note(f"{boxed}: it sees the box round the foreground (mask)")
             return "mask"
         note(f"{boxed}: it sees whole photos, so expect far less (the notes' author fell from 0.65 to 0.50)")
-        note("--view mask shows it the box round the foreground; --crop-prob below 1 with --val-view full trains for whole photos")
+        note("train.py --box-head --crop-prob 0.7 makes a model that finds the garment itself; --view mask shows this one the box round the foreground")
         return "full"
     if asked == "learned" and saved["learned"] is None:
         raise misuse("--view", "this model has no box head (train.py --box-head); --view mask finds garments without one")
@@ -329,7 +332,8 @@ ENTRY_MB = 25  # what the competition admits
 TRIAL = 8  # photos to time an entry on
 NOTES = """\
 # The entry of {name}
-Written by `predict.py --entry`. It needs this folder and the packages of `requirements.txt`. To send it in: `pip install "aifactory<3"`, put your key
+Written by `predict.py --entry`. It needs this folder and the packages of `requirements.txt`. To send it in:
+`pip install -r requirements.txt "aifactory<3"`, put your key
 into the environment variable `AIFACTORY_KEY`, start Jupyter in this folder and run the cells. The key is stored nowhere.
 """
 FUNCTION = """\

@@ -821,7 +821,7 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         settings = {key: config["settings"][key] for key in vars(flags)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise misuse("--resume", f"{flags.resume} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged or of another version of this program; the run cannot go on") from None
@@ -832,7 +832,7 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
         if not given(ctx, key):
             setattr(flags, key, Path(value) if key in ("weights", "teacher", "cache_dir") and value else value)
         elif key not in CHANGEABLE_ON_RESUME and str(getattr(flags, key)) != str(value):
-            may = ", ".join(sorted(CHANGEABLE_ON_RESUME - {"resume"}))
+            may = ", ".join("--" + key.replace("_", "-") for key in sorted(CHANGEABLE_ON_RESUME - {"resume"}))
             raise misuse("--" + key.replace("_", "-"), f"the run was started with {value}; only {may} may change")
     if flags.epochs < settings["epochs"]:
         raise misuse("--epochs", f"the run was started with {settings['epochs']}; fewer cannot be asked for")
