@@ -1,6 +1,6 @@
 """README's commands for the demo sets, word for word, in an empty folder with the scripts: what a newcomer would paste.
 
-    python tests/readme_demo.py              # about 10 minutes
+    python tests/readme_demo.py              # half an hour and more: preprocess.py cleans 5,200 photos
     python tests/readme_demo.py --long       # the experiments too: an hour
     python tests/readme_demo.py --list       # only say which
 
