@@ -51,7 +51,6 @@ BOX_COLUMNS = {  # the views that are boxes: the organisers', and the foreground
 BOX = "(box)"  # where the garment is, beside the labels: a box head's output, and what it should be
 MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
 MAX_PIXELS = 100_000_000
-SHOWN = 200  # images of a split, about, that a description decodes
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
@@ -732,14 +731,15 @@ def describe(
         try:
             read = read_split(root, split, classes, subtask)
             classes = read.classes if split == "train" else classes
-            left_out |= not all_images and len(read.samples) >= 2 * SHOWN
             _describe_split(split, read)
-            wrong += _describe_images(split, read.samples, all_images)
+            chosen = read.samples if all_images else read.samples[:: max(1, len(read.samples) // 200)]
+            left_out |= len(chosen) < len(read.samples)
+            wrong += _describe_images(split, read.samples, chosen)
         except (ValueError, OSError) as error:
             wrong.append(str(error))
     if wrong:
         raise ValueError("\n".join(wrong))
-    say("nothing wrong found" + ("" if not left_out else " (a sample of the images was decoded; --all decodes every one)"))
+    say("nothing wrong found" + (" (a sample of the images was decoded; --all decodes every one)" if left_out else ""))
 
 
 def _describe_split(split: str, read: Split) -> None:
@@ -753,9 +753,8 @@ def _describe_split(split: str, read: Split) -> None:
         show_table("classes", ["label", "class", "name", "rows", "share"], rows)
 
 
-def _describe_images(split: str, samples: list[Sample], all_images: bool) -> list[str]:
-    """Decode the images (evenly spread ones unless `all_images`), print their sizes and kinds and the boxes'; returns what is wrong."""
-    chosen = samples if all_images else samples[:: max(1, len(samples) // SHOWN)]
+def _describe_images(split: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:
+    """Decode the images that are `chosen`, print their sizes and kinds and the boxes'; returns what is wrong."""
     kinds, wrong, sizes = Counter(), [], []
     with progress(len(chosen), f"decoding {split}") as bar:
         for sample in chosen:

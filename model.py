@@ -302,7 +302,7 @@ def predict_logits(
     logits: dict[str, list[Tensor]] = {}
     targets: dict[str, list[Tensor]] = {}
     running, all_threads = deque(), torch.get_num_threads()
-    wanted = {"find_box": find_box} if model.box_head else {}
+    wanted = {"find_box": find_box} if model.box_head else {}  # what has no head, a stand-in too, is asked for labels alone
     piece_size, threads, threads_each = (PIECE, all_threads, 1) if device.type == "cpu" else (sys.maxsize, 1, all_threads)
 
     def forward(images: Tensor) -> dict[str, Tensor]:

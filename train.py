@@ -423,7 +423,6 @@ def train_one_epoch(
         if empty:
             images = images.new_zeros(2, *images.shape[1:])
             targets = {label: target.new_zeros(2, *target.shape[1:]) for label, target in targets.items()}
-            whole = None if whole is None else torch.ones(2, dtype=torch.bool)
         sums = torch.zeros(len(criteria), device=device)
         n = min(flags.batch_size, order.n - (step - 1) * flags.batch_size)  # images of all processes
         pieces = torch.arange(len(images)).chunk(flags.grad_accum)

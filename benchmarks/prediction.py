@@ -128,8 +128,11 @@ def compare(
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         rows = write_photos(Path(folder), images)
         decoded = best_of({"decode": lambda: [to_pixels(load_photo(sample.path), None, size) for sample in rows.samples]}, rounds, images)["decode"]
-        ways = {"plain loop": lambda: plain_loop(model, rows, size), "predict.py": lambda: predict_rows(model, saved, rows, "full")}
-        ways[TWICE] = lambda: predict_rows(twice, saved, rows, "learned")
+        ways = {
+            "plain loop": lambda: plain_loop(model, rows, size),
+            "predict.py": lambda: predict_rows(model, saved, rows, "full"),
+            TWICE: lambda: predict_rows(twice, saved, rows, "learned"),
+        }
         rates = best_of(ways, rounds, images)
         speeds = {}
         for n in (PIECE, BATCH):

@@ -261,6 +261,8 @@ def test_the_second_look_alone(run, drawn, tmp_path):
     p = {name: [float(row["daily_p0"]) for row in rows(f"{name}.csv")] for name in ("sum", "alone", "first")}
     weight = read_checkpoint("runs/a/best.pt")["learned"]["view_weight"]
     assert (p["sum"] == p["alone"]) == (weight == 0) and p["alone"] != p["first"]
+    done = run("predict", "runs/a/best.pt", "--split", "val", "--no-view-sum", "--out", "alone.csv")
+    assert ("--no-view-sum changes nothing" in done.out) == (weight == 0) and "the earlier file of that name was replaced" in done.out
 
 
 def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
