@@ -65,6 +65,14 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def some(tmp_path_factory) -> Path:
+    """The first of `photos`: enough to see every kind of file."""
+    out = tmp_path_factory.mktemp("some") / "demo"
+    demo.draw(out, 240, 60, 0)
+    return out
+
+
+@pytest.fixture(scope="module")
 def boxed(photos) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {split: (pictures(photos, split, True), targets(photos, split)) for split in ("train", "val")}
 
@@ -97,14 +105,14 @@ def test_a_spawned_process_draws_the_same_bytes(tmp_path):
     assert digests(tmp_path / "here") == digests(tmp_path / "there")
 
 
-def test_layout_kinds_and_boxes(photos, tmp_path):
+def test_layout_kinds_and_boxes(some, tmp_path):
     demo.draw(tmp_path / "demo", 3, 3, 60, processes=1)
     assert list(rows(tmp_path / "demo", "test")[0]) == ["image_name", *demo.LABEL_SHARES]
-    assert list(rows(photos, "val")[0]) == ["image_name", *demo.BOX_COLUMNS, *demo.LABEL_SHARES]
+    assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS, *demo.LABEL_SHARES]
     kinds, garments = set(), {}
     for split in ("train", "val"):
-        for row in rows(photos, split):
-            with Image.open(photos / split / row["image_name"]) as photo:
+        for row in rows(some, split):
+            with Image.open(some / split / row["image_name"]) as photo:
                 kinds.add((photo.format, photo.mode))
                 left, top, right, bottom = box_of(row)
                 assert 0 <= left < right <= photo.width and 0 <= top < bottom <= photo.height
@@ -116,10 +124,11 @@ def test_layout_kinds_and_boxes(photos, tmp_path):
             garments.setdefault(row["image_name"].rsplit("-", 1)[0], set()).add((split, *(row[label] for label in demo.LABEL_SHARES)))
     assert kinds == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA")}
     assert all(len(seen) == 1 for seen in garments.values())  # a garment has one set of labels and lies in one split
-    assert len(garments) == pytest.approx(2400 * 2 / 3, abs=2)
-    assert any(" " in row["image_name"] for row in rows(photos, "train"))
+    assert len(garments) == pytest.approx(300 * 2 / 3, abs=2)
+    assert any(" " in row["image_name"] for row in rows(some, "train"))
 
 
+@pytest.mark.slow
 def test_classes_are_uneven(photos):
     labels = targets(photos, "train")
     for i, shares in enumerate(demo.LABEL_SHARES.values()):
@@ -258,16 +267,18 @@ def test_the_plain_set_stays_as_it_was(tmp_path):
     assert means.tolist() == pytest.approx([142.2, 164.7, 75.8, 80.5, 205.7, 56.4], abs=0.5)
 
 
-def test_the_hard_set_is_drawn_from_its_own_seeds(hard_photos, tmp_path):
+def test_the_hard_set_is_drawn_from_its_own_seeds(tmp_path):
     done = run(tmp_path / "hard", "--hard", "--train", 8, "--val", 2, "--test", 1)
     assert done.returncode == 0, done.stderr
-    few, more = digests(tmp_path / "hard"), digests(hard_photos)
+    demo.draw(tmp_path / "more", 10, 3, 0, processes=1, kind=demo.HARD_SET)
+    few, more = digests(tmp_path / "hard"), digests(tmp_path / "more")
     same = [name for name in few if name.startswith(("train/", "val/"))]
     assert len(same) == 10 and all(few[name] == more[name] for name in same)
     demo.draw(tmp_path / "plain", 8, 2, 1, processes=1)
     assert [row["Daily"] for row in rows(tmp_path / "plain", "train")] != [row["Daily"] for row in rows(tmp_path / "hard", "train")]
 
 
+@pytest.mark.slow
 def test_hard_garments_take_15_to_60_percent_of_the_height(hard_photos):
     heights = []
     for row in rows(hard_photos, "train"):

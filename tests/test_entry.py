@@ -90,7 +90,8 @@ def send_in(entry: Path, place: Path, data: Path, how: str) -> dict:
     return json.loads((place / "aifactory" / "answer.json").read_text())
 
 
-def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path):
+@pytest.mark.parametrize("how", ["a plain script", pytest.param("cells", marks=pytest.mark.slow)])
+def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path, how):
     done = run("predict", "runs/a/best.pt", "--entry", "Entry")
     assert done.code == 0 and "MB of at most 25 MB" in done.out and "20 ms an image" in done.out, done.err
     entry = tmp_path / "Entry"
@@ -106,13 +107,12 @@ def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path):
     assert run("predict", "runs/a/best.pt", test / "test", "--out", "p.csv", "--workers", 0).code == 0
     expected = answers(Path("p.csv"))  # of the folder, in another order
     names = expected.pop("image_name")
-    for how in ("cells", "a plain script"):
-        sent = send_in(entry, tmp_path / f"somewhere else, {how}", test, how)
-        assert (sent["model_name"], sent["key"], sent["types"][1:]) == ("a", "secret", ["int64"] * 3)
-        order = [names.index(str(test / "test" / name)) for name in sent["columns"]["image_name"]]
-        assert len(order) == 20 and sent["columns"] == {
-            "image_name": sent["columns"]["image_name"], **{label: [values[i] for i in order] for label, values in expected.items()}
-        }  # fmt: skip
+    sent = send_in(entry, tmp_path / "somewhere else", test, how)
+    assert (sent["model_name"], sent["key"], sent["types"][1:]) == ("a", "secret", ["int64"] * 3)
+    order = [names.index(str(test / "test" / name)) for name in sent["columns"]["image_name"]]
+    assert len(order) == 20 and sent["columns"] == {
+        "image_name": sent["columns"]["image_name"], **{label: [values[i] for i in order] for label, values in expected.items()}
+    }  # fmt: skip
 
 
 @pytest.mark.slow

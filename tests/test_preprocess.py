@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_script
 from PIL import Image, ImageDraw, ImageFilter
 
 import train as train_script
@@ -124,22 +126,13 @@ def processed(u2netp, garments, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def no_rembg(tmp_path_factory) -> str:
-    """PYTHONPATH for a Python in which rembg and ONNX Runtime are not installed."""
-    folder = tmp_path_factory.mktemp("shim")
-    for name in ("rembg", "onnxruntime"):
-        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def trained(processed, no_rembg, tmp_path_factory) -> SimpleNamespace:
-    """A run on the processed photos, in a process that has no rembg: .best and .out."""
-    folder = tmp_path_factory.mktemp("cleaned")
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(processed), *map(str, QUICK), "--amp", "off", "--max-mb", "5"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env={**os.environ, "PYTHONPATH": no_rembg})
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(best=folder / "runs" / "a" / "best.pt", out=done.stdout)
+def trained(processed, tmp_path_factory) -> SimpleNamespace:
+    """A run on the processed photos, where rembg cannot be imported: .best and .out."""
+    folder, out = tmp_path_factory.mktemp("cleaned"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setitem(sys.modules, "rembg", None)
+        assert run_script(folder, "train", "--data", processed, *QUICK, "--amp", "off", "--max-mb", 5) == 0
+    return SimpleNamespace(best=folder / "runs" / "a" / "best.pt", out=out.getvalue())
 
 
 @pytest.fixture
@@ -550,8 +543,12 @@ def test_training_needs_no_rembg(trained, processed):
     assert saved["preparation"] == json.loads((processed / "preprocess.json").read_text())["preparation"]
 
 
-def test_predicting_processed_photos_needs_no_rembg(trained, processed, no_rembg, shell, tmp_path):
-    done = shell("predict", trained.best, "--split", "test", "--out", "p.csv", "--workers", 0, PYTHONPATH=no_rembg)
+@pytest.mark.slow
+def test_predicting_processed_photos_needs_no_rembg(trained, processed, shell, tmp_path):
+    """In a process of its own, in which neither rembg nor ONNX Runtime is installed."""
+    for name in ("rembg", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")")
+    done = shell("predict", trained.best, "--split", "test", "--out", "p.csv", "--workers", 0, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert [row["image_name"] for row in rows(tmp_path / "p.csv")] == ["a.png", "c.png"]
 
@@ -750,6 +747,7 @@ def test_a_sample_alone(u2netp, garments):
     assert image.mode == "RGB" and set(boxes) == {"mask"} and contents(garments) == before
 
 
+@pytest.mark.slow
 def test_importing_rembg_leaves_the_number_of_threads():
     code = "import torch, preprocess; preprocess.import_rembg(); print(torch.get_num_threads())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,4 +1,4 @@
-"""README's words hold: each command parses, each flag, script and link named there exists, and the scripts' commands run, shrunk.
+"""The words of README and of docs/ hold: each command parses, each flag, script and link named there exists, and the scripts' commands run, shrunk.
 
 A command is a line of a code block, or a span in backticks, that starts with `python SCRIPT.py` or `torchrun`. What stands in <...> or [...] is left out.
 """
@@ -20,7 +20,7 @@ import demo
 import predict
 import preprocess
 
-TEXTS = sorted(ROOT.glob("README*.md"))
+TEXTS = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))]
 ELSEWHERE = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--help"}  # torchrun's, and everyone's
 SERVICES = {"task.py"}  # scripts named that are not ours
 SHRUNK = {
@@ -101,7 +101,7 @@ def test_each_command_parses(command):
     parse(command_of(script), args)
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
 def test_each_flag_script_and_link_exists(text):
     words = text.read_text(encoding="utf-8")
     scripts = [path.relative_to(ROOT).with_suffix("").as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "tests/torture.py"]]
@@ -114,8 +114,10 @@ def test_each_flag_script_and_link_exists(text):
     assert not named - known, f"no script takes {named - known}"
     files = {span for span in spans(words) if re.fullmatch(r"[\w./]+\.py", span)} - SERVICES
     assert not [file for file in files if not any((ROOT / folder / file).is_file() for folder in (".", "tests", "benchmarks"))]
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)", words) if "://" not in link]
-    assert not [link for link in links if not (ROOT / link).exists()]
+    for file, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", words):
+        assert "://" not in file and (text.parent / file).exists(), file
+        there = (text.parent / file if file else text).read_text(encoding="utf-8") if heading else ""
+        assert not heading or heading in {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", there, flags=re.M)}
 
 
 @pytest.fixture(scope="module")
