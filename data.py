@@ -173,6 +173,11 @@ def submission_column(label: str) -> str:
     return "embel" if label == "Embellishment" else label.lower()
 
 
+def class_name(label: str, c: int) -> str:
+    """The organisers' name of a class; of another label its number."""
+    return CLASS_NAMES[label][c] if label in CLASS_NAMES else str(c)
+
+
 def csv_name(split: str, subtask: int = 1) -> str:
     return f"Fashion-How24_sub{subtask}_{split}.csv"
 
@@ -304,7 +309,7 @@ def _columns(path: Path, header: list[str], rows: list, split: str, classes: dic
     labels = tuple(name for name in header if name and name != "image_name" and not name.startswith(("BBox_", "Mask_")) and name not in silent)
     if classes is not None:
         if split != "test" and (missing := [label for label in classes if label not in labels]):
-            raise ValueError(f"{path}: no column {missing[0]}, a label of the training CSV")
+            raise ValueError(f"{path}: no column {missing[0]}, which is a label in the training CSV; are both spelt alike?")
         labels = tuple(label for label in classes if label in labels)
     elif not labels:
         raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
@@ -573,9 +578,7 @@ class Photos(Dataset):
         drawn = torch.rand((), generator=torch.Generator().manual_seed(derive_seed(self.seed, "sample", epoch, index))).item()
         return self.view if drawn < self.crop_prob and self.boxed[index] else "full"
 
-    def _item(
-        self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0
-    ) -> tuple[Tensor, dict[str, int]] | ValueError:
+    def _item(self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0) -> tuple[Tensor, dict[str, int]] | ValueError:
         try:
             return self._pixels(index, crop, random_crop, jitter), {label: values[index].item() for label, values in self.labels.items()}
         except (ValueError, OSError) as error:
@@ -732,6 +735,9 @@ def describe(
             read = read_split(root, split, classes, subtask)
             classes = read.classes if split == "train" else classes
             _describe_split(split, read)
+            as_written = [sample for _, sample in read_table(root, split, {}, subtask).rows]
+            if beyond := sum(before.boxes != after.boxes for before, after in zip(as_written, read.samples)):
+                note(f"{beyond:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?")
             chosen = read.samples if all_images else read.samples[:: max(1, len(read.samples) // 200)]
             left_out |= len(chosen) < len(read.samples)
             wrong += _describe_images(split, read.samples, chosen)
@@ -747,8 +753,7 @@ def _describe_split(split: str, read: Split) -> None:
     rows = []
     for label in read.labelled:
         counts = Counter(sample.labels[label] for sample in read.samples)
-        names = CLASS_NAMES.get(label, tuple(map(str, range(read.classes[label]))))
-        rows += [[label, str(c), names[c], str(counts[c]), f"{counts[c] / len(read.samples):.1%}"] for c in range(read.classes[label])]
+        rows += [[label, str(c), class_name(label, c), str(counts[c]), f"{counts[c] / len(read.samples):.1%}"] for c in range(read.classes[label])]
     if rows:
         show_table("classes", ["label", "class", "name", "rows", "share"], rows)
 

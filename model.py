@@ -367,6 +367,21 @@ def join_looks(first: dict[str, Tensor], second: dict[str, Tensor], look: dict[s
     return {label: torch.where(sure, second[label] + look["view_weight"] * first[label], first[label]) for label in first}
 
 
+def look_twice(
+    predict: Callable[[Tensor | None], tuple[dict[str, Tensor], dict[str, Tensor]]], look: dict[str, float] | None = None, truth: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """The view `learned` of some photos: its logits {label: (N, classes)} with the boxes found, (N, 4), as BOX; the targets; how it was made of both looks.
+
+    `predict(crops)` gives predict_logits's answer: with the box head's for whole photos (None), without it for crops (N, 4). How is `look`, or
+    where it is None what does best on these very photos, whose garments' boxes are `truth`, (N, 4).
+    """
+    first, targets = predict(None)
+    margin = look["margin"] if look else choose_margin(first[BOX], truth)
+    second, _ = predict(crops_of(first[BOX], margin))
+    look = look or choose_look(first, second, targets, margin)
+    return join_looks(first, second, look) | {BOX: box_of(first[BOX])[0]}, targets, look
+
+
 def choose_margin(box_logits: Tensor, truth: Tensor) -> float:
     """The margin whose boxes overlap the true ones (N, 4; NaN where there is none) best on average, the fixed one where there are none."""
     known = truth.isfinite().all(-1)

@@ -34,10 +34,9 @@ from PIL import Image
 from torch import Tensor
 
 import demo
-from cli import blaming, misuse, note, progress, run_app, say, say_boxes, show_scores, write_csv
+from cli import blaming, misuse, note, progress, run_app, say, say_boxes, show_scores, show_table, write_csv
 from data import (
     BOX,
-    CLASS_NAMES,
     SUFFIXES,
     Photos,
     Sample,
@@ -45,6 +44,7 @@ from data import (
     as_it_is,
     batches,
     check_preparation,
+    class_name,
     csv_name,
     default_workers,
     find_dataset,
@@ -57,18 +57,7 @@ from data import (
     relative_boxes,
     submission_column,
 )
-from model import (
-    FashionModel,
-    box_of,
-    choose_amp,
-    choose_device,
-    crops_of,
-    join_looks,
-    load_model,
-    predict_logits,
-    score,
-    score_boxes,
-)
+from model import FashionModel, choose_amp, choose_device, load_model, look_twice, predict_logits, score, score_boxes
 from preprocess import Remover, find_weights, prepare_photo
 
 UNTRAINED = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}  # preprocess.py's defaults
@@ -133,6 +122,8 @@ def predict(
     header, columns = predictions_table(rows, logits, probs, names)
     replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
     write_csv(out, header, zip(*columns))
+    if inputs and len(rows.samples) <= 20:
+        show_answers(rows, logits)
     if targets:
         show_scores(f"{rows.csv.name} ({view})", score(logits, targets))
         if view == "learned" and rows.has("bbox"):
@@ -172,10 +163,11 @@ def predict_rows(
     if view != "learned":
         return look(view=view, prepare=prepare)
     with TemporaryDirectory() as folder:
-        first, targets = look(find_box=True, prepare=prepare if prepare is as_it_is else partial(prepare_and_keep, prepare=prepare, folder=folder))
-        crops = crops_of(first[BOX], saved["learned"]["margin"])
-        second, _ = look(crops=crops, prepare=prepare if prepare is as_it_is else partial(kept, folder=folder))
-    return join_looks(first, second, saved["learned"]) | {BOX: box_of(first[BOX])[0]}, targets
+        first, second = (prepare, prepare) if prepare is as_it_is else (partial(prepare_and_keep, prepare=prepare, folder=folder), partial(kept, folder=folder))
+        logits, targets, _ = look_twice(
+            lambda crops: look(find_box=True, prepare=first) if crops is None else look(crops=crops, prepare=second), saved["learned"]
+        )
+    return logits, targets
 
 
 def prepare_and_keep(sample: Sample, prepare: Callable, folder: str) -> tuple[Image.Image, dict]:
@@ -201,11 +193,19 @@ def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = Fals
         header.append(column)
         columns.append(best)
         if names:
-            known = CLASS_NAMES.get(label)
-            more.append((f"{column}_name", [known[c] if known else str(c) for c in best]))
+            more.append((f"{column}_name", [class_name(label, c) for c in best]))
         if probs:
             more += [(f"{column}_p{c}", p) for c, p in enumerate(values.double().softmax(-1).T.tolist())]
     return header + [name for name, _ in more], columns + [column for _, column in more]
+
+
+def show_answers(rows: Split, logits: dict[str, Tensor]) -> None:
+    """A table of a few photos' answers: for each label the class and its probability."""
+    columns = [[sample.name for sample in rows.samples]]
+    for label, values in ((label, values) for label, values in logits.items() if label != BOX):
+        shares, classes = values.softmax(-1).max(-1)
+        columns.append([f"{class_name(label, c)} {share:.2f}" for c, share in zip(classes.tolist(), shares.tolist())])
+    show_table("answers", ["photo", *(label for label in logits if label != BOX)], [list(row) for row in zip(*columns)])
 
 
 # ---------------------------------------------------------------- how the photos are treated

@@ -89,13 +89,10 @@ from model import (
     checkpoint_bytes,
     choose_amp,
     choose_device,
-    choose_look,
-    choose_margin,
-    crops_of,
     exported_weights,
-    join_looks,
     load_model,
     load_weights,
+    look_twice,
     parameter_groups,
     predict_logits,
     read_checkpoint,
@@ -217,15 +214,15 @@ def train(
         "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]),
         "data": {"path": dataset_path(flags.data[-1]), "subtask": flags.subtask, "view": view, "preparation": preparation},
         "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "learned": FIXED_LOOK if flags.box_head else None,
-        "scores": placeholder_scores(train_split.classes, view),
+        "scores": {f"{kind}_{label}": 0.0 for kind in ("top1", "acsa") for label in (*train_split.classes, "mean")},
     }  # fmt: skip
+    best["scores"] |= dict.fromkeys(BOX_SCORES if view == "learned" else (), 0.0)
     megabytes = check_budget(best, flags)
     net.to(device)
     teach = load_teacher(flags, train_split.classes, device) if flags.teacher else None
     criteria = make_criteria(flags, train_split, device)
     order = EpochBatches(len(train_split.samples), flags.batch_size, flags.seed, rank, world)
-    check_smallest_batch(net, flags, order, size)
-    unused = try_step(net, criteria, size, amp_dtype)
+    unused = try_step(net, criteria, size, amp_dtype, flags, order)
 
     # ------------------------------------------------ loaders, optimiser, schedule
     workers = default_workers(flags.workers)
@@ -265,18 +262,18 @@ def train(
 
     def validate(model: FashionModel, advance: Callable = lambda n: None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
         """Logits and targets of the whole validation split; and what best.pt says of it: `scores`, and of the view `learned` how it is made."""
-        watched = batches if world > 1 else lambda loader: signals.until_asked(batches(loader))
-        first, targets = evaluate(model, watched(val_loader), amp_dtype, advance, find_box=view == "learned")
+
+        def predict(crops: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            closer = None if crops is None else Photos(val_split.samples[share], size, crops=crops[share])
+            pieces = batches(make_loader(closer, flags.batch_size, workers) if closer else val_loader)
+            return evaluate(model, pieces if world > 1 else signals.until_asked(pieces), amp_dtype, advance, find_box=view == "learned" and not closer)
+
         if view != "learned":
-            return first, targets, {"scores": score(first, targets)}
+            logits, targets = predict()
+            return logits, targets, {"scores": score(logits, targets)}
         truth = relative_boxes(val_split.samples, flags.train_view)
-        margin = choose_margin(first[BOX], truth)
-        closer = Photos(val_split.samples[share], size, crops=crops_of(first[BOX], margin)[share])
-        second, _ = evaluate(model, watched(make_loader(closer, flags.batch_size, workers)), amp_dtype, advance)
-        look = choose_look(first, second, targets, margin)
-        logits = join_looks(first, second, look)
-        boxes = box_of(first[BOX])[0]
-        return logits | {BOX: boxes}, targets, {"scores": score(logits, targets) | score_boxes(boxes, truth), "learned": look}
+        logits, targets, look = look_twice(predict, truth=truth)
+        return logits, targets, {"scores": score(logits, targets) | score_boxes(logits[BOX], truth), "learned": look}
 
     def save_last() -> None:
         """Write all that it takes to go on from here."""
@@ -609,17 +606,20 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
             note(f"--fit-all keeps the last epoch, and there the learning rate is not at its lowest, as it is after {end} epochs, or with --t-0 {flags.epochs}")
     elif flags.patience >= flags.epochs:
         note(f"--patience {flags.patience} cannot act in {flags.epochs} epochs")
-    users = {"label_smoothing": ("ce", "asymmetric"), "focal_gamma": ("focal",), "asym_gamma_pos": ("asymmetric",), "asym_gamma_neg": ("asymmetric",)}
-    for key, used_by in users.items():
-        if flags.loss not in used_by and given(ctx, key):
-            note(f"--{key.replace('_', '-')} cannot act with --loss {flags.loss}")
-    for key in ("distill_weight", "distill_temperature"):
-        if not flags.teacher and given(ctx, key):
-            note(f"--{key.replace('_', '-')} cannot act without --teacher")
-    if not flags.box_head and given(ctx, "box_weight"):
-        note("--box-weight cannot act without --box-head")
-    if flags.weights and given(ctx, "pretrained") and flags.pretrained:
-        note("--pretrained cannot act beside --weights")
+    with_loss = f"with --loss {flags.loss}"
+    acts = {  # a flag that was given: whether it can, and beside what it cannot
+        "label_smoothing": (flags.loss != "focal", with_loss),
+        "focal_gamma": (flags.loss == "focal", with_loss),
+        "asym_gamma_pos": (flags.loss == "asymmetric", with_loss),
+        "asym_gamma_neg": (flags.loss == "asymmetric", with_loss),
+        "distill_weight": (flags.teacher, "without --teacher"),
+        "distill_temperature": (flags.teacher, "without --teacher"),
+        "box_weight": (flags.box_head, "without --box-head"),
+        "pretrained": (not flags.pretrained or not flags.weights, "beside --weights"),
+    }
+    for key, (can, beside) in acts.items():
+        if given(ctx, key) and not can:
+            note(f"--{key.replace('_', '-')} cannot act {beside}")
     if flags.subtask == 2 and (flags.pretrained or flags.weights or cleaned):
         note("the rules of sub-task 2 admit no pretrained models, rembg's among them: an entry wants --no-pretrained, on raw photos")
 
@@ -683,12 +683,6 @@ def as_saved(net: FashionModel, weights: dict[str, Tensor]) -> FashionModel:
     return saved
 
 
-def placeholder_scores(classes: dict[str, int], view: str) -> dict[str, float]:
-    """Scores with the keys of the real ones, for the size of the file."""
-    labels = score({label: torch.zeros(1, n) for label, n in classes.items()}, {label: torch.zeros(1, dtype=torch.int64) for label in classes})
-    return labels | dict.fromkeys(BOX_SCORES, 0.0) if view == "learned" else labels
-
-
 def check_budget(best: dict, flags: SimpleNamespace) -> float:
     """The size of best.pt in MB (1,000,000 bytes), from the bytes that would be saved. Raises BadParameter over --max-mb (0: no limit).
 
@@ -708,21 +702,6 @@ def check_budget(best: dict, flags: SimpleNamespace) -> float:
     return megabytes
 
 
-def check_smallest_batch(net: FashionModel, flags: SimpleNamespace, order: EpochBatches, size: int) -> None:
-    """Batch norm over pooled features cannot train on one image: raises BadParameter where a batch, or a piece of one, would hold one."""
-    whole = min(order.n, flags.batch_size)
-    shares = (share_of(length, rank, order.world) for length in (whole, order.n % whole or whole) for rank in range(order.world))
-    lengths = [share.stop - share.start for share in shares]
-    if all(len(torch.arange(length).chunk(flags.grad_accum)[-1]) != 1 for length in lengths):
-        return
-    try:
-        with torch.no_grad():
-            copy.deepcopy(net).train()(torch.zeros(1, 3, size, size, device=net.mean.device))
-    except ValueError:
-        advice = f"a step would see one image alone (of {order.n}), on which {flags.model} cannot train; change it by one"
-        raise misuse("--batch-size", advice + (" or lower --grad-accum" if flags.grad_accum > 1 else "")) from None
-
-
 # ---------------------------------------------------------------- the same bits, in one process or several
 
 
@@ -736,11 +715,21 @@ def set_deterministic(on: bool, device: torch.device) -> None:
             enable(not on)
 
 
-def try_step(net: FashionModel, criteria: dict, size: int, amp_dtype: torch.dtype | None) -> bool:
-    """One step on two blank images, for its errors: says what cannot be deterministic. Returns whether a parameter got no gradient."""
-    device = net.mean.device
-    images, zeros = torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-    targets = dict.fromkeys(criteria, zeros) | {BOX: torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2, device=device)}
+def fewest_images(flags: SimpleNamespace, order: EpochBatches) -> int:
+    """Of the pieces of batches that a process sees at a time, the smallest."""
+    whole = min(order.n, flags.batch_size)
+    shares = (share_of(length, rank, order.world) for length in (whole, order.n % whole or whole) for rank in range(order.world))
+    return min(len(piece) for share in shares for piece in torch.arange(share.stop - share.start).chunk(flags.grad_accum) if len(piece))
+
+
+def try_step(net: FashionModel, criteria: dict, size: int, amp_dtype: torch.dtype | None, flags: SimpleNamespace, order: EpochBatches) -> bool:
+    """One step on blank images, as few as there may be, for its errors: says what cannot be deterministic. Returns whether a parameter got no gradient.
+
+    Raises BadParameter where that is one image, on which batch norm over pooled features cannot train.
+    """
+    device, n = net.mean.device, min(2, fewest_images(flags, order))
+    images, zeros = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+    targets = dict.fromkeys(criteria, zeros) | {BOX: torch.tensor([[0.0, 0.0, 1.0, 1.0]] * n, device=device)}
     for warn_only in (False, True):
         trial = copy.deepcopy(net).train()
         try:
@@ -748,6 +737,11 @@ def try_step(net: FashionModel, criteria: dict, size: int, amp_dtype: torch.dtyp
                 logits = trial(images)
             sum(criterion(logits[label], targets[label], reduction="sum") for label, (criterion, _) in criteria.items()).backward()
             break
+        except ValueError:
+            if n > 1:
+                raise
+            advice = f"a step would see one image alone (of {order.n}), on which {flags.model} cannot train; change it by one"
+            raise misuse("--batch-size", advice + (" or lower --grad-accum" if flags.grad_accum > 1 else "")) from None
         except RuntimeError as error:
             if warn_only or "deterministic" not in str(error):
                 raise
@@ -916,13 +910,12 @@ def write_predictions(path: Path, split: Split, logits: dict[str, Tensor]) -> No
 
 
 def epoch_line(row: dict, epochs: int, images_per_second: float, best: bool) -> str:
-    if math.isnan(row["val_loss"]):
-        return f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  {images_per_second:.0f} images/s  {row['seconds']:.0f} s"
-    labels = [key.removeprefix("val_top1_") for key in row if key.startswith("val_top1_") and key != "val_top1_mean"]
-    each = ", ".join(f"{label} {row[f'val_top1_{label}']:.3f}" for label in labels)
-    accuracy = f"top1 {row['val_top1_mean']:.4f} ({each})  acsa {row['val_acsa_mean']:.4f}"
-    losses = f"lr {row['lr']:.1e}  loss {row['train_loss']:.3f}  val_loss {row['val_loss']:.3f}"
-    return f"epoch {row['epoch']}/{epochs}  {losses}  {accuracy}  {images_per_second:.0f} images/s  {row['seconds']:.0f} s" + ("  best" if best else "")
+    parts = [f"epoch {row['epoch']}/{epochs}", f"lr {row['lr']:.1e}", f"loss {row['train_loss']:.3f}"]
+    if not math.isnan(row["val_loss"]):
+        labels = [key.removeprefix("val_top1_") for key in row if key.startswith("val_top1_") and key != "val_top1_mean"]
+        each = ", ".join(f"{label} {row[f'val_top1_{label}']:.3f}" for label in labels)
+        parts += [f"val_loss {row['val_loss']:.3f}", f"top1 {row['val_top1_mean']:.4f} ({each})", f"acsa {row['val_acsa_mean']:.4f}"]
+    return "  ".join([*parts, f"{images_per_second:.0f} images/s", f"{row['seconds']:.0f} s", *(["best"] if best and len(parts) > 3 else [])])
 
 
 if __name__ == "__main__":

@@ -236,6 +236,12 @@ def test_describe(run, drawn):
         assert text in done.out
 
 
+def test_describe_counts_boxes_beyond_their_photos(one, run):
+    root = one(HEADER + "\n" + "".join(f"2COAT 2019/옷 1.jpg,{box},{label},0,0\n" for label, box in enumerate(("5,10,40,60", "5,10,41,60", "-3,10,400,600"))))
+    done = run("data", root)
+    assert "2 boxes reach beyond their photos" in done.out and done.code == 1  # there is no val
+
+
 def test_describe_says_what_is_wrong(run, drawn, tmp_path):
     broken = tmp_path / "Broken"
     shutil.copytree(drawn, broken)

@@ -12,6 +12,7 @@ from conftest import TINY
 from PIL import Image
 
 import train as train_script
+from data import CLASS_NAMES
 from model import load_model, read_checkpoint
 
 RUN_FILES = {"config.json", "metrics.csv", "best.pt", "last.pt", "val_predictions.csv"}
@@ -136,7 +137,12 @@ def test_predicting_image_files_and_folders(trained, run, tmp_path):
     (tmp_path / "photos" / "notes.txt").write_text("not an image")
     done = run("predict", trained[0] / "best.pt", "photos", "one.png", "--out", "p.csv")
     assert done.code == 0, done.err
-    assert [r["image_name"] for r in rows("p.csv")] == ["photos/a b.jpg", "photos/한글 폴더/옷.png", "one.png"]
+    written = rows("p.csv")
+    assert [r["image_name"] for r in written] == ["photos/a b.jpg", "photos/한글 폴더/옷.png", "one.png"]
+    for row in written:  # few photos' answers are shown too
+        shown = next(line for line in done.out.splitlines() if line.strip().startswith(row["image_name"]))
+        for label, column in (("Daily", "daily"), ("Gender", "gender"), ("Embellishment", "embel")):
+            assert re.search(rf" {CLASS_NAMES[label][int(row[column])]} [01]\.\d\d", shown), shown
 
 
 def test_the_same_bits_again_with_other_workers(trained, run, drawn, tmp_path):
