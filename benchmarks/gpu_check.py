@@ -1,6 +1,7 @@
 """The checks that need a CUDA GPU, with the real scripts, in one command. Nothing is downloaded. Exit code 1 where one fails, 2 without a GPU.
 
     python benchmarks/gpu_check.py                                          # EVA-02 tiny without weights on the demo set; some minutes
+    python benchmarks/gpu_check.py --model tf_efficientnet_lite0 --image-size 80 -- --box-head --crop-prob 0.7      # behind --: flags of train.py
     python benchmarks/gpu_check.py --device cpu --model test_vit --image-size 32 --epochs 2 --data demo       # tries the script itself
 
 - the same command twice: the same metrics.csv (times aside) and the same weights;
@@ -74,6 +75,7 @@ def answers(path: Path, column: str) -> list[str]:
 
 @app.command()
 def check(
+    more: Annotated[list[str] | None, typer.Argument(help="Behind --: further flags of train.py.", show_default=False)] = None,
     data: str = "demo",
     backbone: Annotated[str, typer.Option("--model")] = "eva02_tiny_patch14_224.mim_in22k",
     epochs: Annotated[int, typer.Option(min=2)] = 4,
@@ -89,7 +91,7 @@ def check(
         raise typer.Exit(2)
     modes = ["auto", "off", *(["fp16"] if on_gpu else []), *(["bf16"] if not on_gpu or torch.cuda.get_device_capability(device) >= (8, 0) else [])]
     settings = ["--data", data, "--model", backbone, "--no-pretrained", "--epochs", epochs, "--t-0", epochs, "--patience", epochs, "--lr", "1e-3"]
-    settings += ["--batch-size", batch_size, "--device", device, *(["--image-size", image_size] if image_size else [])]
+    settings += ["--batch-size", batch_size, "--device", device, *(["--image-size", image_size] if image_size else []), *(more or ())]
     failed, rows = [], []
 
     def judge(what: str, right: bool, more: str = "") -> None:
