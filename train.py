@@ -214,7 +214,7 @@ def train(
         "mean": net.mean.flatten().tolist(), "std": net.std.flatten().tolist(), "weights": exported_weights(net, EXPORT_DTYPES[flags.export_dtype]),
         "data": {"path": dataset_path(flags.data[-1]), "subtask": flags.subtask, "view": view, "preparation": preparation},
         "batch_size": flags.batch_size, "amp": flags.amp, "epoch": 0, "learned": FIXED_LOOK if flags.box_head else None,
-        "scores": {f"{kind}_{label}": 0.0 for kind in ("top1", "acsa") for label in (*train_split.classes, "mean")},
+        "scores": {f"{kind}_{label}": 0.0 for label in (*train_split.classes, "mean") for kind in ("top1", "acsa")},
     }  # fmt: skip
     best["scores"] |= dict.fromkeys(BOX_SCORES if view == "learned" else (), 0.0)
     megabytes = check_budget(best, flags)

@@ -272,6 +272,8 @@ def test_fit_all_trains_on_every_row_and_keeps_the_last_epoch(go, run, drawn, mo
     best, last = read_checkpoint("runs/a/best.pt"), read_checkpoint("runs/a/last.pt")
     assert best["epoch"] == 2 and all(torch.equal(best["weights"][key], value.to(best["weights"][key].dtype)) for key, value in last["model"].items())
     written = rows("runs/a/metrics.csv")
+    scores = [f"val_{kind}_{label}" for label in ("Daily", "Gender", "Embellishment", "mean") for kind in ("top1", "acsa")]
+    assert list(written[0]) == ["epoch", "lr", "train_loss", "val_loss", *scores]  # as of any run
     assert len(written) == 2 and math.isnan(float(written[0]["val_top1_mean"])) and float(written[0]["train_loss"]) > 0
     again = run("train", "--resume", "runs/a", "--epochs", 3)
     assert again.code == 0 and read_checkpoint("runs/a/best.pt")["epoch"] == 3, again.err
