@@ -36,7 +36,7 @@ NOTES = """
 20240815_140358        clean  ce         0.2  10 2 5e-7  0.5  full  0.472
 20240815_182900        clean  ce         0.2  10 2 5e-7  1    bbox  0.505
 20240818_asymmetric    clean  asymmetric 0.1  10 2 5e-7  1    bbox  -       --asym-gamma-pos 1 --asym-gamma-neg 4
-20240822_153056        both   ce         0.2  10 2 5e-7  1    bbox  0.498
+20240822_153056        raw+clean ce        0.2  10 2 5e-7  1    bbox  0.498
 20240822_222251        clean  ce         0.2  10 2 5e-7  1    bbox  0.4796  --resize random-resized-crop
 20240823_190953        clean  ce         0.2  10 2 5e-7  1    bbox  0.4567  --cutmix Daily --cutmix Gender --cutmix Embellishment
 20240825_cutmix_gender clean  ce         0.2  10 2 5e-7  1    bbox  no      --cutmix Gender
@@ -208,7 +208,7 @@ def test_commands_share_their_seeds_and_take_the_rows_data(run, stub):
         data[row] = words["--data"]
     assert list(seeds) == [row.name for row in ROWS] and all(s == [["1103"], ["1104"]] for s in seeds.values())
     for row in ROWS:
-        assert data[row.name] == {"raw": ["Raw"], "clean": ["Clean"], "both": ["Raw", "Clean"]}[row.data]
+        assert data[row.name] == {"raw": ["Raw"], "clean": ["Clean"], "raw+clean": ["Raw", "Clean"]}[row.data]
 
 
 def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
