@@ -23,7 +23,7 @@ from hypothesis import given, settings, strategies as st
 
 import experiments
 import train
-from experiments import BASE, ROWS, garment, interval, merge_flags, parse_flags, per_garment, words_of
+from experiments import BASE, NAMED, ROWS, garment, interval, merge_flags, parse_flags, per_garment, words_of
 
 # ---------------------------------------------------------------- the rows
 
@@ -61,7 +61,7 @@ def parsed(words):
 @pytest.mark.parametrize("line", NOTES, ids=lambda line: line.split()[0])
 def test_a_row_is_the_notes(line):
     name, data, loss, smoothing, t_0, t_mult, eta_min, crop_prob, view, score, *more = line.split()
-    row = next(row for row in ROWS if row.name == name)
+    row = NAMED[name]
     flags = parsed(words_of(merge_flags(row, {})))
     expected = {"loss": loss, "label_smoothing": float(smoothing), "t_0": int(t_0), "t_mult": int(t_mult), "eta_min": float(eta_min)}
     expected |= {"crop_prob": float(crop_prob), "val_view": view, "batch_size": 256, "epochs": 300, "lr": 5e-6, "weight_decay": 0.01}
@@ -84,7 +84,7 @@ def test_a_row_is_the_notes(line):
 
 
 def test_modern_is_ours():
-    row = by_name("modern")
+    row = NAMED["modern"]
     flags = parsed(words_of(merge_flags(row, {})))
     assert "ours" in row.asks and not row.score and row.data == "clean"
     assert (flags["lr"], flags["layer_decay"], flags["warmup_epochs"], flags["ema"], flags["drop_path"], flags["box_head"]) == (5e-5, 0.9, 5, 0.996, 0.1, True)
@@ -98,21 +98,17 @@ def test_every_row_is_there_once_and_listed(run):
         assert f"\n{row.name:<24}" in done.out and row.asks in done.out and row.flags in done.out
 
 
-def by_name(name):
-    return next(row for row in ROWS if row.name == name)
-
-
 def test_what_follows_the_dashes_wins_but_not_over_the_subject():
     more = parse_flags(shlex.split("--model test_vit --weights w.pt --no-pretrained --epochs 30 --lr=1e-3 --crop-prob 0.2"))
-    base = merge_flags(by_name(BASE), more)
+    base = merge_flags(NAMED[BASE], more)
     assert base["--model"] == ["test_vit"] and base["--weights"] == ["w.pt"] and base["--epochs"] == ["30"] and base["--lr"] == ["1e-3"]
     assert base["--crop-prob"] == ["0.2"] and base["--no-pretrained"] == []
-    convnext = merge_flags(by_name("backbone_convnext"), more)
+    convnext = merge_flags(NAMED["backbone_convnext"], more)
     assert "convnext" in convnext["--model"][0] and "--weights" not in convnext and convnext["--epochs"] == ["30"]
-    assert merge_flags(by_name("20240826_223053"), more)["--epochs"] == ["100"]
-    assert merge_flags(by_name("20240826_223053"), parse_flags(["--epochs", "4"]))["--epochs"] == ["13"]
-    assert merge_flags(by_name("20240826_223053"), parse_flags(["--epochs", "x"]))["--epochs"] == ["x"]
-    cutmix = merge_flags(by_name("20240823_190953"), parse_flags(["--cutmix", "Category"]))
+    assert merge_flags(NAMED["20240826_223053"], more)["--epochs"] == ["100"]
+    assert merge_flags(NAMED["20240826_223053"], parse_flags(["--epochs", "4"]))["--epochs"] == ["13"]
+    assert merge_flags(NAMED["20240826_223053"], parse_flags(["--epochs", "x"]))["--epochs"] == ["x"]
+    cutmix = merge_flags(NAMED["20240823_190953"], parse_flags(["--cutmix", "Category"]))
     assert words_of(cutmix).count("--cutmix") == 1 and cutmix["--cutmix"] == ["Category"]
 
 
@@ -157,7 +153,7 @@ def leave(name, right=None, more=None, row=None, seed=1103, images=None, labels=
         for image, correct in zip(images, right):
             out.writerow([image, *(cell for ok in correct for cell in (1, 1 if ok else 9, 0.5))])
     if row:
-        record = {"row": row, "more": more or {}, "flags": merge_flags(by_name(row), more or {}), "seed": seed, "code": code, "data": []}
+        record = {"row": row, "more": more or {}, "flags": merge_flags(NAMED[row], more or {}), "seed": seed, "code": code, "data": []}
         (folder / "experiment.json").write_text(json.dumps(record))
     return folder
 
