@@ -119,9 +119,9 @@ def predict(
         note(f"--no-view-sum cannot act in the view {view}")
     logits, targets = predict_rows(model.to(place), saved, rows, view, prepare, batch_size, workers, amp)
 
-    header, columns = predictions_table(rows, logits, probs, names)
+    table = predictions_table(rows, logits, probs, names)
     replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
-    write_csv(out, header, zip(*columns))
+    write_csv(out, list(table), zip(*table.values()))
     if inputs and len(rows.samples) <= 20:
         show_answers(rows, logits)
     if targets:
@@ -185,18 +185,17 @@ def kept_file(sample: Sample, folder: str) -> Path:
     return Path(folder) / f"{hashlib.sha256(os.fsencode(sample.path)).hexdigest()}.png"
 
 
-def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = False, names: bool = False) -> tuple[list[str], list[list]]:
-    """Header and columns in the organisers' format, image_name and a class number a label; then, where asked for, the classes' names and probabilities."""
-    header, columns, more = ["image_name"], [[sample.name for sample in rows.samples]], []
-    for label, values in ((label, values) for label, values in logits.items() if label != BOX):
-        column, best = submission_column(label), values.argmax(-1).tolist()
-        header.append(column)
-        columns.append(best)
+def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = False, names: bool = False) -> dict[str, list]:
+    """The columns in the organisers' format, image_name and a class number a label; then, where asked for, the classes' names and probabilities."""
+    table, more = {"image_name": [sample.name for sample in rows.samples]}, {}
+    for label in (label for label in logits if label != BOX):
+        column, best = submission_column(label), logits[label].argmax(-1).tolist()
+        table[column] = best
         if names:
-            more.append((f"{column}_name", [class_name(label, c) for c in best]))
+            more[f"{column}_name"] = [class_name(label, c) for c in best]
         if probs:
-            more += [(f"{column}_p{c}", p) for c, p in enumerate(values.double().softmax(-1).T.tolist())]
-    return header + [name for name, _ in more], columns + [column for _, column in more]
+            more |= {f"{column}_p{c}": p for c, p in enumerate(logits[label].double().softmax(-1).T.tolist())}
+    return table | more
 
 
 def show_answers(rows: Split, logits: dict[str, Tensor]) -> None:
@@ -229,32 +228,31 @@ def choose_treatment(saved: dict, rows: Split, view: str = "auto", background: s
     """
     of_dataset, trained = bool(rows.classes), saved["data"]["preparation"]
     there = read_preparation(rows.csv.parent) if of_dataset else None  # image files are raw photos
-    preparation = choose_preparation(background, trained, there, rembg_model)
+    treated = (trained or UNTRAINED) | ({"rembg_model": rembg_model} if rembg_model else {})
+    preparation = None
+    if there:
+        check_processed(there, trained, background, rembg_model)
+    elif background == "remove":
+        preparation = treated | {"keep_background": False}
+    elif background == "auto" and trained:
+        preparation = treated
     view = choose_view(view, saved, rows, rows.csv.name if of_dataset else "these photos", cleans=bool(preparation), raw=there is None)
     if view == "mask" and not preparation and not rows.has("mask"):
-        preparation = find_garments(trained, rembg_model)
+        preparation = treated | {"keep_background": True, "crop": "none"}  # to find the foreground's box; nothing else is changed
     if rembg_model and not needs_remover(preparation, view):
         note(f"--rembg-model {rembg_model} cannot act: these photos are taken as they are")
     return view, preparation
 
 
-def choose_preparation(background: str, trained: dict | None, there: dict | None, rembg_model: str | None) -> dict | None:
-    """What preprocess.py's function is to do to each photo; None: nothing. `trained`, `there`: what was done to the training photos and to these."""
-    if there:
-        if background == "remove" and there["keep_background"]:
-            raise misuse("--background", "these photos went through preprocess.py --keep-background; give the raw ones")
-        if rembg_model and rembg_model != there["rembg_model"]:
-            raise misuse("--rembg-model", f"these photos were processed with {there['rembg_model']} already; give the raw ones")
-        if background != "keep" and there != trained:
-            said = f"the model was trained on {described(trained)}; these are {described(there)}, and stay so"
-            note(said + ("" if trained is None else "; give the raw photos, and they are treated as in training"))
-        return None
-    if background == "keep" or (background == "auto" and not trained):
-        return None
-    preparation = trained or UNTRAINED
-    if background == "remove":
-        preparation = preparation | {"keep_background": False}
-    return preparation | ({"rembg_model": rembg_model} if rembg_model else {})
+def check_processed(there: dict, trained: dict | None, background: str, rembg_model: str | None) -> None:
+    """Says where photos that were processed already are not as the training photos were. Raises BadParameter for flags that would need the raw ones."""
+    if background == "remove" and there["keep_background"]:
+        raise misuse("--background", "these photos went through preprocess.py --keep-background; give the raw ones")
+    if rembg_model and rembg_model != there["rembg_model"]:
+        raise misuse("--rembg-model", f"these photos were processed with {there['rembg_model']} already; give the raw ones")
+    if background != "keep" and there != trained:
+        said = f"the model was trained on {described(trained)}; these are {described(there)}, and stay so"
+        note(said + ("" if trained is None else "; give the raw photos, and they are treated as in training"))
 
 
 def described(preparation: dict | None) -> str:
@@ -265,12 +263,6 @@ def described(preparation: dict | None) -> str:
     background = "with their background" if preparation["keep_background"] else f"with {color} for a background (by {preparation['rembg_model']})"
     margin = f" with a margin of {preparation['box_margin']:g}" if preparation["box_margin"] else ""
     return f"photos {background}" + (f", cut to {preparation['crop']}{margin}" if preparation["crop"] != "none" else "")
-
-
-def find_garments(trained: dict | None, rembg_model: str | None) -> dict:
-    """The preparation that finds the foreground's box and changes nothing else."""
-    preparation = (trained or UNTRAINED) | {"keep_background": True, "crop": "none"}
-    return preparation | ({"rembg_model": rembg_model} if rembg_model else {})
 
 
 def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, raw: bool) -> str:
@@ -308,7 +300,7 @@ def start_preparing(preparation: dict | None, view: str, saved: dict) -> Callabl
     checksum, _ = find_weights(model)
     if trained and trained["rembg_model"] == model and trained["checksum"] != checksum:
         note(f"the weights of {model} here ({checksum}) are not those of training ({trained['checksum']})")
-    changed = not preparation["keep_background"] or preparation["crop"] != "none"
+    changed = needs_remover(preparation, "full")
     say(f"on the fly, raw photos become {described(preparation)}" if changed else f"on the fly, the foreground of raw photos is found with {model}")
     return partial(prepare_photo, preparation=preparation, remover=Remover(model))
 
@@ -354,8 +346,7 @@ def etri_task{subtask}_submit():
     view, preparation = choose_treatment(saved, rows, view={view!r}, background={background!r}, rembg_model={remover!r})
     prepare = start_preparing(preparation, view, saved)
     logits, _ = predict_rows(model, saved, rows, view, prepare, workers=0)  # more processes would need shared memory, which containers are short of
-    header, columns = predictions_table(rows, logits)
-    return pd.DataFrame(dict(zip(header, columns)))
+    return pd.DataFrame(predictions_table(rows, logits))
 """
 WRAPPER = """\
 def submit():
@@ -370,8 +361,9 @@ if __name__ == "__main__":
     aifactory.score.submit(model_name={name!r}, key=os.environ.get("AIFACTORY_KEY", ""), func=submit)
 """
 TRY = """\
-import json, time, types
+import json, sys, time, types
 
+_, one, many, photos = sys.argv
 function, wrapper, _ = (cell["source"] for cell in json.load(open("task.ipynb", encoding="utf-8"))["cells"] if cell["cell_type"] == "code")
 source = "".join([*function, "\\n", *wrapper]).replace("import pandas as pd", "pass")  # it need not be installed here
 
@@ -383,8 +375,8 @@ def seconds(dataset, photos):
     assert all(len(column) == photos for column in frame.values())
     return time.perf_counter() - start
 
-seconds("ONE", 1)  # imports, and what is compiled at first use
-print(seconds("MANY", COUNT) - seconds("ONE", 1))
+seconds(one, 1)  # imports, and what is compiled at first use
+print(seconds(many, int(photos)) - seconds(one, 1))
 """
 
 
@@ -401,10 +393,11 @@ def write_entry(entry: Path, checkpoint: Path, saved: dict, data: str | None, vi
 
     Raises ValueError where it does not work, and where it is over the budget, but written.
     """
-    subtask, unfinished = saved["data"]["subtask"], entry.with_name(f".{entry.name}.unfinished-{os.getpid()}")
-    with TemporaryDirectory() as place:
-        source, photos = trial_photos(Path(place), data or saved["data"]["path"], given=bool(data))
-        one, many = (make_trial(Path(place) / str(n), photos[:n], subtask) for n in (1, len(photos)))
+    subtask = saved["data"]["subtask"]
+    with TemporaryDirectory(prefix=f".{entry.name}.unfinished-", dir=entry.absolute().parent) as folder:
+        place, unfinished = Path(folder), Path(folder) / "entry"
+        source, photos = trial_photos(place, data or saved["data"]["path"], given=bool(data))
+        one, many = (make_trial(place / str(n), photos[:n], subtask) for n in (1, len(photos)))
         rows = read_split(many, "test", saved["classes"], subtask)
         view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
         start_preparing(preparation, view, saved)  # says what is done
@@ -415,20 +408,19 @@ def write_entry(entry: Path, checkpoint: Path, saved: dict, data: str | None, vi
         words |= {"view": view, "background": background, "remover": remover}
         words["no_view_sum"] = '\n    saved["learned"]["view_weight"] = 0.0' if view == "learned" and not view_sum else ""
         files, packages = modules_of("predict")
-        try:
-            (unfinished / "model").mkdir(parents=True)
-            for file in files:
-                shutil.copyfile(file, unfinished / file.name)
-            for weights in [checkpoint] + ([find_weights(remover)[1]] if remover else []):
-                shutil.copyfile(weights, unfinished / "model" / ("best.pt" if weights == checkpoint else weights.name))
-            (unfinished / "requirements.txt").write_text("\n".join(requirements(packages, remover)) + "\n", encoding="utf-8")
-            notebook = make_notebook(*(cell.format(**words) for cell in (NOTES, FUNCTION, WRAPPER, SUBMIT)))
-            (unfinished / "task.ipynb").write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            seconds = try_entry(unfinished, one, many, len(photos))
-            sizes = {path.name: path.stat().st_size / 1e6 for path in unfinished.rglob("*") if path.is_file()}
-            unfinished.rename(entry)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "model").mkdir(parents=True)
+        for file in files:
+            shutil.copyfile(file, unfinished / file.name)
+        shutil.copyfile(checkpoint, unfinished / "model" / "best.pt")
+        if remover:
+            _, weights = find_weights(remover)
+            shutil.copyfile(weights, unfinished / "model" / weights.name)
+        (unfinished / "requirements.txt").write_text("\n".join(requirements(packages, remover)) + "\n", encoding="utf-8")
+        notebook = make_notebook(*(cell.format(**words) for cell in (NOTES, FUNCTION, WRAPPER, SUBMIT)))
+        (unfinished / "task.ipynb").write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        seconds = try_entry(unfinished, one, many, len(photos))
+        sizes = {path.name: path.stat().st_size / 1e6 for path in unfinished.rglob("*") if path.is_file()}
+        unfinished.rename(entry)
 
     size, parts = sum(sizes.values()), ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size >= 0.1)
     say(f"it works by itself: {1000 * seconds:.0f} ms an image here ({len(photos) - 1} photos of {source}), {1500 * seconds:,.0f} s for 1,500")
@@ -464,24 +456,22 @@ def make_trial(root: Path, photos: list[Path], subtask: int) -> Path:
 
 def modules_of(module: str) -> tuple[list[Path], set[str]]:
     """The files of ours that a module needs, itself included, and the names under which they import everything else."""
-    here, files, others, todo = Path(__file__).parent, [], set(), [module]
-    while todo:
-        file = here / f"{todo.pop()}.py"
-        if file in files:
-            continue
-        files.append(file)
+    files, others = [Path(__file__).with_name(f"{module}.py")], set()
+    for file in files:  # grows
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            tops = {name.partition(".")[0] for name in names}
-            ours = {name for name in tops if (here / f"{name}.py").is_file()}
-            todo, others = [*todo, *ours], others | (tops - ours)
+            for name in names:
+                ours = file.with_name(f"{name.partition('.')[0]}.py")
+                if not ours.is_file():
+                    others.add(ours.stem)
+                elif ours not in files:
+                    files.append(ours)
     return files, others
 
 
 def requirements(imported: set[str], remover: str | None) -> list[str]:
     """The lines of requirements.txt that an entry needs, and pandas."""
-    needed = {"PIL": "pillow"}.get
-    packages = {needed(name, name) for name in imported} - (set() if remover else {"rembg", "scipy"})
+    packages = {"pillow" if name == "PIL" else name for name in imported} - (set() if remover else {"rembg", "scipy"})
     lines = [line.partition("#")[0].strip() for line in Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line and re.split(r"[^\w-]", line)[0] in packages] + ["pandas"]
 
@@ -502,9 +492,9 @@ def make_notebook(notes: str, *cells: str) -> dict:
 
 def try_entry(entry: Path, one: Path, many: Path, photos: int) -> float:
     """Call an entry's function as the service does, in a process that knows its folder alone; seconds an image, of `photos` - 1. Raises ValueError."""
-    code = TRY.replace("ONE", one.as_posix()).replace("MANY", many.as_posix()).replace("COUNT", str(photos))
+    command = [sys.executable, "-B", "-c", TRY, one.as_posix(), many.as_posix(), str(photos)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=entry, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=entry, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise ValueError(f"the entry does not work by itself and was not kept: {(done.stderr.strip() or 'it was stopped').splitlines()[-1]}")
     return float(done.stdout.split()[-1]) / (photos - 1)

@@ -1,15 +1,17 @@
 """The box head and the view `learned`: boxes move with the pixels, the head learns them, two looks are joined as the checkpoint says."""
 
-import csv
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import TINY
 from hypothesis import given, strategies as st
+from PIL import Image
+from test_train_predict import rows
 
 import losses
-from data import BOX, Photos, as_it_is, augmentation, crop_box, read_split, relative_boxes
+from data import BOX, Photos, as_it_is, augmentation, crop_box, jittered, read_split, relative_boxes
 from model import (
     FIXED_LOOK,
     POSITIONS,
@@ -28,11 +30,6 @@ from model import (
 from predict import predict_rows
 
 HEAD = ["--box-head", "--crop-prob", "0.5"]
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
 
 
 def pointing_at(boxes: torch.Tensor) -> torch.Tensor:
@@ -117,8 +114,6 @@ def test_whole_photos_carry_their_box_and_cut_ones_none(drawn):
 
 def test_boxes_follow_basic_augmentation(drawn):
     """A photo that is black but for its garment's box: the box that comes with the augmented photo is where the colour is."""
-    from PIL import Image
-
     samples = read_split(drawn, "train").samples[:1]
     box = samples[0].boxes["bbox"]
 
@@ -138,15 +133,13 @@ def test_boxes_follow_basic_augmentation(drawn):
 
 
 def test_jitter_moves_the_sides_of_crops_by_its_share(drawn):
-    import data
-
     box, size = (200, 100, 400, 500), (1000, 1000)
     torch.manual_seed(0)
-    moved = torch.tensor([data.jittered(box, 0.05, size) for _ in range(4000)], dtype=torch.float32) - torch.tensor(box)
+    moved = torch.tensor([jittered(box, 0.05, size) for _ in range(4000)], dtype=torch.float32) - torch.tensor(box)
     assert moved.std(0).tolist() == pytest.approx([10, 20, 10, 20], rel=0.06)
     samples = read_split(drawn, "train").samples
-    plain, jittered = (Photos(samples, 32, "bbox", 0.5, seed=3, box_jitter=share) for share in (0.0, 0.1))
-    same = [torch.equal(plain[0, i][0], jittered[0, i][0]) for i in range(len(samples))]
+    plain, shaken = (Photos(samples, 32, "bbox", 0.5, seed=3, box_jitter=share) for share in (0.0, 0.1))
+    same = [torch.equal(plain[0, i][0], shaken[0, i][0]) for i in range(len(samples))]
     whole = [torch.equal(plain[0, i][0], Photos(samples, 32)[i][0]) for i in range(len(samples))]
     assert same == whole  # whole photos stay as they are
 
@@ -242,8 +235,6 @@ def test_what_cannot_go_together_is_refused(run, drawn, flags, message):
 
 
 def test_without_boxes_there_is_no_head(run, drawn, tmp_path):
-    import shutil
-
     shutil.copytree(drawn, tmp_path / "Bare")
     for split in ("train", "val"):
         path = tmp_path / "Bare" / f"Fashion-How24_sub1_{split}.csv"

@@ -23,7 +23,7 @@ from hypothesis import given, settings, strategies as st
 
 import experiments
 import train
-from experiments import BASE, ROWS, garment, interval, merge_flags, parse_flags, per_garment, words_of
+from experiments import BASE, NAMED, ROWS, garment, interval, merge_flags, parse_flags, per_garment, words_of
 
 # ---------------------------------------------------------------- the rows
 
@@ -36,7 +36,7 @@ NOTES = """
 20240815_140358        clean  ce         0.2  10 2 5e-7  0.5  full  0.472
 20240815_182900        clean  ce         0.2  10 2 5e-7  1    bbox  0.505
 20240818_asymmetric    clean  asymmetric 0.1  10 2 5e-7  1    bbox  -       --asym-gamma-pos 1 --asym-gamma-neg 4
-20240822_153056        both   ce         0.2  10 2 5e-7  1    bbox  0.498
+20240822_153056        raw+clean ce        0.2  10 2 5e-7  1    bbox  0.498
 20240822_222251        clean  ce         0.2  10 2 5e-7  1    bbox  0.4796  --resize random-resized-crop
 20240823_190953        clean  ce         0.2  10 2 5e-7  1    bbox  0.4567  --cutmix Daily --cutmix Gender --cutmix Embellishment
 20240825_cutmix_gender clean  ce         0.2  10 2 5e-7  1    bbox  no      --cutmix Gender
@@ -61,7 +61,7 @@ def parsed(words):
 @pytest.mark.parametrize("line", NOTES, ids=lambda line: line.split()[0])
 def test_a_row_is_the_notes(line):
     name, data, loss, smoothing, t_0, t_mult, eta_min, crop_prob, view, score, *more = line.split()
-    row = next(row for row in ROWS if row.name == name)
+    row = NAMED[name]
     flags = parsed(words_of(merge_flags(row, {})))
     expected = {"loss": loss, "label_smoothing": float(smoothing), "t_0": int(t_0), "t_mult": int(t_mult), "eta_min": float(eta_min)}
     expected |= {"crop_prob": float(crop_prob), "val_view": view, "batch_size": 256, "epochs": 300, "lr": 5e-6, "weight_decay": 0.01}
@@ -84,7 +84,7 @@ def test_a_row_is_the_notes(line):
 
 
 def test_modern_is_ours():
-    row = by_name("modern")
+    row = NAMED["modern"]
     flags = parsed(words_of(merge_flags(row, {})))
     assert "ours" in row.asks and not row.score and row.data == "clean"
     assert (flags["lr"], flags["layer_decay"], flags["warmup_epochs"], flags["ema"], flags["drop_path"], flags["box_head"]) == (5e-5, 0.9, 5, 0.996, 0.1, True)
@@ -98,21 +98,17 @@ def test_every_row_is_there_once_and_listed(run):
         assert f"\n{row.name:<24}" in done.out and row.asks in done.out and row.flags in done.out
 
 
-def by_name(name):
-    return next(row for row in ROWS if row.name == name)
-
-
 def test_what_follows_the_dashes_wins_but_not_over_the_subject():
     more = parse_flags(shlex.split("--model test_vit --weights w.pt --no-pretrained --epochs 30 --lr=1e-3 --crop-prob 0.2"))
-    base = merge_flags(by_name(BASE), more)
+    base = merge_flags(NAMED[BASE], more)
     assert base["--model"] == ["test_vit"] and base["--weights"] == ["w.pt"] and base["--epochs"] == ["30"] and base["--lr"] == ["1e-3"]
     assert base["--crop-prob"] == ["0.2"] and base["--no-pretrained"] == []
-    convnext = merge_flags(by_name("backbone_convnext"), more)
+    convnext = merge_flags(NAMED["backbone_convnext"], more)
     assert "convnext" in convnext["--model"][0] and "--weights" not in convnext and convnext["--epochs"] == ["30"]
-    assert merge_flags(by_name("20240826_223053"), more)["--epochs"] == ["100"]
-    assert merge_flags(by_name("20240826_223053"), parse_flags(["--epochs", "4"]))["--epochs"] == ["13"]
-    assert merge_flags(by_name("20240826_223053"), parse_flags(["--epochs", "x"]))["--epochs"] == ["x"]
-    cutmix = merge_flags(by_name("20240823_190953"), parse_flags(["--cutmix", "Category"]))
+    assert merge_flags(NAMED["20240826_223053"], more)["--epochs"] == ["100"]
+    assert merge_flags(NAMED["20240826_223053"], parse_flags(["--epochs", "4"]))["--epochs"] == ["13"]
+    assert merge_flags(NAMED["20240826_223053"], parse_flags(["--epochs", "x"]))["--epochs"] == ["x"]
+    cutmix = merge_flags(NAMED["20240823_190953"], parse_flags(["--cutmix", "Category"]))
     assert words_of(cutmix).count("--cutmix") == 1 and cutmix["--cutmix"] == ["Category"]
 
 
@@ -157,7 +153,7 @@ def leave(name, right=None, more=None, row=None, seed=1103, images=None, labels=
         for image, correct in zip(images, right):
             out.writerow([image, *(cell for ok in correct for cell in (1, 1 if ok else 9, 0.5))])
     if row:
-        record = {"row": row, "more": more or {}, "flags": merge_flags(by_name(row), more or {}), "seed": seed, "code": code, "data": []}
+        record = {"row": row, "more": more or {}, "flags": merge_flags(NAMED[row], more or {}), "seed": seed, "code": code, "data": []}
         (folder / "experiment.json").write_text(json.dumps(record))
     return folder
 
@@ -208,7 +204,7 @@ def test_commands_share_their_seeds_and_take_the_rows_data(run, stub):
         data[row] = words["--data"]
     assert list(seeds) == [row.name for row in ROWS] and all(s == [["1103"], ["1104"]] for s in seeds.values())
     for row in ROWS:
-        assert data[row.name] == {"raw": ["Raw"], "clean": ["Clean"], "both": ["Raw", "Clean"]}[row.data]
+        assert data[row.name] == {"raw": ["Raw"], "clean": ["Clean"], "raw+clean": ["Raw", "Clean"]}[row.data]
 
 
 def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
@@ -250,6 +246,7 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
         (["repeat", "--", "--seed", "5"], ["--seeds before the --"]),
         (["repeat", "--", "--fit-all"], ["nothing to compare"]),
         (["repeat", "--", "--data", "demo"], ["--data before the --"]),
+        (["repeat", "--", "--resume", "runs/a"], ["goes on by itself"]),
         (["repeat", "--", "lr", "5"], ["lr is no flag"]),
         (["--", "--lr", "5"], ["rows to run"]),
     ],

@@ -5,10 +5,12 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from PIL import Image
 
 import train as train_script
@@ -44,11 +46,6 @@ def table(out):
 @pytest.fixture(scope="session")
 def trained(drawn, tmp_path_factory):
     """A finished run of the real script in a process of its own, and what it printed."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     folder = tmp_path_factory.mktemp("trained")
     command = [sys.executable, str(ROOT / "train.py"), "--data", str(drawn), *TINY, "--name", "a", "--amp", "off"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
