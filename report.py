@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ from model import FashionModel, load_model, read_checkpoint, score
 
 PICTURES = ("curves.png", "confusion.png", "inputs.png", "mistakes.png", "looks.png")
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "UnDotum", "Baekmuk Dotum")
-INK, RIGHT, WRONG, FAINT = "#222222", "#1a7f37", "#c62828", "#666666"
+INK, RIGHT, WRONG, FAINT = "black", "#1a7f37", "#c62828", "#666666"
 BOX_STYLES = {"bbox": ("given", "#ff7f0e", "-"), "mask": ("mask", "#1f77ff", "--"), "learned": ("learned", "#e0007a", "-.")}  # in words, colour, line
 DPI, GAP, LINE, FONT = 100, 10, 15, 8  # pixels an inch, between cells, from line to line; points of the text
 
@@ -79,7 +79,7 @@ def draw_pictures(folder: Path, photos: Photos | None = None, val_split: Split |
         save(curves([run]), folder / "curves.png")
         if answers:
             save(confusion(answers), folder / "confusion.png")
-        if photos is None or val_split is None:
+        if photos is None:
             photos, val_split = read_photos(run.settings, saved["image_size"])
         save(inputs(photos, run.settings, model.classes), folder / "inputs.png")
         if answers:
@@ -183,18 +183,12 @@ def save(figure, path: Path) -> None:
         figure.savefig(f, format="png", facecolor="white")
 
 
-@cache
-def _drawable() -> frozenset[int]:
-    """The characters that the fonts in use can draw."""
-    from matplotlib import font_manager
-
-    paths = [font_manager.findfont(name) for name in font_manager.FontProperties().get_family()]
-    return frozenset(c for path in paths for c in font_manager.get_font(path).get_charmap() if c >= 32)
-
-
 def drawable(text: str, row: int | None = None) -> str:
     """The text with a dot for what no font here can draw (and its row in front, by which it can be told)."""
-    shown = "".join(c if ord(c) in _drawable() else "·" for c in text)
+    from matplotlib import font_manager
+
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in font_manager.FontProperties().get_family()]
+    shown = "".join(c if c >= " " and any(font.get_char_index(ord(c)) for font in fonts) else "·" for c in text)
     return shown if shown == text or row is None else f"row {row}: {shown}"
 
 
