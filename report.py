@@ -10,10 +10,10 @@ mistakes: the surest errors of validation. looks: where the model looks (Grad-CA
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -185,9 +185,9 @@ def save(figure, path: Path) -> None:
 
 def drawable(text: str, row: int | None = None) -> str:
     """The text with a dot for what no font here can draw (and its row in front, by which it can be told)."""
-    from matplotlib import font_manager
+    from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in font_manager.FontProperties().get_family()]
+    fonts = [get_font(findfont(FontProperties(family=[name]))) for name in FontProperties().get_family()]
     shown = "".join(c if c >= " " and any(font.get_char_index(ord(c)) for font in fonts) else "·" for c in text)
     return shown if shown == text or row is None else f"row {row}: {shown}"
 
@@ -448,9 +448,8 @@ def looks(model: FashionModel, saved: dict, split: Split, answers: SimpleNamespa
     photos = [load_photo(split.samples[i].path) for i in chosen]
     rows = []
     if view != "full":
-        crops = [to_pixels(photo, boxes_of(i, split, answers).get(view), size) for i, photo in zip(chosen[eight], photos[eight])]
-        crops = torch.stack(crops)
-        rows += [f"as validation sees them ({view})", *look_rows(crops, heat_maps(model, crops), chosen[eight], split)]
+        crops = torch.stack([to_pixels(photo, boxes_of(i, split, answers).get(view), size) for i, photo in zip(chosen[eight], photos[eight])])
+        rows += [f"as validation sees them ({view})", *look_rows(crops, heat_maps(model, crops), chosen[eight], split, [None] * 8)]
     whole = torch.stack([to_pixels(photo, None, size) for photo in photos])
     found = heat_maps(model, whole)
     boxes = [squashed_box(split.samples[i], size) for i in chosen]
@@ -459,7 +458,7 @@ def looks(model: FashionModel, saved: dict, split: Split, answers: SimpleNamespa
     return sheet("Where the model looks (Grad-CAM)", rows, 8, 128), heat_inside(found, boxes)
 
 
-def look_rows(images: Tensor, found: dict[str, tuple[Tensor, Tensor]], chosen: list[int], split: Split, boxes: Iterable = repeat(None)) -> Iterator:
+def look_rows(images: Tensor, found: dict[str, tuple[Tensor, Tensor]], chosen: list[int], split: Split, boxes: list[Box | None]) -> Iterator:
     """A row of images (N, 3, S, S), and one a label with what `heat_maps` found over them and the box where it is known."""
     from matplotlib import colormaps
 
