@@ -200,13 +200,14 @@ def width_of(text: str, points: float = FONT) -> float:
     return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, FontProperties(size=points), False)[0]
 
 
-def fit(text: str, pixels: float, points: float = FONT) -> str:
-    """The text, with an ellipsis in it where it is wider than this: more is kept of its end, where the names of files and classes differ."""
+def fit(text: str, pixels: float, points: float = FONT, front: float = 1 / 3) -> str:
+    """The text, with an ellipsis where it is wider than this; `front` of what is kept lies before it, little, as names differ at their end."""
     text = shown = drawable(text)
     kept = len(text)
     while kept and width_of(shown, points) > pixels:
         kept -= 1
-        shown = text[: kept // 3] + "…" + text[len(text) - kept + kept // 3 :]
+        before = round(kept * front)
+        shown = text[:before] + "…" + text[len(text) - kept + before :]
     return shown
 
 
@@ -303,19 +304,19 @@ def confusion(answers: SimpleNamespace):
     longest = {label: max(map(width_of, of)) for label, of in names.items()}
     cells = {label: 72 if len(of) <= 8 else 44 if len(of) <= 30 else 12 for label, of in names.items()}  # pixels, at least
     sides = [max(180, cells[label] * len(of)) for label, of in names.items()]
-    columns = min(3, len(sides))
-    widths = [max(sides[column::columns]) for column in range(columns)]
-    heights = [max(sides[at : at + columns]) for at in range(0, len(sides), columns)]
+    rows = [sides[at : at + 3] for at in range(0, len(sides), 3)]
     beside, below = (max(longest.values()) + more for more in (60, 110))  # names, titles
-    figure = Figure(((sum(widths) + beside * columns) / DPI, (sum(heights) + below * len(heights)) / DPI), layout="constrained")
-    grid = figure.add_gridspec(len(heights), columns, width_ratios=widths, height_ratios=heights)
-    for place, label in zip(grid, names):
+    width, heights = max(sum(row) + beside * len(row) for row in rows), [max(row) + below for row in rows]
+    figure = Figure((width / DPI, sum(heights) / DPI), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights).flat
+    axes = [ax for part, row in zip(parts, rows) for ax in part.subplots(1, len(row), squeeze=False, width_ratios=row).flat]
+    for ax, label in zip(axes, names):
         n, cell = len(names[label]), cells[label]
         truth, predicted = answers.truth[label], answers.predicted[label]
         counts = torch.bincount(truth * n + predicted, minlength=n * n).view(n, n).numpy()
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         scores = score({label: F.one_hot(predicted, n)}, {label: truth})
-        ax = figure.add_subplot(place, anchor="NW")
+        ax.set_anchor("NW")
         ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for row, column in zip(*counts.nonzero()) if n <= 30 else ():
             color = "white" if shares[row, column] > 0.55 else INK
@@ -345,16 +346,18 @@ def inputs(photos: Photos, settings: dict, classes: dict[str, int]):
     """Training images as the model receives them, pixel by pixel, with their view and labels."""
     size = photos.size
     times = max(1, round(200 / size))  # a whole number, so that each pixel is seen
+    side = size * times if size <= 256 else 224
     cells = []
     for image, target, key in islice(training_images(photos, settings, classes), 24):
         lines = [(f"{photos.view_in(*key)}, {photos.samples[key[1]].where.partition(' (')[0].partition(', ')[2]}", FAINT)]
         for label, value in target.items():
             shares = value if value.ndim else F.one_hot(value, classes[label])
             parts = sorted(((p, c) for c, p in enumerate(shares.tolist()) if p > 0), reverse=True)
-            lines.append((", ".join(class_name(label, c) + (f" {p:.2f}" if p < 1 else "") for p, c in parts), INK))
+            text = ", ".join(class_name(label, c) + (f" {p:.2f}" if p < 1 else "") for p, c in parts)
+            lines.append((fit(text, side, front=1), INK))
         cells.append((image.permute(1, 2, 0).numpy().repeat(times, 0).repeat(times, 1), {}, lines))
     title = f"Training images of epoch 1, as the model receives them ({size} px): {', '.join(classes)}"
-    return sheet(title, [cells], 6, size * times if size <= 256 else 224)
+    return sheet(title, [cells], 6, side)
 
 
 def surest_errors(answers: SimpleNamespace, label: str) -> list[tuple[int, float]]:
