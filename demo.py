@@ -29,7 +29,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -86,7 +85,7 @@ OTHER_HEIGHT, OTHER_BLUR, OTHER_PALENESS = (0.12, 0.40), (0.8, 1.4), (0.25, 0.5)
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
-Progress = Callable[[int], object] | None
+Progress = Callable[[int], object]
 Box = tuple[int, int, int, int]
 Row = tuple[str, Box, tuple[int, ...]]  # file name, box, labels
 
@@ -104,8 +103,7 @@ PLAIN_SET = Kind("", (0.48, 0.75), (5, 9), None)
 HARD_SET = Kind("hard ", (0.15, 0.60), (10, 18), (2, 4))
 
 
-@dataclass
-class Garment:
+class Garment(NamedTuple):
     """What two photos of a garment share. Coordinates have their origin in its middle; its height is 2."""
 
     name: str
@@ -129,7 +127,7 @@ def draw(
     test: int = TEST,
     seed: int = 0,
     processes: int | None = None,
-    progress: Progress = None,
+    progress: Progress = lambda photos: None,
     kind: Kind = PLAIN_SET,
 ) -> None:
     """Draw the three splits into the folder `out`, which may exist only if it is empty. All or nothing.
@@ -141,7 +139,6 @@ def draw(
         raise FileExistsError(f"{out} exists and is not an empty folder")
     out = out.resolve()
     unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}-{threading.get_ident()}")
-    unfinished.mkdir(parents=True)
     try:
         for split, photos in zip(SPLITS, (train, val, test), strict=True):
             draw_split(unfinished, split, photos, seed, processes, progress, kind)
@@ -165,17 +162,14 @@ def cached() -> Path:
 
 
 def draw_split(folder: Path, split: str, photos: int, seed: int, processes: int | None, progress: Progress, kind: Kind) -> None:
-    (folder / split).mkdir()
     for name in FOLDERS:
-        (folder / split / name.split("/")[0]).mkdir()
-    columns = ["image_name", *(() if split == "test" else BOX_COLUMNS), *LABEL_SHARES]
+        (folder / split / name).parent.mkdir(parents=True)
     with (folder / f"Fashion-How24_sub1_{split}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
+        writer.writerow(["image_name", *(() if split == "test" else BOX_COLUMNS), *LABEL_SHARES])
         for name, box, labels in drawn(partial(draw_photo, folder / split, seed, split, kind), photos, processes):
             writer.writerow([name, *(() if split == "test" else box), *labels])
-            if progress:
-                progress(1)
+            progress(1)
 
 
 def drawn(draw_one: Callable[[int], Row], photos: int, processes: int | None) -> Iterator[Row]:
@@ -377,10 +371,8 @@ def paint_cloth(garment: Garment, canvas: tuple[int, int], on_canvas: Callable[[
     """The garment's cloth with print and ornaments, filling the canvas."""
     cloth = Image.new("RGB", canvas, garment.cloth)
     pen = ImageDraw.Draw(cloth)
-    period, (phase_x, phase_y) = garment.print_period, garment.print_phase
-    steps = range(-8, 9)
-    columns = [(step + phase_x) * period for step in steps]
-    rows = [(step + phase_y) * period for step in steps]
+    period = garment.print_period
+    columns, rows = ([(step + phase) * period for step in range(-8, 9)] for phase in garment.print_phase)
     width = round(0.42 * period * scale)
     gender = garment.labels[1]
     if gender in (UPRIGHT, CHECKS):

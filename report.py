@@ -10,9 +10,10 @@ mistakes: the surest errors of validation. looks: where the model looks (Grad-CA
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cli import misuse, note, run_app, say, whole_file
@@ -31,6 +32,7 @@ from data import (
     Box,
     EpochBatches,
     Photos,
+    Sample,
     Split,
     batches,
     cutmix,
@@ -46,9 +48,9 @@ from model import FashionModel, load_model, read_checkpoint, score
 
 PICTURES = ("curves.png", "confusion.png", "inputs.png", "mistakes.png", "looks.png")
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "UnDotum", "Baekmuk Dotum")
-INK, RIGHT, WRONG, FAINT = "#222222", "#1a7f37", "#c62828", "#666666"
+INK, RIGHT, WRONG, FAINT = "black", "#1a7f37", "#c62828", "#666666"
 BOX_STYLES = {"bbox": ("given", "#ff7f0e", "-"), "mask": ("mask", "#1f77ff", "--"), "learned": ("learned", "#e0007a", "-.")}  # in words, colour, line
-DPI, GAP, LINE, FONT, LOOK = 100, 10, 15, 8, 128  # pixels an inch, between cells, from line to line; points of the text; pixels of a cell of looks.png
+DPI, GAP, LINE, FONT = 100, 10, 15, 8  # pixels an inch, between cells, from line to line; points of the text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -59,10 +61,10 @@ def report(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Draw the pictures of a run into its folder, or the curves of several runs into that of the first."""
-    read = [read_run(folder) for folder in runs]
-    if len(read) == 1:
+    if len(runs) == 1:
         draw_pictures(runs[0])
         return
+    read = [read_run(folder) for folder in runs]
     with drawing():
         save(curves(read), runs[0] / "compare.png")
     say(f"files: {runs[0]}/compare.png")
@@ -77,7 +79,7 @@ def draw_pictures(folder: Path, photos: Photos | None = None, val_split: Split |
         save(curves([run]), folder / "curves.png")
         if answers:
             save(confusion(answers), folder / "confusion.png")
-        if photos is None or val_split is None:
+        if photos is None:
             photos, val_split = read_photos(run.settings, saved["image_size"])
         save(inputs(photos, run.settings, model.classes), folder / "inputs.png")
         if answers:
@@ -95,7 +97,10 @@ def draw_pictures(folder: Path, photos: Photos | None = None, val_split: Split |
 
 
 def read_run(folder: Path) -> SimpleNamespace:
-    """A run's `folder`, its `settings`, `metrics` {column: an array over the epochs, NaN where a cell is empty} and `best`, the best epoch."""
+    """A run's `folder`, its `settings`, `metrics` and `best`, the best epoch.
+
+    `metrics`: {column: an array over the epochs, NaN where a cell is empty}, of the columns that hold anything.
+    """
     if not (folder / "config.json").is_file():
         raise misuse("RUNS", f"{folder} is no run (it has no config.json); give the folder, runs/NAME")
     try:
@@ -106,6 +111,7 @@ def read_run(folder: Path) -> SimpleNamespace:
     rows = read_rows(folder / "metrics.csv")
     try:
         metrics = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
+        metrics = {key: values for key, values in metrics.items() if np.isfinite(values).any()}
         metrics["epoch"], metrics["lr"], metrics["train_loss"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'metrics.csv'} is damaged") from None
@@ -164,15 +170,11 @@ def class_name(label: str, c: int) -> str:
 @contextmanager
 def drawing() -> Iterator[None]:
     """matplotlib's own settings, whatever the user's are: dark text on opaque white, `$` a letter like others, Hangul where a font here has it."""
-    import matplotlib
-    from matplotlib import font_manager
+    from matplotlib import font_manager, style
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        there = {font.name for font in font_manager.fontManager.ttflist}
-        fonts = ["DejaVu Sans", *[name for name in HANGUL_FONTS if name in there][:1]]
-        ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-        matplotlib.rcParams.update({"font.family": fonts, "font.size": 9, "text.parse_math": False, "figure.dpi": DPI, **ink})
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["DejaVu Sans", *[name for name in HANGUL_FONTS if name in there][:1]]
+    with style.context(["default", {"font.family": fonts, "font.size": 9, "text.parse_math": False, "figure.dpi": DPI}]):
         yield
 
 
@@ -181,138 +183,106 @@ def save(figure, path: Path) -> None:
         figure.savefig(f, format="png", facecolor="white")
 
 
-@cache
-def _drawable() -> frozenset[int]:
-    """The characters that the fonts in use can draw."""
-    from matplotlib import font_manager
-
-    paths = [font_manager.findfont(name) for name in font_manager.FontProperties().get_family()]
-    return frozenset(c for path in paths for c in font_manager.get_font(path).get_charmap() if c >= 32)
-
-
 def drawable(text: str, row: int | None = None) -> str:
     """The text with a dot for what no font here can draw (and its row in front, by which it can be told)."""
-    shown = "".join(c if ord(c) in _drawable() else "·" for c in text)
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = [get_font(findfont(FontProperties(family=[name]))) for name in FontProperties().get_family()]
+    shown = "".join(c if c >= " " and any(font.get_char_index(ord(c)) for font in fonts) else "·" for c in text)
     return shown if shown == text or row is None else f"row {row}: {shown}"
-
-
-@cache
-def _renderer():
-    from matplotlib.backends.backend_agg import RendererAgg
-
-    return RendererAgg(1, 1, DPI)
 
 
 def width_of(text: str, points: float = FONT) -> float:
     """Width of a text in pixels."""
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
-    return _renderer().get_text_width_height_descent(text, FontProperties(size=points), False)[0]
+    return RendererAgg(1, 1, DPI).get_text_width_height_descent(text, FontProperties(size=points), False)[0]
 
 
-def fit(text: str, pixels: float, points: float = FONT, keep_end: bool = False) -> str:
-    """The text, cut with an ellipsis where it is wider than this."""
-    text, cut = drawable(text), 0
-    while width_of(shown := (("…" + text[cut:] if keep_end else text[: len(text) - cut] + "…") if cut else text), points) > pixels and cut < len(text):
-        cut += 1
+def fit(text: str, pixels: float, points: float = FONT, front: float = 1 / 3) -> str:
+    """The text, with an ellipsis where it is wider than this; `front` of what is kept lies before it, little, as names differ at their end."""
+    text = shown = drawable(text)
+    kept = len(text)
+    while kept and width_of(shown, points) > pixels:
+        kept -= 1
+        before = round(kept * front)
+        shown = text[:before] + "…" + text[len(text) - kept + before :]
     return shown
 
 
-def sheet(title: str, rows: list[tuple[str, list]], columns: int, side: int, legend: Sequence = ()):
-    """A figure of cells in rows, each row under its heading ("": none).
+def sheet(title: str, rows: list[str | list[tuple]], columns: int, side: int):
+    """A figure of headings (text) and rows of cells; a row of more cells than `columns` goes on below.
 
-    A cell: (pixels uint8 (H, W, 3), at most side x side; {kind of box: box in these pixels}; lines of text under it, each (text, colour)).
+    A cell: (pixels uint8 (H, W, 3), shown as large as side x side allows; {kind of box: box in these pixels}; lines of text under it, each (text, colour)).
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.transforms import Affine2D
 
-    heights = [(LINE + 6 if heading else 0) + (side + 2 + LINE * max(len(cell[2]) for cell in cells) if cells else 0) + GAP for heading, cells in rows]
-    width, height = columns * (side + GAP) + GAP, sum(heights) + 40
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-
-    def write(x: float, y: float, text: str, color: str = INK, **how) -> None:
-        figure.text(x / width, 1 - y / height, text, color=color, va="top", **{"fontsize": FONT, **how})
-
-    left = width - GAP
-    for text, color in reversed(legend):
-        left -= width_of(text, 10) + 2 * GAP
-        write(left, 12, text, color, fontsize=10)
-    write(GAP, 10, fit(title, left - 2 * GAP, 11), fontsize=11)
-    y = 40
-    for (heading, cells), tall in zip(rows, heights):
-        top = y + (LINE + 6 if heading else 0)
-        if heading:
-            write(GAP, y, fit(heading, width - 2 * GAP, 10), fontsize=10)
-        for i, (pixels, boxes, lines) in enumerate(cells):
-            x = GAP + i * (side + GAP)
-            at_x, at_y = x + (side - pixels.shape[1]) // 2, top + (side - pixels.shape[0]) // 2
-            figure.figimage(pixels, at_x, height - at_y - pixels.shape[0], origin="upper")
-            for kind, (x0, y0, x1, y1) in boxes.items():
+    rows = [part for row in rows for part in ([row] if isinstance(row, str) else [row[at : at + columns] for at in range(0, len(row), columns)])]
+    heights = [LINE + 6 if isinstance(row, str) else side + 2 + LINE * max(len(lines) for *_, lines in row) + GAP for row in rows]
+    *tops, height = accumulate(heights, initial=40)
+    width = columns * (side + GAP) + GAP
+    figure = Figure(figsize=(width / DPI, height / DPI))
+    down = Affine2D().scale(1, -1).translate(0, height)  # places are pixels from the upper left corner
+    write = partial(figure.text, color=INK, fontsize=FONT, va="top", transform=down)
+    write(GAP, 10, fit(title, width - 2 * GAP, 11), fontsize=11)
+    for top, row in zip(tops, rows):
+        if isinstance(row, str):
+            write(GAP, top, fit(row, width - 2 * GAP, 10), fontsize=10)
+            continue
+        for i, (pixels, boxes, lines) in enumerate(row):
+            image = ImageOps.contain(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
+            scale, left = image.width / pixels.shape[1], GAP + i * (side + GAP)
+            x, y = left + (side - image.width) // 2, top + (side - image.height) // 2
+            figure.figimage(np.asarray(image), x, height - y - image.height, origin="upper")
+            for kind, box in boxes.items():
+                x0, y0, x1, y1 = (at * scale for at in box)
                 for color, line, thick in (("white", "-", 3.0), (*BOX_STYLES[kind][1:], 1.5)):
-                    at = (at_x + x0, height - at_y - y1)
-                    figure.add_artist(Rectangle(at, x1 - x0, y1 - y0, fill=False, ec=color, ls=line, lw=thick, transform=None))
+                    figure.add_artist(Rectangle((x + x0, y + y0), x1 - x0, y1 - y0, fill=False, ec=color, ls=line, lw=thick, transform=down))
             for j, (text, color) in enumerate(lines):
-                write(x, top + side + 2 + j * LINE, fit(text, side), color)
-        y += tall
+                write(left, top + side + 2 + j * LINE, fit(text, side), color=color)
     return figure
-
-
-def shown(pixels: np.ndarray, side: int) -> np.ndarray:
-    """The image (H, W, 3) as large as fits: enlarged by a whole number, so that each of its pixels is seen, or scaled down."""
-    times = side // max(pixels.shape[:2])
-    if times:
-        return pixels.repeat(times, 0).repeat(times, 1)
-    small = Image.fromarray(pixels)
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(small)
 
 
 # ---------------------------------------------------------------- the pictures
 
 
 def curves(runs: list[SimpleNamespace]):
-    """Losses, validation Top-1 and learning rate over the epochs; of several runs each label by itself, a colour a run."""
+    """Losses, validation Top-1 and learning rate over the epochs, the best one dotted; of several runs each label by itself, a colour a run."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
 
-    top1 = [key for key in runs[0].metrics if key.startswith("val_top1_") and any(np.isfinite(run.metrics.get(key, [])).any() for run in runs)]
-    accuracy = [("validation Top-1", top1)] if len(runs) == 1 else [(f"Top-1 {key.removeprefix('val_top1_')}", [key]) for key in top1]
-    panels = [("loss", ["train_loss", "val_loss"]), *[panel for panel in accuracy if panel[1]], ("learning rate", ["lr"])]
+    alone = len(runs) == 1
+    top1 = [key for key in dict.fromkeys(key for run in runs for key in run.metrics) if key.startswith("val_top1_")]
+    accuracy = {"validation Top-1": top1} if alone and top1 else {f"Top-1 {key.removeprefix('val_top1_')}": [key] for key in top1}
+    panels = {"loss" if alone else "loss (training: dotted)": ["train_loss", "val_loss"], **accuracy, "learning rate": ["lr"]}
     columns = min(3, len(panels))
-    figure = Figure(figsize=(4.6 * columns, 3.8 * math.ceil(len(panels) / columns)), layout="constrained")
-    colors = [f"C{i}" for i in range(10)]
-    for i, (title, keys) in enumerate(panels):
-        ax = figure.add_subplot(math.ceil(len(panels) / columns), columns, i + 1)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
+    for i, (title, keys) in enumerate(panels.items(), start=1):
+        ax = figure.add_subplot(rows, columns, i)
         for r, run in enumerate(runs):
             epochs = run.metrics["epoch"]
             for k, key in enumerate(keys):
-                values = run.metrics.get(key, np.full(len(epochs), np.nan))
-                if np.isfinite(values).any():
-                    name = key.replace("val_top1_", "").replace("val_loss", "validation").replace("train_loss", "training")
-                    mean = len(runs) == 1 and key == "val_top1_mean"
-                    color = INK if mean else colors[(k if len(runs) == 1 else r) % 10]
-                    style = {"ls": "-" if len(runs) == 1 or k == len(keys) - 1 else ":", "marker": "o" if len(epochs) == 1 else "", "lw": 2.2 if mean else 1.5}
-                    ax.plot(epochs, values, color=color, label=" " + name, **style)
-                    if len(runs) > 1 and run.best in epochs and key != "lr":
-                        ax.plot(run.best, values[list(epochs).index(run.best)], "o", color=color)
-            if len(runs) == 1:
-                for n, epoch in enumerate(restarts(run)):
-                    ax.axvline(epoch, color=FAINT, lw=0.8, ls=":", label=None if n else " restart")
-                ax.axvline(run.best, color=WRONG, lw=1, ls="--", label=f" best epoch, {run.best}")
+                if key in run.metrics:
+                    name = {"train_loss": "training", "val_loss": "validation"}.get(key, key.removeprefix("val_top1_"))
+                    how = {"color": INK, "lw": 2.2} if alone and key == "val_top1_mean" else {"color": f"C{k if alone else r}"}
+                    how |= {"ls": ":" if key == "train_loss" else "-", "marker": "o", "markevery": epochs == run.best}
+                    ax.plot(epochs, run.metrics[key], label=" " + name, **how)  # the space: a legend leaves out what begins with _
         ax.set_title(fit(title, 400, 11), fontsize=11)
         ax.set_xlabel("epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        ax.yaxis.set_major_formatter("{x:.1e}" if keys == ["lr"] else "{x:g}")
+        ax.locator_params("x", integer=True, nbins=8)
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.25)
-        if len(runs) == 1:
+        if alone:
+            for n, epoch in enumerate(restarts(runs[0])):
+                ax.axvline(epoch, color=FAINT, lw=0.8, ls=":", label=None if n else " restart")
+            ax.axvline(runs[0].best, color=WRONG, lw=1, ls="--", label=f" best epoch, {runs[0].best}")
             ax.legend(fontsize=8)
-        elif title == "loss":
-            ax.legend([Line2D([], [], color=INK, ls=ls) for ls in (":", "-")], ["training", "validation"], fontsize=8)
-    if len(runs) > 1:
-        lines = [Line2D([], [], color=colors[r % 10], marker="o") for r in range(len(runs))]
-        names = [" " + fit(f"{run.folder} (best epoch {run.best})", 400, 9, keep_end=True) for run in runs]
-        figure.legend(lines, names, loc="outside lower center", ncols=min(len(runs), columns), fontsize=9)
+    if not alone:
+        names = [" " + fit(f"{run.folder} (best epoch {run.best})", 400, 9) for run in runs]
+        figure.legend(ax.lines, names, loc="outside lower center", ncols=min(len(runs), columns))
     return figure
 
 
@@ -330,71 +300,64 @@ def confusion(answers: SimpleNamespace):
     """A matrix a label: how many photos of each class (row) were taken for each class (column), and their share of the row."""
     from matplotlib.figure import Figure
 
-    across, placed, right, foot = 3, [], 0.0, 0.0
-    for i, (label, probabilities) in enumerate(answers.probabilities.items()):
-        n = probabilities.shape[1]
-        cell = 72 if n <= 8 else 44 if n <= 30 else 12  # pixels
-        names = [fit(class_name(label, c), 130) for c in range(n)]
-        upright = max(map(width_of, names)) > cell - 6
-        if i % across == 0:
-            top, right = foot, 0.0
-        left = right + 45 + max(map(width_of, names))
-        placed.append((label, n, cell, names, upright, left, top + 60))
-        right = left + max(cell * n, 180) + GAP
-        foot = max(foot, top + 60 + cell * n + 62 + (max(map(width_of, names)) if upright else LINE))
-    width, height = max(left + max(cell * n, 180) for _, n, cell, *_, left, _ in placed) + 2 * GAP, foot
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    for label, n, cell, names, upright, left, top in placed:
+    names = {label: [fit(class_name(label, c), 130) for c in range(p.shape[1])] for label, p in answers.probabilities.items()}
+    longest = {label: max(map(width_of, of)) for label, of in names.items()}
+    cells = {label: 72 if len(of) <= 8 else 44 if len(of) <= 30 else 12 for label, of in names.items()}  # pixels, at least
+    sides = [max(180, cells[label] * len(of)) for label, of in names.items()]
+    rows = [sides[at : at + 3] for at in range(0, len(sides), 3)]
+    beside, below = (max(longest.values()) + more for more in (60, 110))  # names, titles
+    width, heights = max(sum(row) + beside * len(row) for row in rows), [max(row) + below for row in rows]
+    figure = Figure((width / DPI, sum(heights) / DPI), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights).flat
+    axes = [ax for part, row in zip(parts, rows) for ax in part.subplots(1, len(row), squeeze=False, width_ratios=row).flat]
+    for ax, label in zip(axes, names):
+        n, cell = len(names[label]), cells[label]
         truth, predicted = answers.truth[label], answers.predicted[label]
         counts = torch.bincount(truth * n + predicted, minlength=n * n).view(n, n).numpy()
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         scores = score({label: F.one_hot(predicted, n)}, {label: truth})
-        ax = figure.add_axes((left / width, 1 - (top + cell * n) / height, cell * n / width, cell * n / height))
+        ax.set_anchor("NW")
         ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for row, column in zip(*counts.nonzero()) if n <= 30 else ():
             color = "white" if shares[row, column] > 0.55 else INK
             text = f"{counts[row, column]}\n{shares[row, column]:.0%}"
             ax.text(column, row, text, ha="center", va="center", fontsize=FONT if cell > 50 else 6, color=color)
-        title = f"{fit(label, max(cell * n, 180), 10)}\nTop-1 {scores[f'top1_{label}']:.4f}, ACSA {scores[f'acsa_{label}']:.4f}"
+        title = f"{fit(label, 180, 10)}\nTop-1 {scores[f'top1_{label}']:.4f}, ACSA {scores[f'acsa_{label}']:.4f}"
         ax.set_title(title, fontsize=10, loc="left")
-        ax.set_xticks(range(n), names, rotation=90 if upright else 0, fontsize=FONT)
-        ax.set_yticks(range(n), names, fontsize=FONT)
+        ax.set_xticks(range(n), names[label], rotation=90 if longest[label] > cell - 6 else 0, fontsize=FONT)
+        ax.set_yticks(range(n), names[label], fontsize=FONT)
         ax.set_xlabel("predicted")
         ax.set_ylabel("true")
     return figure
 
 
-def training_images(photos: Photos, settings: dict, classes: dict[str, int], n: int = 24) -> tuple[list, list, list[tuple[int, int]]]:
-    """The first `n` images of the first epoch, as they reach the model: uint8 (3, size, size), their targets {label: ...}, their (epoch, index)."""
-    order = EpochBatches(len(photos), settings["batch_size"], settings["seed"])
-    order.epoch, taken = 1, ([], [], [])
-    for step, keys in enumerate(order, start=1):
-        keys = keys if settings["cutmix"] else keys[:n]  # CutMix wants the whole batch
-        images, targets = next(batches(make_loader(photos, len(keys), 0, [keys])))
+def training_images(photos: Photos, settings: dict, classes: dict[str, int]) -> Iterator[tuple[Tensor, dict[str, Tensor], tuple[int, int]]]:
+    """The images of the first epoch as they reach the model: uint8 (3, size, size), their targets {label: ...}, their (epoch, index)."""
+    order = EpochBatches(len(photos), settings["batch_size"] if settings["cutmix"] else 24, settings["seed"])  # CutMix wants the whole batch
+    order.epoch = 1
+    for step, (keys, (images, targets)) in enumerate(zip(order, batches(make_loader(photos, 0, 0, order))), start=1):
         targets = {label: targets[label] for label in classes}
         images, targets = cutmix(images, targets, classes, settings["cutmix"], derive_seed(settings["seed"], "cutmix", 1, step))
-        each = [{label: values[i] for label, values in targets.items()} for i in range(len(keys))]
-        for part, more in zip(taken, (images, each, keys)):
-            part += more
-        if len(taken[0]) >= n:
-            break
-    return tuple(part[:n] for part in taken)
+        for i, key in enumerate(keys):
+            yield images[i], {label: values[i] for label, values in targets.items()}, key
 
 
 def inputs(photos: Photos, settings: dict, classes: dict[str, int]):
     """Training images as the model receives them, pixel by pixel, with their view and labels."""
-    images, targets, keys = training_images(photos, settings, classes)
     size = photos.size
-    side = size * max(1, round(200 / size)) if size <= 256 else 224
+    times = max(1, round(200 / size))  # a whole number, so that each pixel is seen
+    side = size * times if size <= 256 else 224
     cells = []
-    for image, target, key in zip(images, targets, keys):
+    for image, target, key in islice(training_images(photos, settings, classes), 24):
         lines = [(f"{photos.view_in(*key)}, {photos.samples[key[1]].where.partition(' (')[0].partition(', ')[2]}", FAINT)]
         for label, value in target.items():
-            shares = {int(value): 1.0} if value.ndim == 0 else {c: p for p, c in sorted(zip(value.tolist(), range(len(value))), reverse=True) if p > 0}
-            lines.append((", ".join(class_name(label, c) + (f" {p:.2f}" if p < 1 else "") for c, p in shares.items()), INK))
-        cells.append((shown(image.permute(1, 2, 0).numpy(), side), {}, lines))
+            shares = value if value.ndim else F.one_hot(value, classes[label])
+            parts = sorted(((p, c) for c, p in enumerate(shares.tolist()) if p > 0), reverse=True)
+            text = ", ".join(class_name(label, c) + (f" {p:.2f}" if p < 1 else "") for p, c in parts)
+            lines.append((fit(text, side, front=1), INK))
+        cells.append((image.permute(1, 2, 0).numpy().repeat(times, 0).repeat(times, 1), {}, lines))
     title = f"Training images of epoch 1, as the model receives them ({size} px): {', '.join(classes)}"
-    return sheet(title, [("", cells[i : i + 6]) for i in range(0, len(cells), 6)], 6, side)
+    return sheet(title, [cells], 6, side)
 
 
 def surest_errors(answers: SimpleNamespace, label: str) -> list[tuple[int, float]]:
@@ -412,28 +375,29 @@ def boxes_of(i: int, split: Split, answers: SimpleNamespace | None) -> dict[str,
 
 def mistakes(answers: SimpleNamespace, split: Split):
     """The surest errors of each label: the whole photo with its boxes, truth and prediction."""
+    from matplotlib.lines import Line2D
+
     if answers.names != [sample.name for sample in split.samples]:
         raise ValueError(f"val_predictions.csv does not hold the photos of {split.csv}; were the data changed since?")
-    side, rows, kinds = 170, [], set()
+    rows, kinds = [], set()
     for label in answers.truth:
         errors = surest_errors(answers, label)
         cells = []
         for i, sure in errors[: 6 * max(1, 3 // len(answers.truth))]:
-            photo = np.asarray(load_photo(split.samples[i].path))
-            small = shown(photo, side)
-            boxes = {kind: [at * small.shape[1] / photo.shape[1] for at in box] for kind, box in boxes_of(i, split, answers).items()}
+            boxes = boxes_of(i, split, answers)
             kinds |= set(boxes)
-            said = f"said {class_name(label, int(answers.predicted[label][i]))} {sure:.2f}"
-            name = fit(drawable(answers.names[i], i + 1), side, keep_end=True)
-            cells.append((small, boxes, [(name, FAINT), (f"is {class_name(label, int(answers.truth[label][i]))}", INK), (said, WRONG)]))
-        rows.append((f"{label}: {len(errors):,} of {len(answers.names):,} are wrong", cells[:6]))
-        rows += [("", cells[at : at + 6]) for at in range(6, len(cells), 6)]
-    legend = [(f"{words} box", color) for kind, (words, color, _) in BOX_STYLES.items() if kind in kinds]
-    return sheet("The surest errors of validation", rows, 6, side, legend)
+            truth, said = (class_name(label, int(of[label][i])) for of in (answers.truth, answers.predicted))
+            lines = [(drawable(answers.names[i], i + 1), FAINT), (f"is {truth}", INK), (f"said {said} {sure:.2f}", WRONG)]
+            cells.append((np.asarray(load_photo(split.samples[i].path)), boxes, lines))
+        rows += [f"{label}: {len(errors):,} of {len(answers.names):,} are wrong", cells]
+    figure = sheet("The surest errors of validation", rows, 6, 170)
+    lines = [Line2D([], [], color=color, ls=line, label=f"{words} box") for kind, (words, color, line) in BOX_STYLES.items() if kind in kinds]
+    figure.legend(handles=lines, loc="upper right", ncols=3, frameon=False)
+    return figure
 
 
-def heat_maps(model: FashionModel, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Where the evidence for each label's predicted class lies in uint8 images (N, 3, S, S): {label: float32 (N, S, S) in 0..1}; and the logits.
+def heat_maps(model: FashionModel, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Where the evidence for each label's predicted class lies in uint8 images (N, 3, S, S), float32 (N, S, S) in 0..1, beside the logits (N, classes).
 
     Grad-CAM (Selvaraju et al. 2017) of the class's logit less the mean of all, on the last feature map before pooling, less that map's mean.
     Of tokens it is the last block's input: behind that block a class token is all that counts. What such a token reads differs from place to
@@ -453,16 +417,16 @@ def heat_maps(model: FashionModel, images: Tensor) -> tuple[dict[str, Tensor], d
         features = features.detach().requires_grad_()
         taken = [features]
     pooled = backbone.forward_head(features)
-    logits = {label: head(pooled) for label, head in zip(model.classes, model.heads)}
-    heats = {}
-    for label, values in logits.items():
+    found = {}
+    for label, head in zip(model.classes, model.heads):
+        values = head(pooled)
         gradient = torch.autograd.grad((values.amax(-1) - values.mean(-1)).sum(), taken[0], retain_graph=True)[0]
         maps, gradient = (_channels_last(of.detach(), backbone) for of in (taken[0], gradient))
         if features.ndim == 4 or getattr(backbone, "global_pool", "") not in ("token", "map"):
             maps, gradient = maps - maps.mean((1, 2), keepdim=True), gradient.mean((1, 2), keepdim=True)
         heat = F.interpolate((maps * gradient).sum(-1).clamp(min=0)[:, None], images.shape[-2:], mode="bilinear")[:, 0]
-        heats[label] = heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
-    return heats, {label: values.detach() for label, values in logits.items()}
+        found[label] = heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny), values.detach()
+    return found
 
 
 def _channels_last(features: Tensor, backbone: torch.nn.Module) -> Tensor:
@@ -480,57 +444,55 @@ def looks(model: FashionModel, saved: dict, split: Split, answers: SimpleNamespa
 
     The share is the mean over 32 whole photos and all labels, beside the box's share of the photo, which chance would give; None without boxes.
     """
-    n, size, view = len(split.samples), saved["image_size"], saved["data"]["view"]
-    chosen = sorted({round(i * (n - 1) / 31) for i in range(32)})
-    eight = chosen[:: max(1, len(chosen) // 8)][:8]
-    photos = {i: load_photo(split.samples[i].path) for i in chosen}
+    size, view = saved["image_size"], saved["data"]["view"]
+    chosen = sorted({round(i * (len(split.samples) - 1) / 31) for i in range(32)})
+    step = max(1, len(chosen) // 8)
+    eight = slice(0, 8 * step, step)
+    photos = [load_photo(split.samples[i].path) for i in chosen]
     rows = []
     if view != "full":
-        crops = [to_pixels(photos[i], boxes_of(i, split, answers).get(view), size) for i in eight]
-        rows += look_rows(f"as validation sees them ({view})", model, torch.stack(crops), eight, split)
-    whole = torch.stack([to_pixels(photos[i], None, size) for i in chosen])
-    boxes = {i: scaled_box(split.samples[i], photos[i], size) for i in chosen}
-    rows += look_rows("whole photos", model, whole[[chosen.index(i) for i in eight]], eight, split, boxes)
-    return sheet("Where the model looks (Grad-CAM)", rows, 8, LOOK), heat_inside(model, whole, list(boxes.values()))
+        crops = torch.stack([to_pixels(photo, boxes_of(i, split, answers).get(view), size) for i, photo in zip(chosen[eight], photos[eight])])
+        rows += [f"as validation sees them ({view})", *look_rows(crops, heat_maps(model, crops), chosen[eight], split, [None] * 8)]
+    whole = torch.stack([to_pixels(photo, None, size) for photo in photos])
+    found = heat_maps(model, whole)
+    boxes = [squashed_box(split.samples[i], size) for i in chosen]
+    shown = {label: (heats[eight], logits[eight]) for label, (heats, logits) in found.items()}
+    rows += ["whole photos", *look_rows(whole[eight], shown, chosen[eight], split, boxes[eight])]
+    return sheet("Where the model looks (Grad-CAM)", rows, 8, 128), heat_inside(found, boxes)
 
 
-def look_rows(heading: str, model: FashionModel, images: Tensor, chosen: list[int], split: Split, boxes: dict = {}) -> list[tuple[str, list]]:  # noqa: B006
-    """A row of images (N, 3, S, S), and one a label with its heat over them and the box where it is known."""
+def look_rows(images: Tensor, found: dict[str, tuple[Tensor, Tensor]], chosen: list[int], split: Split, boxes: list[Box | None]) -> Iterator:
+    """A row of images (N, 3, S, S), and one a label with what `heat_maps` found over them and the box where it is known."""
     from matplotlib import colormaps
 
-    heats, logits = heat_maps(model, images)
-    plain = [np.asarray(Image.fromarray(image).resize((LOOK, LOOK), Image.Resampling.BICUBIC)) for image in images.permute(0, 2, 3, 1).numpy()]
-    boxes = [{"bbox": [at * LOOK / images.shape[-1] for at in boxes[i]]} if boxes.get(i) else {} for i in chosen]
-    names = [fit(drawable(split.samples[i].name, i + 1), LOOK, keep_end=True) for i in chosen]
-    rows = [(heading, [(image, {}, [(name, FAINT)]) for image, name in zip(plain, names)])]
-    for label, heat in heats.items():
-        heat = F.interpolate(heat[:, None], (LOOK, LOOK), mode="bilinear")[:, 0].numpy()
+    images = images.permute(0, 2, 3, 1).numpy()
+    yield [(image, {}, [(drawable(split.samples[i].name, i + 1), FAINT)]) for image, i in zip(images, chosen)]
+    for label, (heats, logits) in found.items():
         cells = []
-        for image, one, values, i, box in zip(plain, heat, logits[label].softmax(-1), chosen, boxes):
+        for image, heat, values, i, box in zip(images, heats.numpy(), logits.softmax(-1), chosen, boxes):
             truth, said = split.samples[i].labels[label], int(values.argmax())
-            strength = (0.75 * one**0.7)[..., None]
-            over = image.mean(-1, keepdims=True) * (1 - strength) + colormaps["turbo"](one)[..., :3] * 255 * strength
+            strength = (0.75 * heat**0.7)[..., None]
+            over = image.mean(-1, keepdims=True) * (1 - strength) + colormaps["turbo"](heat)[..., :3] * 255 * strength
             lines = [(f"{class_name(label, said)} {values[said]:.2f}", RIGHT if said == truth else WRONG)]
-            cells.append((over.round().astype(np.uint8), box, lines + ([(f"is {class_name(label, truth)}", INK)] if said != truth else [])))
-        rows.append((label, cells))
-    return rows
+            lines += [(f"is {class_name(label, truth)}", INK)] if said != truth else []
+            cells.append((over.round().astype(np.uint8), {"bbox": box} if box else {}, lines))
+        yield from (label, cells)
 
 
-def scaled_box(sample, photo: Image.Image, size: int) -> Box | None:
+def squashed_box(sample: Sample, size: int) -> Box | None:
     """The garment's box (the given one, else the mask's) in a whole photo that is squashed to size."""
     box = next((sample.boxes[kind] for kind in BOX_COLUMNS if kind in sample.boxes), None)
-    return box and tuple(round(at * size / side) for at, side in zip(box, photo.size * 2))
+    return box and tuple(round(at * size / side) for at, side in zip(box, sample.size * 2))
 
 
-def heat_inside(model: FashionModel, images: Tensor, boxes: list[Box | None]) -> tuple[float, float] | None:
-    """The mean share of the heat inside each image's box, and of the image that the box is; None where no box is known."""
-    heats, _ = heat_maps(model, images)
+def heat_inside(found: dict[str, tuple[Tensor, Tensor]], boxes: list[Box | None]) -> tuple[float, float] | None:
+    """The mean share of the heat that lies inside each image's box, and of the image that the box is; None where no box is known."""
     pairs = []
-    for heat in heats.values():
-        for one, box in zip(heat, boxes):
-            if box and one.sum() > 0:
+    for heats, _ in found.values():
+        for heat, box in zip(heats, boxes):
+            if box and heat.sum() > 0:
                 x0, y0, x1, y1 = box
-                pairs.append(((one[y0:y1, x0:x1].sum() / one.sum()).item(), (y1 - y0) * (x1 - x0) / one.numel()))
+                pairs.append(((heat[y0:y1, x0:x1].sum() / heat.sum()).item(), (y1 - y0) * (x1 - x0) / heat.numel()))
     return tuple(np.mean(pairs, axis=0).tolist()) if pairs else None
 
 

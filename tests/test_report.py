@@ -128,7 +128,7 @@ def test_mistakes_are_the_surest_errors(pictured, drawn):
             assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in range(CLASSES[label])))
     answers.learned = [(5, 5, 60, 70)] * len(written)
     split = data.read_split(drawn, "val", CLASSES)
-    texts = [t.get_text() for t in report.mistakes(answers, split).texts]
+    texts = [t.get_text() for t in report.mistakes(answers, split).findobj(Text)]
     assert "given box" in texts and "learned box" in texts and "mask box" not in texts
     answers.names = answers.names[::-1]
     with pytest.raises(ValueError, match="does not hold the photos"):
@@ -173,13 +173,13 @@ def test_the_heat_is_where_the_garment_is(kind):
         optimizer.step()
         optimizer.zero_grad()
     images, kinds, boxes = draw(16)
-    heats, logits = report.heat_maps(net, images)
+    found = report.heat_maps(net, images)
     again = net.eval()(images)
-    for label, heat in heats.items():
-        assert torch.allclose(logits[label], again[label], atol=1e-4) and (logits[label].argmax(-1) == kinds).float().mean() > 0.8
+    for label, (heat, logits) in found.items():
+        assert torch.allclose(logits, again[label], atol=1e-4) and (logits.argmax(-1) == kinds).float().mean() > 0.8
         assert heat.shape == (16, size, size) and heat.isfinite().all() and heat.min() >= 0 and heat.max() <= 1
         assert (heat.flatten(1).std(1) > 0.01).all()
-    inside, chance = report.heat_inside(net, images, boxes)
+    inside, chance = report.heat_inside(found, boxes)
     assert chance == pytest.approx((side / size) ** 2) and inside > 1.5 * chance, (inside, chance)
 
 
