@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -28,13 +28,13 @@ from torch import Tensor
 from cli import misuse, note, run_app, say, whole_file
 from data import (
     BOX_COLUMNS,
-    CLASS_NAMES,
     Box,
     EpochBatches,
     Photos,
     Sample,
     Split,
     batches,
+    class_name,
     cutmix,
     derive_seed,
     find_dataset,
@@ -160,10 +160,6 @@ def read_photos(settings: dict, size: int) -> tuple[Photos, Split]:
         raise ValueError(f"config.json is of another version of this program ({error})") from None
 
 
-def class_name(label: str, c: int) -> str:
-    return CLASS_NAMES[label][c] if label in CLASS_NAMES else str(c)
-
-
 # ---------------------------------------------------------------- drawing
 
 
@@ -276,7 +272,7 @@ def curves(runs: list[SimpleNamespace]):
         ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.25)
         if alone:
-            for n, epoch in enumerate(restarts(runs[0])):
+            for n, epoch in enumerate(takewhile(lambda epoch: epoch <= runs[0].metrics["epoch"][-1], restarts(runs[0].settings))):
                 ax.axvline(epoch, color=FAINT, lw=0.8, ls=":", label=None if n else " restart")
             ax.axvline(runs[0].best, color=WRONG, lw=1, ls="--", label=f" best epoch, {runs[0].best}")
             ax.legend(fontsize=8)
@@ -286,14 +282,12 @@ def curves(runs: list[SimpleNamespace]):
     return figure
 
 
-def restarts(run: SimpleNamespace) -> list[int]:
-    """The epochs, counted from 1, that begin with the full learning rate again."""
-    epochs, stretch, found = run.settings["t_0"], run.settings["t_0"], []
-    while epochs < len(run.metrics["epoch"]):
-        found.append(epochs + 1)
-        stretch *= run.settings["t_mult"]
-        epochs += stretch
-    return found
+def restarts(settings: dict) -> Iterator[int]:
+    """The epochs, counted from 1, that begin with the full learning rate again, without end."""
+    epoch, stretch = 1, settings["t_0"]
+    while True:
+        epoch, stretch = epoch + stretch, stretch * settings["t_mult"]
+        yield epoch
 
 
 def confusion(answers: SimpleNamespace):

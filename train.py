@@ -101,7 +101,7 @@ from model import (
     score_boxes,
     update_average,
 )
-from report import draw_pictures
+from report import draw_pictures, restarts
 
 CHANGEABLE_ON_RESUME = {  # of data and teacher: where the same ones lie
     "resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache_dir", "no_cache", "pictures",
@@ -598,10 +598,7 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
         note(f"--warmup-epochs {flags.warmup_epochs:g} is longer than the run of {flags.epochs} epochs: the learning rate does not come up to --lr")
     if flags.fit_all:
         note(f"--fit-all: trains for all of the {flags.epochs} epochs, and best.pt is the last one's; --patience and --monitor do not act")
-        end = length = flags.t_0
-        while end < flags.epochs:
-            length *= flags.t_mult
-            end += length
+        end = next(epoch - 1 for epoch in restarts(vars(flags)) if epoch > flags.epochs)
         if end != flags.epochs:
             note(f"--fit-all keeps the last epoch, and there the learning rate is not at its lowest, as it is after {end} epochs, or with --t-0 {flags.epochs}")
     elif flags.patience >= flags.epochs:
@@ -829,6 +826,9 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
             raise misuse("--" + key.replace("_", "-"), f"the run was started with {value}; only {may} may change")
     if flags.epochs < settings["epochs"]:
         raise misuse("--epochs", f"the run was started with {settings['epochs']}; fewer cannot be asked for")
+    anew = next(epoch for epoch in restarts(vars(flags)) if epoch > settings["epochs"])
+    if anew <= flags.epochs:
+        note(f"--epochs {flags.epochs}: the learning rate begins anew in epoch {anew}, as the run's --t-0 {flags.t_0} and --t-mult {flags.t_mult} say")
     return config, saved
 
 

@@ -206,6 +206,7 @@ def test_resume_with_more_epochs_goes_on(trained, run, drawn, tmp_path):
     shutil.copytree(drawn, moved)
     done = run("train", "--resume", "runs/a", "--epochs", 3, "--data", moved)
     assert done.code == 0, done.err
+    assert "the learning rate begins anew in epoch 3" in done.out
     assert [r["epoch"] for r in rows("runs/a/metrics.csv")] == ["1", "2", "3"]
     assert metrics(tmp_path / "runs" / "a")[:2] == metrics(trained[0])
 
