@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +136,11 @@ class Shelf:
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
             head, *lines = self.index.read_bytes().split(b"\n")[:-1]  # the last piece is empty, or a line that was cut short
             head = json.loads(head)
-            if head["decoding"] == decoding() and (self.folder / head["pixels"]).is_file():
-                entries = {(entry[0], *(entry[1] or ())): entry for entry in json.loads(b"[%s]" % b",".join(lines))}
-                slots = max((entry[-1] + 1 for entry in entries.values()), default=0)
-                if (self.folder / head["pixels"]).stat().st_size >= slots * self.bytes:
-                    self.pixels, self.entries, self.slots = self.folder / head["pixels"], entries, slots
+            entries = {(entry[0], *(entry[1] or ())): entry for entry in json.loads(b"[%s]" % b",".join(lines))}
+            slots = max((entry[-1] + 1 for entry in entries.values()), default=0)
+            pixels = self.folder / head["pixels"]
+            if head["decoding"] == decoding() and pixels.stat().st_size >= slots * self.bytes:
+                self.pixels, self.entries, self.slots = pixels, entries, slots
         for path, box in self.wanted:
             entry, status = self.entries.get(self.name(path, box)), os.stat(path)
             times = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -149,46 +149,47 @@ class Shelf:
 
     def prepare(self) -> None:
         """Under the lock, before anything is written: a file to append to, without the entries that nobody can want where these are most of it."""
-        names = {name for name, *_ in (self.name(*key) for key in self.wanted)}
         wanted = {self.name(*key) for key in self.wanted}
-        live = [entry for key, entry in self.entries.items() if key in wanted or (entry[0] not in names and (self.root / entry[0]).exists())]
+        names = {name for name, *_ in wanted}
+        live = {key: entry for key, entry in self.entries.items() if key in wanted or (key[0] not in names and (self.root / key[0]).exists())}
         if self.pixels and 2 * len(live) >= len(self.entries):
             with open(self.index, "r+b") as index:
                 index.truncate(index.read().rfind(b"\n") + 1)
         else:
             old, self.pixels = self.pixels, self.folder / f"{self.stem}-{os.urandom(4).hex()}.pixels"
             with open(self.pixels, "xb") as pixels:
-                for slot, entry in enumerate(live):
+                for slot, entry in enumerate(live.values()):
                     pixels.write(_mapped(str(old), self.size, self.slots)[entry[-1]])
                     entry[-1] = slot
                 pixels.flush()
                 os.fsync(pixels.fileno())
             with whole_file(self.index) as index:
-                index.writelines(json.dumps(line) + "\n" for line in ({"decoding": decoding(), "pixels": self.pixels.name}, *live))
-            self.entries, self.slots = {(entry[0], *(entry[1] or ())): entry for entry in live}, len(live)
+                index.writelines(json.dumps(line) + "\n" for line in ({"decoding": decoding(), "pixels": self.pixels.name}, *live.values()))
+            self.entries, self.slots = live, len(live)
         for other in self.folder.glob(f"{self.stem}-*.pixels"):
             if other != self.pixels:  # a run that reads it keeps it open
                 other.unlink()
 
     def fill(self, workers: int, bar) -> list[str]:
         """Decode what is missing; returns what is wrong with photos. Raises OSError where the disk is full."""
-        views = Views(list(self.missing), self.wanted, self.size, {(entry[-2], tuple(entry[1] or ())): entry[-1] for entry in self.entries.values()})
+        views = list(self.missing)
         workers = workers if len(views) > CHUNK else 0
-        loader = DataLoader(views, CHUNK, num_workers=workers, collate_fn=together, worker_init_fn=data.start_worker, generator=torch.Generator())
+        known = {(entry[-2], *(entry[1] or ())): entry[-1] for entry in self.entries.values()}
+        decoded = partial(decode, self.size, known)
+        loader = DataLoader(views, CHUNK, num_workers=workers, collate_fn=decoded, worker_init_fn=data.start_worker, generator=torch.Generator())
         problems, lines, since, done = [], [], time.monotonic(), 0
         with open(self.pixels, "r+b", buffering=0) as pixels, open(self.index, "ab") as index:
-            for chunk, decoded in loader:
-                decoded = iter(decoded.numpy())
-                for (path, box), (digest, found) in zip(views.keys[done : done + CHUNK], chunk):
+            for chunk, new in loader:
+                new = iter(new.numpy())
+                for view, (digest, found) in zip(views[done : done + CHUNK], chunk):
                     if digest is None:
-                        problems.append(found)
+                        problems.append(f"{self.wanted[view]}: {found}")
                         continue
                     if found is None:
                         pixels.seek(self.slots * self.bytes)
-                        pixels.write(next(decoded))
+                        pixels.write(next(new))
                         found, self.slots = self.slots, self.slots + 1
-                    name = self.name(path, box)
-                    lines.append([name[0], box, *self.missing[path, box], digest, found])
+                    lines.append([self.name(*view)[0], view[1], *self.missing[view], digest, found])
                 done += len(chunk)
                 bar.advance(len(chunk))
                 if done == len(views) or time.monotonic() - since > NOTED_EVERY:
@@ -199,31 +200,22 @@ class Shelf:
         return problems
 
 
-class Views:
-    """The views of a shelf that are missing: (digest of the file, its pixels, or the slot that holds them already), or (None, what is wrong)."""
+def decode(size: int, known: dict[tuple, int], views: list[Key]) -> tuple[list[tuple], Tensor]:
+    """For each view (digest of the file, the slot that `known` has for its pixels or None), or (None, what is wrong); the pixels that have no slot yet.
 
-    def __init__(self, keys: list[Key], rows: dict[Key, str], size: int, known: dict[tuple, int]):
-        self.keys, self.rows, self.size, self.known = keys, rows, size, known
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, i: int) -> tuple[str | None, Tensor | int | str]:
-        path, box = self.keys[i]
+    These are one tensor, uint8 (n, 3, size, size): it goes through shared memory. A pipe full of them would hold up for ever a process whose parent was killed.
+    """
+    found, pixels = [], []
+    for path, box in views:
         try:
             digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-            slot = self.known.get((digest, box or ()))
-            return digest, data.to_pixels(data.load_photo(path), box, self.size) if slot is None else slot
+            slot = known.get((digest, *(box or ())))
+            if slot is None:
+                pixels.append(data.to_pixels(data.load_photo(path), box, size))
+            found.append((digest, slot))
         except (ValueError, OSError) as error:
-            return None, f"{self.rows[self.keys[i]]}: {error}"
-
-
-def together(chunk: list[tuple]) -> tuple[list[tuple], Tensor]:
-    """The pixels of a chunk as one tensor, None in their places: it goes through shared memory. A pipe full of them would hold up for ever a process whose
-    parent was killed.
-    """
-    decoded = [found for _, found in chunk if isinstance(found, Tensor)]
-    return [(digest, None if isinstance(found, Tensor) else found) for digest, found in chunk], torch.stack(decoded) if decoded else torch.empty(0)
+            found.append((None, str(error)))
+    return found, torch.stack(pixels) if pixels else torch.empty(0)
 
 
 def build(folder: Path, shelves: list[Shelf], workers: int) -> list[str]:
@@ -248,12 +240,11 @@ def build(folder: Path, shelves: list[Shelf], workers: int) -> list[str]:
                         if shelf.missing:
                             shelf.prepare()
                             problems += shelf.fill(workers, bar)
-                            shelf.read()
             finally:
                 console.quiet = quiet
-            return problems
     except OSError as error:
         note(f"no cache in {folder} ({error}): photos are decoded again in every epoch; --cache-dir names another place")
-        for shelf in shelves:
-            shelf.read()
-        return []
+        problems = []
+    for shelf in shelves:
+        shelf.read()
+    return problems

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -141,12 +141,12 @@ def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) ->
     if preparation["crop"] != "none":
         chosen = boxes.get(preparation["crop"]) or boxes.get("mask") or whole
         cut = clip_box(grow(chosen, preparation["box_margin"]), *photo.size)
-    inside = {view: move_into(box, cut) for view, box in boxes.items()}
-    if "bbox" in inside and not inside["bbox"]:
-        inside["bbox"] = (0, 0, cut[2] - cut[0], cut[3] - cut[1])  # the foreground is elsewhere: all that is left of the photo
-    if inside.get("mask") and not preparation["keep_background"]:
+    inside = {view: moved for view, box in boxes.items() if (moved := move_into(box, cut))}
+    if "bbox" in boxes:
+        inside.setdefault("bbox", (0, 0, cut[2] - cut[0], cut[3] - cut[1]))  # the foreground is elsewhere: all that is left of the photo
+    if "mask" in inside and not preparation["keep_background"]:
         photo = replace_background(photo, mask, color)
-    return photo if cut == whole else photo.crop(cut), {view: box for view, box in inside.items() if box}
+    return photo if cut == whole else photo.crop(cut), inside
 
 
 def foreground_box(mask: Image.Image) -> Box | None:
@@ -181,8 +181,6 @@ def replace_background(photo: Image.Image, mask: Image.Image, color: tuple[int, 
     surely = mask.point([0] * SURELY[1] + [255] * (256 - SURELY[1]))
     result = np.array(Image.composite(photo, Image.new("RGB", photo.size, color), surely))
     edge = np.flatnonzero((alpha > SURELY[0]) & (alpha < SURELY[1]))
-    if len(edge) == 0:
-        return Image.fromarray(result)
     k = max(1, round(min(photo.size) / EDGE_SIDE))
     small, weight = np.asarray(photo.reduce(k), np.float32), np.asarray(mask.reduce(k), np.float32)[..., None] / 255
 
@@ -235,29 +233,21 @@ def import_rembg():
     return rembg
 
 
-def session_class(model: str) -> type:
-    """rembg's class for a model. Raises ValueError where it has none, or one that does not fit this use."""
-    import_rembg()
-    from rembg.sessions import sessions
-
-    usable = [name for name, session in sessions.items() if session.is_local() and name not in UNSUITABLE]
-    if model not in usable:
-        close = difflib.get_close_matches(model, usable, cutoff=0.4) or usable
-        reason = UNSUITABLE.get(model, "it sends the photos to another machine") if model in sessions else "rembg has no such model"
-        raise ValueError(f"{model!r} cannot be used: {reason}; there are {', '.join(close)}")
-    return sessions[model]
-
-
 def find_weights(model: str) -> tuple[str, Path]:
     """Checksum and file of a model's weights where rembg keeps them; downloads them if need be.
 
     Raises BadParameter for a model that cannot be used, ValueError where the file is not what rembg publishes, OSError where the download fails.
     """
     import_rembg()
-    with blaming("--rembg-model"):
-        session = session_class(model)
     import pooch  # rembg brings it
+    from rembg.sessions import sessions
 
+    usable = [name for name, session in sessions.items() if session.is_local() and name not in UNSUITABLE]
+    if model not in usable:
+        close = difflib.get_close_matches(model, usable, cutoff=0.4) or usable
+        reason = UNSUITABLE.get(model, "it sends the photos to another machine") if model in sessions else "rembg has no such model"
+        raise misuse("--rembg-model", f"{model!r} cannot be used: {reason}; there are {', '.join(close)}")
+    session = sessions[model]
     published, name = published_file(session)
     path = session.resolve_existing(name)
     if path is None:
@@ -331,17 +321,17 @@ def preprocess(
     finally:
         gc.enable()
     begun = set(written.get("unfinished", ()))
-    if written and not begun and not job.todo and not job.failed and not job.outdated_csvs():
+    if written and not begun and not job.todo and not job.failed and not any(map(job.is_outdated, tables)):
         say(f"{out} is finished ({job.counted()}); nothing was changed")
         return
 
-    remover = Remover(rembg_model)
+    remover, workers = Remover(rembg_model), default_workers(workers)
     if job.todo or not written:
         checksum, weights = find_weights(rembg_model)
         if written and written["preparation"]["checksum"] != checksum:
             before = written["preparation"]["checksum"]
             raise ValueError(f"{out} was begun with other weights of {rembg_model} ({before}, not {checksum}); choose another folder")
-        providers, workers = remover.start(), default_workers(workers)
+        providers = remover.start()
         versions = {"python": platform.python_version()} | {package: version(package) for package in ("rembg", "onnxruntime", "pillow", "numpy", "scipy")}
         written |= {"preparation": settings | {"checksum": checksum, "weights_bytes": weights.stat().st_size}, "providers": providers, "versions": versions}
         if rembg_model in NON_COMMERCIAL:
@@ -374,8 +364,8 @@ def check_output(root: Path, out: Path, settings: dict, subtask: int) -> dict:
     """What an earlier start wrote into preprocess.json, {} in a new folder. Raises ValueError where the folder is something else's or was begun otherwise."""
     if (root / PREPARED).exists():
         raise ValueError(f"{root} was made by preprocess.py already; give the dataset that it was made from")
-    inner, outer = sorted((root.resolve(), out.resolve()), key=lambda path: len(path.parts), reverse=True)
-    if inner.is_relative_to(outer):
+    source, target = root.resolve(), out.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
         raise ValueError(f"{out} and {root} lie within each other; choose a folder beside it")
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
@@ -414,8 +404,12 @@ class Job:
         for split, table in tables.items():
             if "Mask_xmin" in table.header:
                 raise ValueError(f"{table.csv} has Mask_ columns already; take them out, or give the dataset without them")
+            samples = [sample for _, sample in table.rows if isinstance(sample, Sample)]
+            same = [line["bytes"] == str(table.sizes[sample.path]) for sample in samples if (line := self.log.get(self.key_of(split, sample)))]
+            if samples and any(where == split for where, _ in self.log) and len(same) != 1 and not any(same):
+                raise ValueError(f"{out} was made of other photos than those of {table.csv}; choose another folder")
             made: dict[str, tuple[str, str]] = {}  # from which photo and box each output file comes
-            times = Counter(sample.name for _, sample in table.rows if isinstance(sample, Sample))
+            times = Counter(sample.name for sample in samples)
             for i, (_, sample) in enumerate(table.rows):
                 row = (SPLITS.index(split), i)
                 if isinstance(sample, Sample) and times[sample.name] > 1:  # a box is checked as its photo is made, and only one row's is then
@@ -432,15 +426,6 @@ class Job:
                     self.done[key] = self.log[key]
                 else:
                     self.todo[key] = row, sample
-            self.check_source(split, table)
-
-    def check_source(self, split: str, table: Table) -> None:
-        """Raises ValueError where the folder holds this split of another dataset."""
-        samples = [sample for _, sample in table.rows if isinstance(sample, Sample)]
-        known = [line for sample in samples if (line := self.log.get(self.key_of(split, sample)))]
-        same = sum(line["bytes"] == str(table.sizes[sample.path]) for sample in samples if (line := self.log.get(self.key_of(split, sample))))
-        if samples and any(where == split for where, _ in self.log) and (not known or (len(known) > 1 and not same)):
-            raise ValueError(f"{self.out} was made of other photos than those of {table.csv}; choose another folder")
 
     def key_of(self, split: str, sample: Sample) -> tuple[str, str]:
         return split, os.path.normpath(sample.name)
@@ -457,19 +442,17 @@ class Job:
         line = self.log.get(key)
         if line is None or line["bytes"] != str(size) or line["cut_to"] != self.cut_to(sample):
             return False
-        try:
-            newer = os.stat(sample.path).st_mtime_ns > os.stat(path).st_mtime_ns
-        except OSError:
-            return False
-        return not newer or digest_of(sample.path) == line["blake2b"]
+        with suppress(OSError):  # a photo that cannot be read is reported as it is made
+            return os.stat(sample.path).st_mtime_ns <= os.stat(path).st_mtime_ns or digest_of(sample.path) == line["blake2b"]
+        return False
 
-    def run(self, prepare: Callable[[Sample], Prepared], workers: int | None, log: IO) -> None:
+    def run(self, prepare: Callable[[Sample], Prepared], workers: int, log: IO) -> None:
         """Make all that is to do, some photos at a time; a line of the log follows each image."""
         lines = csv.DictWriter(log, LOG_COLUMNS, lineterminator="\n")
         if log.tell() == 0:
             lines.writeheader()
         with progress(len(self.todo), "photos", "photos") as bar:
-            for (key, (row, _)), result in zip(self.todo.items(), at_once(partial(self.make, prepare), list(self.todo.items()), workers)):
+            for (key, (row, _)), result in zip(self.todo.items(), at_once(partial(self.make, prepare), self.todo.items(), workers)):
                 if isinstance(result, ValueError):
                     self.failed[row] = result
                 else:
@@ -495,34 +478,29 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, "wb") as file:
             file.write(buffer.getbuffer())
-        line = {"split": split, "image_name": name, "bytes": os.path.getsize(sample.path), "blake2b": digest_of(sample.path), "cut_to": self.cut_to(sample)}
-        line |= dict(zip(BOX_COLUMNS["mask"], boxes.get("mask", (0, 0, *photo.size)))) | {"found": int("mask" in boxes)}
-        line |= dict(zip(BOX_COLUMNS["bbox"], boxes.get("bbox", ("",) * 4)))
-        return {key: str(value) for key, value in line.items()}
+        line = [split, name, os.path.getsize(sample.path), digest_of(sample.path), self.cut_to(sample)]
+        line += [*boxes.get("mask", (0, 0, *photo.size)), int("mask" in boxes), *boxes.get("bbox", ("",) * 4)]
+        return dict(zip(LOG_COLUMNS, map(str, line)))
 
     def csv_rows(self, split: str) -> Iterator[list[str]]:
         """The header and rows of a split's new CSV: the old cells, with new names and boxes where these changed, and the mask's box."""
         table = self.tables[split]
         yield [*table.header, *BOX_COLUMNS["mask"]]
         for i, (cells, sample) in enumerate(table.rows):
-            line = None if (SPLITS.index(split), i) in self.failed else self.done.get(self.key_of(split, sample))
-            if line is None:
+            if (SPLITS.index(split), i) in self.failed or not (line := self.done.get(self.key_of(split, sample))):
                 continue
             changed = {"image_name": new_name(sample.name)}
             if self.crop != "none" and "bbox" in sample.boxes:
                 changed |= {column: line[column] for column in BOX_COLUMNS["bbox"]}
             yield [*(changed.get(column, cell) for column, cell in zip(table.header, cells)), *(line[column] for column in BOX_COLUMNS["mask"])]
 
-    def outdated_csvs(self) -> bool:
-        """Whether a CSV of the output is not what its rows are now (labels may have been corrected)."""
-        for split, table in self.tables.items():
-            try:
-                with open(self.out / table.csv.name, encoding="utf-8", errors="surrogateescape", newline="") as file:
-                    if list(csv.reader(file)) != list(self.csv_rows(split)):
-                        return True
-            except (OSError, csv.Error):
-                return True
-        return False
+    def is_outdated(self, split: str) -> bool:
+        """Whether a split's CSV in the output is not what its rows are now (labels may have been corrected)."""
+        try:
+            with open(self.out / self.tables[split].csv.name, encoding="utf-8", errors="surrogateescape", newline="") as file:
+                return list(csv.reader(file)) != list(self.csv_rows(split))
+        except (OSError, csv.Error):
+            return True
 
     def write_csvs(self) -> None:
         for split, table in self.tables.items():
@@ -539,8 +517,8 @@ class Job:
         return counts
 
     def counted(self) -> str:
-        n, empty = (sum(count[key] for count in self.counts().values()) for key in ("photos", "without foreground"))
-        return f"{n:,} photos" + (f", {empty:,} of them left whole, since no foreground was found" if empty else "")
+        empty = sum(line["found"] == "0" for line in self.done.values())
+        return f"{len(self.done):,} photos" + (f", {empty:,} of them left whole, since no foreground was found" if empty else "")
 
 
 def new_name(name: str) -> str:
@@ -553,14 +531,14 @@ def digest_of(path: str) -> str:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
-def at_once(work: Callable, items: list, workers: int | None) -> Iterator:
+def at_once(work: Callable, items: Iterable, workers: int) -> Iterator:
     """`work(item)` for all items in order, in `workers` threads (Pillow, NumPy and ONNX Runtime let go of Python's lock); few results wait."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: list[Future] = []
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * pool._max_workers:
+                if len(waiting) > 2 * workers:
                     yield waiting.pop(0).result()
             while waiting:
                 yield waiting.pop(0).result()
@@ -570,18 +548,14 @@ def at_once(work: Callable, items: list, workers: int | None) -> Iterator:
 
 def read_log(path: Path) -> dict[tuple[str, str], dict[str, str]]:
     """The whole lines of the log by (split, image_name); a line that was cut off by a kill is left out, the last of several counts."""
-    try:
-        text = path.read_bytes().decode("utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        return {}
-    damaged = ValueError(f"{path} is damaged; delete {path.parent} and start again")
+    text = path.read_bytes().decode("utf-8", errors="surrogateescape") if path.exists() else ""
     try:
         rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
         if rows.fieldnames and tuple(rows.fieldnames) != LOG_COLUMNS:
-            raise damaged
+            raise csv.Error
         return {(row["split"], row["image_name"]): row for row in rows if row["split"] in SPLITS and None not in row.values() and None not in row}
     except csv.Error:
-        raise damaged from None
+        raise ValueError(f"{path} is damaged; delete {path.parent} and start again") from None
 
 
 def append_to(path: Path) -> IO:

@@ -708,7 +708,6 @@ def test_a_remover_that_is_not_trainings(run, trained, garments, processed, tmp_
 
 
 HOSTILE = [
-    None,
     3,
     [],
     {},
@@ -719,7 +718,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("preparation", HOSTILE[1:])
+@pytest.mark.parametrize("preparation", HOSTILE)
 def test_a_checkpoint_that_lies_about_its_treatment(run, trained, garments, tmp_path, preparation):
     saved = read_checkpoint(trained.best)
     saved["data"]["preparation"] = preparation
