@@ -1,10 +1,10 @@
 """README's commands for the demo sets, word for word, in an empty folder with the scripts: what a newcomer would paste.
 
-    python tests/readme_demo.py              # half an hour and more: preprocess.py cleans 5,200 photos
+    python tests/readme_demo.py              # a quarter of an hour: preprocess.py cleans 2,000 photos
     python tests/readme_demo.py --long       # the experiments too: an hour
     python tests/readme_demo.py --list       # only say which
 
-Taken are the commands that read or write `demo`, `Small` or a copy of them, and those on runs/NAME that every run can be given, where NAME becomes
+Taken are the commands that read or write `demo`, `Small` or its copy, and those on runs/NAME that every run can be given, where NAME becomes
 the first command's run: that word is README's own. What needs files of one's own is left out. Exit code 1 where a command fails.
 """
 
@@ -27,7 +27,7 @@ from test_readme import blocks, spans
 
 from cli import run_app, say
 
-DEMO = re.compile(r"\b(demo|Demo|Small)(-rembg)?(?= |$)")
+DEMO = re.compile(r"\b(demo|Small)(-rembg)?(?= |$)")
 ON_A_RUN = ("python predict.py runs/NAME/best.pt", "python report.py runs/NAME", "python experiments.py table")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -40,7 +40,7 @@ def demo_commands(text: str, long: bool) -> list[str]:
     chosen = [line for line in lines if line in ON_A_RUN or (DEMO.search(line) and not re.search(r"safetensors|Dataset|\$", line))]
     if not long:
         chosen = [line for line in chosen if "experiments.py" not in line]
-    first = ("pip ", "python demo.py", "python preprocess.py")
+    first = ("pip ", "python demo.py")
     return sorted(chosen, key=lambda line: (next((i for i, start in enumerate(first) if line.startswith(start)), len(first)), line.endswith("table")))
 
 
