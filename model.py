@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cli import whole_file
-from data import BOX
+from data import BOX, MAX_CLASSES
 
 FORMAT = "fashion-attributes 1"
 MAX_IMAGE_SIZE = 4096
@@ -146,7 +146,7 @@ def build_model(
     where the download fails.
     """
     check_backbone(name)
-    own = timm.get_pretrained_cfg(name)
+    own = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # of a backbone that was added here: timm's general values
     size = image_size or own.input_size[-1]
     if pretrained:
         _stay_offline_without_network()
@@ -482,8 +482,8 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
         if "weights" not in state:
             raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
         classes, weights, size = state["classes"], state["weights"], state["image_size"]
-        if not 0 < size <= MAX_IMAGE_SIZE or any(weights[f"heads.{i}.weight"].shape[0] != n for i, n in enumerate(classes.values())):
-            raise ValueError("its heads or image size are not what it says")
+        if not 0 < size <= MAX_IMAGE_SIZE or any(not 0 < n <= MAX_CLASSES for n in classes.values()):
+            raise ValueError("its classes or image size make no sense")
         if absent := [key for key in ("data", "batch_size", "amp", "scores", "learned") if key not in state]:
             raise ValueError(f"it has no {absent[0]}")
         if state["learned"] is not None and not all(math.isfinite(state["learned"][key]) for key in FIXED_LOOK):
@@ -554,12 +554,13 @@ def _backbone_tensors(given: object, backbone: nn.Module, path: str | os.PathLik
 
 
 def _load_heads(model: FashionModel, state: dict) -> list[str]:
-    """Copy the heads of the same labels and classes from a `best.pt`; returns a line on those that did not match."""
-    given = {label: {kind: state["weights"][f"heads.{j}.{kind}"] for kind in ("weight", "bias")} for j, label in enumerate(state["classes"])}
-    fresh = []
+    """Copy the heads of the same labels and shapes from a `best.pt`; returns a line on those that did not match."""
+    fresh, given = [], list(state["classes"])
     for label, head in zip(model.classes, model.heads):
-        if label in given and given[label]["weight"].shape == head.weight.shape:
-            head.load_state_dict(given[label])
+        start = f"heads.{given.index(label)}." if label in given else "none"
+        found = {key.removeprefix(start): value for key, value in state["weights"].items() if key.startswith(start)}
+        if {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in head.state_dict().items()}:
+            head.load_state_dict(found)
         else:
             fresh.append(label)
     return [f"new heads, which the checkpoint does not have: {', '.join(fresh)}"] if fresh else []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, TINY
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,18 +30,25 @@ def scripts(tmp_path):
     return tmp_path
 
 
-def train(scripts, drawn, *flags):
-    command = [sys.executable, "train.py", "--data", str(drawn), *TINY, "--epochs", "1", "--t-0", "1", "--workers", "0", "--name", "edited", *flags]
-    done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, timeout=240)
+def start(scripts, *command):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=scripts, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def train(scripts, drawn, *flags):
+    return start(scripts, "train.py", "--data", drawn, *TINY, "--epochs", 1, "--t-0", 1, "--workers", 0, "--name", "edited", *flags)
+
+
 @pytest.mark.slow
-def test_an_augmentation_and_a_loss(scripts, drawn):
-    assert {name for name, _ in DIFFS} == {"augment.py", "losses.py", "train.py"}
+def test_an_augmentation_a_loss_a_head_and_a_backbone(scripts, drawn):
+    assert {name for name, _ in DIFFS} == {"augment.py", "losses.py", "train.py", "model.py"}
     assert "RandomGrayscale" in str(runpy.run_path(str(scripts / "augment.py"))["augmentation"]("basic"))
-    train(scripts, drawn, "--loss", "poly1")
+    trained = train(scripts, drawn, "--loss", "poly1", "--model", "my_resnet", "--box-head", "--crop-prob", 0.5)
+    mean = re.findall(r"mean +\d\.\d+.*", trained)
+    assert mean and re.findall(r"mean +\d\.\d+.*", start(scripts, "predict.py", "runs/edited/best.pt", "--split", "val", "--workers", 0)) == mean
+    weights = torch.load(scripts / "runs/edited/best.pt", weights_only=True)["weights"]
+    assert weights["heads.0.2.weight"].shape == (6, 128) and weights["backbone.conv1.weight"].shape[0] == 64
 
 
 @pytest.mark.slow
