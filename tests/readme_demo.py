@@ -4,6 +4,8 @@
     python tests/readme_demo.py --long       # the experiments too: an hour
     python tests/readme_demo.py --list       # only say which
 
+u2netp's weights are downloaded; without a network set U2NET_HOME to their folder.
+
 Taken are the commands that read or write `demo`, `Small` or its copy, and those on runs/NAME that every run can be given, where NAME becomes
 the first command's run: that word is README's own. What needs files of one's own is left out. Exit code 1 where a command fails.
 """
