@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -293,6 +294,9 @@ def _columns(path: Path, header: list[str], rows: list, split: str, classes: dic
     """The boxes and the labels that the CSV holds. In test, a column that says nothing (constant, or -1 throughout) counts as absent."""
     if doubled := [name for name, n in Counter(filter(None, header)).items() if n > 1]:
         raise ValueError(f"{path}: the column {doubled[0]} occurs more than once")
+    ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
+    if misspelt := [name for name in header if ours.get(name.lower(), name) not in header]:
+        raise ValueError(f"{path}: the column {misspelt[0]} should be spelt {ours[misspelt[0].lower()]}")
     if "image_name" not in header:
         raise ValueError(f"{path}: no column image_name (columns: {', '.join(header)})")
     silent = set()
@@ -733,7 +737,7 @@ def describe(
             continue
         try:
             read = read_split(root, split, classes, subtask)
-            classes = read.classes if split == "train" else classes
+            classes = read.classes
             _describe_split(split, read)
             as_written = [sample for _, sample in read_table(root, split, {}, subtask).rows]
             if beyond := sum(before.boxes != after.boxes for before, after in zip(as_written, read.samples)):
@@ -743,19 +747,23 @@ def describe(
             wrong += _describe_images(split, read.samples, chosen)
         except (ValueError, OSError) as error:
             wrong.append(str(error))
+            classes = classes or {}  # without those of the training rows, the others' labels are not looked at
     if wrong:
         raise ValueError("\n".join(wrong))
     say("nothing wrong found" + (" (a sample of the images was decoded; --all decodes every one)" if left_out else ""))
 
 
 def _describe_split(split: str, read: Split) -> None:
-    say(f"\n{split}: {len(read.samples):,} rows, {'with' if read.has('bbox') else 'without'} boxes, labels: {', '.join(read.labelled) or 'none'}")
+    labels = ", ".join(read.labelled) or ("none" if read.classes else "not looked at, as the training CSV is wrong")
+    say(f"\n{split}: {len(read.samples):,} rows, {'with' if read.has('bbox') else 'without'} boxes, labels: {labels}")
     rows = []
     for label in read.labelled:
         counts = Counter(sample.labels[label] for sample in read.samples)
         rows += [[label, str(c), class_name(label, c), str(counts[c]), f"{counts[c] / len(read.samples):.1%}"] for c in range(read.classes[label])]
     if rows:
         show_table("classes", ["label", "class", "name", "rows", "share"], rows)
+    if empty := [f"{label} {c}" for label, c, _, count, _ in rows if count == "0"]:
+        note(f"no row is of the class {', '.join(empty)}")
 
 
 def _describe_images(split: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:

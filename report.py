@@ -86,6 +86,9 @@ def draw_pictures(folder: Path, photos: Photos | None = None, val_split: Split |
             save(mistakes(answers, val_split), folder / "mistakes.png")
         figure, inside = looks(model, saved, val_split, answers)
         save(figure, folder / "looks.png")
+        dotted = [text for text in [*model.classes, *(answers.names if answers else ())] if drawable(text) != text]
+    if dotted:
+        note(f"no font here has every character of {dotted[0]}: pictures show dots for them; a font such as {HANGUL_FONTS[2]} has the Korean ones")
     if not answers:
         note(f"no {folder / 'val_predictions.csv'}: no confusion.png, no mistakes.png")
     if inside:
@@ -262,7 +265,8 @@ def curves(runs: list[SimpleNamespace]):
             epochs = run.metrics["epoch"]
             for k, key in enumerate(keys):
                 if key in run.metrics:
-                    name = {"train_loss": "training", "val_loss": "validation"}.get(key, key.removeprefix("val_top1_"))
+                    training = "training, with the boxes'" if "val_iou" in run.metrics else "training"
+                    name = {"train_loss": training, "val_loss": "validation"}.get(key, drawable(key.removeprefix("val_top1_")))
                     how = {"color": INK, "lw": 2.2} if alone and key == "val_top1_mean" else {"color": f"C{k if alone else r}"}
                     how |= {"ls": ":" if key == "train_loss" else "-", "marker": "o", "markevery": epochs == run.best}
                     ax.plot(epochs, run.metrics[key], label=" " + name, **how)  # the space: a legend leaves out what begins with _
@@ -451,8 +455,8 @@ def looks(model: FashionModel, saved: dict, split: Split, answers: SimpleNamespa
     found = heat_maps(model, whole)
     boxes = [squashed_box(split.samples[i], size) for i in chosen]
     shown = {label: (heats[eight], logits[eight]) for label, (heats, logits) in found.items()}
-    rows += ["whole photos", *look_rows(whole[eight], shown, chosen[eight], split, boxes[eight])]
-    return sheet("Where the model looks (Grad-CAM)", rows, 8, 128), heat_inside(found, boxes)
+    rows += ["whole photos" + (", the first look" if view == "learned" else ""), *look_rows(whole[eight], shown, chosen[eight], split, boxes[eight])]
+    return sheet("Where the model looks (Grad-CAM): red is most, blue least; the frame is the given box", rows, 8, 128), heat_inside(found, boxes)
 
 
 def look_rows(images: Tensor, found: dict[str, tuple[Tensor, Tensor]], chosen: list[int], split: Split, boxes: list[Box | None]) -> Iterator:

@@ -617,6 +617,8 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
     for key, (can, beside) in acts.items():
         if given(ctx, key) and not can:
             note(f"--{key.replace('_', '-')} cannot act {beside}")
+    if not flags.pretrained and not flags.weights and flags.lr < 1e-4:
+        note(f"--lr {flags.lr:g} is a rate for pretrained weights: a model from scratch hardly learns with it; 1e-3 to 4e-3 are usual")
     if flags.subtask == 2 and (flags.pretrained or flags.weights or cleaned):
         note("the rules of sub-task 2 admit no pretrained models, rembg's among them: an entry wants --no-pretrained, on raw photos")
 
@@ -828,7 +830,8 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
         raise misuse("--epochs", f"the run was started with {settings['epochs']}; fewer cannot be asked for")
     anew = next(epoch for epoch in restarts(vars(flags)) if epoch > settings["epochs"])
     if anew <= flags.epochs:
-        note(f"--epochs {flags.epochs}: the learning rate begins anew in epoch {anew}, as the run's --t-0 {flags.t_0} and --t-mult {flags.t_mult} say")
+        end = next(epoch - 1 for epoch in restarts(vars(flags)) if epoch > flags.epochs)
+        note(f"--epochs {flags.epochs}: the learning rate begins anew in epoch {anew} (--t-0, --t-mult); it is at its lowest after {end} epochs")
     return config, saved
 
 

@@ -76,6 +76,13 @@ def test_a_column_is_missing(run, dataset, column):
     refused(run, dataset, says=[TRAIN_CSV, column])
 
 
+@pytest.mark.parametrize("name", [TRAIN_CSV, VAL_CSV])
+def test_a_column_of_other_case(run, dataset, name):
+    path = dataset / name
+    path.write_text(path.read_text().replace("BBox_", "Bbox_"))
+    refused(run, dataset, says=[name, "Bbox_xmin should be spelt BBox_xmin"])
+
+
 def test_a_label_is_missing_in_val(run, dataset):
     path = dataset / VAL_CSV
     path.write_text(path.read_text().replace("Gender", "Mask_gender", 1))

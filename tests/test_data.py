@@ -239,7 +239,8 @@ def test_describe(run, drawn):
 def test_describe_counts_boxes_beyond_their_photos(one, run):
     root = one(HEADER + "\n" + "".join(f"2COAT 2019/옷 1.jpg,{box},{label},0,0\n" for label, box in enumerate(("5,10,40,60", "5,10,41,60", "-3,10,400,600"))))
     done = run("data", root)
-    assert "2 boxes reach beyond their photos" in done.out and done.code == 1  # there is no val
+    assert "2 boxes reach beyond their photos" in done.out and "no row is of the class Daily 3, Daily 4, Daily 5, Gender 1" in done.out
+    assert done.code == 1  # there is no val
 
 
 def test_describe_says_what_is_wrong(run, drawn, tmp_path):
@@ -249,6 +250,14 @@ def test_describe_says_what_is_wrong(run, drawn, tmp_path):
     victim.write_bytes(victim.read_bytes()[:2000])
     done = run("data", broken, "--all")
     assert done.code == 1 and victim.name in done.err and "damaged" in done.err
+    test_csv, train_csv = (broken / f"Fashion-How24_sub1_{split}.csv" for split in ("test", "train"))
+    unlabelled = "\n".join(line.split(",")[0] for line in test_csv.read_text().splitlines())
+    test_csv.write_text(unlabelled)
+    text = train_csv.read_text()
+    train_csv.write_text(text.replace("Daily", "Gender"))
+    done = run("data", broken)
+    assert done.code == 1 and "train.csv: the column Gender occurs" in done.err and "test.csv" not in done.err and "labels: not looked at" in done.out
+    train_csv.write_text(text)
     (broken / "Fashion-How24_sub1_val.csv").unlink()
     victim.unlink()
     done = run("data", broken)

@@ -122,7 +122,7 @@ def test_an_entry_with_a_remover(run, u2netp, untried, tmp_path):
     assert run("preprocess", "Demo", "Clean", "--rembg-model", "u2netp", "--workers", 1).code == 0
     train(run, Path("Clean"))
     done = run("predict", "runs/a/best.pt", "--entry", "Entry", "--data", "Demo")
-    assert done.code == 0 and "the box round the foreground (mask)" in done.out and "2 photos of Demo" in done.out, done.err
+    assert done.code == 0 and "the box round the foreground (mask)" in done.out and "8 photos of Demo" in done.out, done.err
     assert (tmp_path / "Entry" / "model" / "u2netp.onnx").stat().st_size > 4e6 and "rembg" in (tmp_path / "Entry" / "requirements.txt").read_text()
     assert run("predict", "runs/a/best.pt", "--data", "Demo", "--split", "test", "--out", "p.csv", "--workers", 0).code == 0
     assert send_in(tmp_path / "Entry", tmp_path / "there", tmp_path / "Demo", "a plain script")["columns"] == answers(Path("p.csv"))

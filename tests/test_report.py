@@ -197,7 +197,7 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
     settings = {"batch_size": 8, "seed": 1, "cutmix": ["joint"], "t_0": 2, "t_mult": 2}
     photos = data.Photos(samples, 48, "bbox", 0.5)
     net = FashionModel(timm.create_model("test_resnet", num_classes=0), 96, CLASSES, (0.5,) * 3, (0.25,) * 3)
-    metrics = {key: np.linspace(0.2, 0.9, 9) for key in ("lr", "train_loss", "val_loss", *(f"val_top1_{label}" for label in (*CLASSES, "mean")))}
+    metrics = {key: np.linspace(0.2, 0.9, 9) for key in ("lr", "train_loss", "val_loss", *(f"val_top1_{label}" for label in (*CLASSES, "스타일", "mean")))}
     runs = [SimpleNamespace(folder="runs/" + name, settings=settings, metrics=metrics | {"epoch": np.arange(1.0, 10)}, best=4) for name in odd[1:]]
     with report.drawing():
         nothing_overlaps(report.mistakes(answers, split))
