@@ -619,6 +619,8 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
             note(f"--{key.replace('_', '-')} cannot act {beside}")
     if not flags.pretrained and not flags.weights and flags.lr < 1e-4:
         note(f"--lr {flags.lr:g} is a rate for pretrained weights: a model from scratch hardly learns with it; 1e-3 to 4e-3 are usual")
+    elif flags.box_head and flags.lr < 2e-5:
+        note(f"--lr {flags.lr:g} hardly moves the new box head; 5e-5 does")
     if flags.subtask == 2 and (flags.pretrained or flags.weights or cleaned):
         note("the rules of sub-task 2 admit no pretrained models, rembg's among them: an entry wants --no-pretrained, on raw photos")
 

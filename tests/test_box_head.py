@@ -234,6 +234,12 @@ def test_what_cannot_go_together_is_refused(run, drawn, flags, message):
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
 
 
+@pytest.mark.parametrize(("lr", "said"), [(5e-6, True), (5e-5, False)])
+def test_a_rate_that_hardly_moves_a_new_head_is_said(run, drawn, lr, said):
+    done = run("train", "--data", drawn, *TINY, "--box-head", "--crop-prob", 0.5, "--lr", lr, "--weights", "none.pth")
+    assert done.code == 2 and "none.pth" in done.err and ("hardly moves the new box head" in done.out) == said
+
+
 def test_without_boxes_there_is_no_head(run, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / "Bare")
     for split in ("train", "val"):
