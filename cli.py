@@ -93,6 +93,9 @@ def _fail(message: str, code: int) -> None:
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app: exit code 2 and one line for misuse, 1 and one line for a failure; `--debug` shows the traceback instead."""
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     if not debug:
         warnings.filterwarnings("ignore", module=r"(torch|timm|torchvision|PIL)")
     try:

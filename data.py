@@ -736,8 +736,8 @@ def describe(
             wrong += [f"{csv_name(split, subtask)} is missing"] if split != "test" else []
             continue
         try:
-            read = read_split(root, split, classes, subtask)
-            classes = read.classes
+            read = read_split(root, split, {} if split == "test" and classes is None else classes, subtask)  # whose labels may be absent
+            classes = read.classes if split == "train" else classes
             _describe_split(split, read)
             as_written = [sample for _, sample in read_table(root, split, {}, subtask).rows]
             if beyond := sum(before.boxes != after.boxes for before, after in zip(as_written, read.samples)):
@@ -747,14 +747,13 @@ def describe(
             wrong += _describe_images(split, read.samples, chosen)
         except (ValueError, OSError) as error:
             wrong.append(str(error))
-            classes = classes or {}  # without those of the training rows, the others' labels are not looked at
     if wrong:
         raise ValueError("\n".join(wrong))
     say("nothing wrong found" + (" (a sample of the images was decoded; --all decodes every one)" if left_out else ""))
 
 
 def _describe_split(split: str, read: Split) -> None:
-    labels = ", ".join(read.labelled) or ("none" if read.classes else "not looked at, as the training CSV is wrong")
+    labels = ", ".join(read.labelled) or ("none" if read.classes else "not looked at, as the training CSV gave none")
     say(f"\n{split}: {len(read.samples):,} rows, {'with' if read.has('bbox') else 'without'} boxes, labels: {labels}")
     rows = []
     for label in read.labelled:
@@ -763,7 +762,7 @@ def _describe_split(split: str, read: Split) -> None:
     if rows:
         show_table("classes", ["label", "class", "name", "rows", "share"], rows)
     if empty := [f"{label} {c}" for label, c, _, count, _ in rows if count == "0"]:
-        note(f"no row is of the class {', '.join(empty)}")
+        note(f"no row is of the class {', '.join(empty[:20])}" + (f" and {len(empty) - 20} more" if len(empty) > 20 else ""))
 
 
 def _describe_images(split: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:

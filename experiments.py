@@ -392,7 +392,7 @@ def find_base(group: list[Run], groups: list[list[Run]]) -> list[Run] | None:
 
 
 def same_as(row: Row, more: Flags) -> str:
-    """The first of the rows above this one that the flags make equal to it: restarts that the run is too short for are no difference."""
+    """The first of the rows above this one that the flags make equal to it, but for the cosine's slope where a run is too short for a restart."""
 
     def effect(row: Row) -> dict:
         flags = merge_flags(row, more)
@@ -404,7 +404,8 @@ def same_as(row: Row, more: Flags) -> str:
     mine = merge_flags(row, more)
     for other in ROWS[: ROWS.index(row)]:
         if effect(other) == effect(row):
-            return f"the same as {other.name}" + ("" if merge_flags(other, more) == mine else f": no restart in {mine['--epochs'][-1]} epochs")
+            why = "" if merge_flags(other, more) == mine else f": no restart in {mine['--epochs'][-1]} epochs, only another slope"
+            return f"the same as {other.name}{why}"
     return ""
 
 

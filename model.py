@@ -482,7 +482,7 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
         if "weights" not in state:
             raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
         classes, weights, size = state["classes"], state["weights"], state["image_size"]
-        if not 0 < size <= MAX_IMAGE_SIZE or any(not 0 < n <= MAX_CLASSES for n in classes.values()):
+        if not 0 < size <= MAX_IMAGE_SIZE or len(classes) > len(weights) or any(not 0 < n <= MAX_CLASSES for n in classes.values()):
             raise ValueError("its classes or image size make no sense")
         if absent := [key for key in ("data", "batch_size", "amp", "scores", "learned") if key not in state]:
             raise ValueError(f"it has no {absent[0]}")
@@ -493,7 +493,7 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
         model.mean.copy_(torch.tensor(state["mean"]).view(3, 1, 1))
         model.std.copy_(torch.tensor(state["std"]).view(3, 1, 1))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is no complete best.pt ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path} is no complete best.pt ({' '.join(str(error).split())[:200]})") from None
     return model, state
 
 
@@ -557,8 +557,8 @@ def _load_heads(model: FashionModel, state: dict) -> list[str]:
     """Copy the heads of the same labels and shapes from a `best.pt`; returns a line on those that did not match."""
     fresh, given = [], list(state["classes"])
     for label, head in zip(model.classes, model.heads):
-        start = f"heads.{given.index(label)}." if label in given else "none"
-        found = {key.removeprefix(start): value for key, value in state["weights"].items() if key.startswith(start)}
+        start = f"heads.{given.index(label)}." if label in given else None
+        found = {key.removeprefix(start): value for key, value in state["weights"].items() if start and key.startswith(start)}
         if {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in head.state_dict().items()}:
             head.load_state_dict(found)
         else:

@@ -195,6 +195,8 @@ def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = Fals
             more[f"{column}_name"] = [class_name(label, c) for c in best]
         if probs:
             more |= {f"{column}_p{c}": p for c, p in enumerate(logits[label].double().softmax(-1).T.tolist())}
+    if clash := table.keys() & more.keys():
+        raise ValueError(f"the predictions would hold the column {min(clash)} twice; leave out --names or --probs, or rename the label")
     return table | more
 
 
@@ -278,7 +280,7 @@ def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, 
             note(f"{boxed}: it sees the box round the foreground (mask)")
             return "mask"
         note(f"{boxed}: it sees whole photos, so expect far less (the notes' author fell from 0.65 to 0.50)")
-        note("train.py --box-head --crop-prob 0.7 makes a model that finds the garment itself; --view mask shows this one the box round the foreground")
+        note("train.py --box-head --crop-prob 0.7 --lr 5e-5 makes a model that finds the garment itself; --view mask shows this one the foreground's box")
         return "full"
     if asked == "learned" and saved["learned"] is None:
         raise misuse("--view", "this model has no box head (train.py --box-head); --view mask finds garments without one")

@@ -1,12 +1,12 @@
 """Remove the backgrounds of a dataset's photos (rembg), find the garment in each, cut to it: a processed copy of the dataset.
 
     python preprocess.py Dataset Dataset-rembg                          # all splits; `demo` is the built-in set
-    python preprocess.py Dataset Dataset-rembg --rembg-model u2netp     # 4.6 MB of weights instead of 176, and twice as fast
+    python preprocess.py Dataset Dataset-rembg --rembg-model u2netp     # 4.6 MB of weights instead of 176, and three times as fast
     python preprocess.py Dataset Dataset-crops --crop bbox              # cut to the CSV's box (where there is none, to the garment's)
 
 Writes the same folders and CSVs with four more columns, Mask_xmin to Mask_ymax (the box round the garment's foreground, in pixels of
 the new image), preprocess.json (what was done) and preprocess.csv (a line a photo). Started again it goes on where it was, and ends
-with the same bytes. Two CPU cores do about 4 photos/s with u2netp, 2 with u2net.
+with the same bytes. Two CPU cores do about 4 photos/s with u2netp, 1.3 with u2net.
 """
 
 import csv

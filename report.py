@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from cli import misuse, note, run_app, say, whole_file
@@ -50,7 +50,7 @@ PICTURES = ("curves.png", "confusion.png", "inputs.png", "mistakes.png", "looks.
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "UnDotum", "Baekmuk Dotum")
 INK, RIGHT, WRONG, FAINT = "black", "#1a7f37", "#c62828", "#666666"
 BOX_STYLES = {"bbox": ("given", "#ff7f0e", "-"), "mask": ("mask", "#1f77ff", "--"), "learned": ("learned", "#e0007a", "-.")}  # in words, colour, line
-DPI, GAP, LINE, FONT = 100, 10, 15, 8  # pixels an inch, between cells, from line to line; points of the text
+DPI, GAP, LINE, FONT, SIDE = 100, 10, 15, 8, 170  # pixels an inch, between cells, from line to line; points of the text; pixels of a mistake's photo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -232,8 +232,8 @@ def sheet(title: str, rows: list[str | list[tuple]], columns: int, side: int):
             write(GAP, top, fit(row, width - 2 * GAP, 10), fontsize=10)
             continue
         for i, (pixels, boxes, lines) in enumerate(row):
-            image = ImageOps.contain(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
-            scale, left = image.width / pixels.shape[1], GAP + i * (side + GAP)
+            scale, left = side / max(pixels.shape[:2]), GAP + i * (side + GAP)
+            image = Image.fromarray(pixels).resize([max(1, round(at * scale)) for at in pixels.shape[1::-1]], Image.Resampling.LANCZOS)
             x, y = left + (side - image.width) // 2, top + (side - image.height) // 2
             figure.figimage(np.asarray(image), x, height - y - image.height, origin="upper")
             for kind, box in boxes.items():
@@ -289,6 +289,8 @@ def curves(runs: list[SimpleNamespace]):
 def restarts(settings: dict) -> Iterator[int]:
     """The epochs, counted from 1, that begin with the full learning rate again, without end."""
     epoch, stretch = 1, settings["t_0"]
+    if not min(stretch, settings["t_mult"]) >= 1:
+        raise ValueError(f"T_0 {stretch} and T_mult {settings['t_mult']} are no schedule: config.json is damaged")
     while True:
         epoch, stretch = epoch + stretch, stretch * settings["t_mult"]
         yield epoch
@@ -382,13 +384,16 @@ def mistakes(answers: SimpleNamespace, split: Split):
         errors = surest_errors(answers, label)
         cells = []
         for i, sure in errors[: 6 * max(1, 3 // len(answers.truth))]:
-            boxes = boxes_of(i, split, answers)
+            photo = load_photo(split.samples[i].path)
+            width = photo.width
+            photo.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)  # at once: many large photos would take much memory
+            boxes = {kind: [at * photo.width / width for at in box] for kind, box in boxes_of(i, split, answers).items()}
             kinds |= set(boxes)
             truth, said = (class_name(label, int(of[label][i])) for of in (answers.truth, answers.predicted))
             lines = [(drawable(answers.names[i], i + 1), FAINT), (f"is {truth}", INK), (f"said {said} {sure:.2f}", WRONG)]
-            cells.append((np.asarray(load_photo(split.samples[i].path)), boxes, lines))
+            cells.append((np.asarray(photo), boxes, lines))
         rows += [f"{label}: {len(errors):,} of {len(answers.names):,} are wrong", cells]
-    figure = sheet("The surest errors of validation", rows, 6, 170)
+    figure = sheet("The surest errors of validation", rows, 6, SIDE)
     lines = [Line2D([], [], color=color, ls=line, label=f"{words} box") for kind, (words, color, line) in BOX_STYLES.items() if kind in kinds]
     figure.legend(handles=lines, loc="upper right", ncols=3, frameon=False)
     return figure

@@ -265,8 +265,8 @@ def train(
 
         def predict(crops: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             closer = None if crops is None else Photos(val_split.samples[share], size, crops=crops[share])
-            pieces = batches(make_loader(closer, flags.batch_size, workers) if closer else val_loader)
-            return evaluate(model, pieces if world > 1 else signals.until_asked(pieces), amp_dtype, advance, find_box=view == "learned" and not closer)
+            pieces = batches(val_loader if closer is None else make_loader(closer, flags.batch_size, workers))
+            return evaluate(model, pieces if world > 1 else signals.until_asked(pieces), amp_dtype, advance, find_box=view == "learned" and crops is None)
 
         if view != "learned":
             logits, targets = predict()
@@ -605,7 +605,7 @@ def say_what_is_idle(ctx: typer.Context, flags: SimpleNamespace, split: Split, v
         note(f"--patience {flags.patience} cannot act in {flags.epochs} epochs")
     with_loss = f"with --loss {flags.loss}"
     acts = {  # a flag that was given: whether it can, and beside what it cannot
-        "label_smoothing": (flags.loss != "focal", with_loss),
+        "label_smoothing": (flags.loss in ("ce", "asymmetric"), with_loss),
         "focal_gamma": (flags.loss == "focal", with_loss),
         "asym_gamma_pos": (flags.loss == "asymmetric", with_loss),
         "asym_gamma_neg": (flags.loss == "asymmetric", with_loss),
@@ -815,6 +815,8 @@ def resume_settings(ctx: typer.Context, flags: SimpleNamespace) -> tuple[dict, d
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         settings = {key: config["settings"][key] for key in vars(flags)}
+        if not all(isinstance(settings[key], int) and settings[key] > 0 for key in ("epochs", "t_0", "t_mult")):
+            raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         raise misuse("--resume", f"{flags.resume} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError):

@@ -285,6 +285,8 @@ DAMAGES = {
     "too little": lambda c: saved({"format": "fashion-attributes 1", "classes": {"Daily": 6}}),
     "compressed": lambda c: compressed(c),
     "heads that lie": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"classes": {"Daily": 10**9, "Gender": 5, "Embellishment": 3}}),
+    "thousands of heads": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"classes": {f"l{i}": 1000 for i in range(5000)}}),
+    "heads of other sizes": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"classes": {"Daily": 7, "Gender": 5, "Embellishment": 3}}),
     "a monstrous image": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"image_size": 10**6}),
     "a strange backbone": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"backbone": "hf-hub:a/b"}),
 }

@@ -3,10 +3,12 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from PIL import Image
 import train as train_script
 from data import CLASS_NAMES
 from model import load_model, read_checkpoint
+from predict import predictions_table
 
 RUN_FILES = {"config.json", "metrics.csv", "best.pt", "last.pt", "val_predictions.csv"}
 
@@ -126,6 +129,23 @@ def test_probabilities_and_names(trained, run, drawn):
         assert row["embel_name"] == ("none", "point", "lots")[int(row["embel"])]
 
 
+@pytest.mark.slow
+def test_a_photo_whose_name_is_no_utf8(trained, shell, tmp_path):
+    """As from a zip file made in Korea, on a strict terminal."""
+    name = "옷.png".encode("cp949")
+    Image.new("RGB", (60, 80)).save(os.fsencode(tmp_path) + b"/" + name)
+    done = shell("predict", trained[0] / "best.pt", os.fsdecode(name), "--out", "p.csv", "--workers", 0, PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0 and "answers" in done.stdout, done.stderr
+
+
+def test_columns_that_would_be_there_twice(drawn):
+    rows = SimpleNamespace(samples=[SimpleNamespace(name="a.jpg")])
+    logits = {"Size": torch.zeros(1, 2), "Size_name": torch.zeros(1, 2)}
+    assert list(predictions_table(rows, logits)) == ["image_name", "size", "size_name"]
+    with pytest.raises(ValueError, match="size_name twice"):
+        predictions_table(rows, logits, names=True)
+
+
 def test_predicting_image_files_and_folders(trained, run, tmp_path):
     (tmp_path / "photos" / "한글 폴더").mkdir(parents=True)
     Image.new("RGB", (60, 80), "red").save(tmp_path / "photos" / "a b.jpg")
@@ -222,7 +242,7 @@ def test_a_resumed_run_is_the_run_that_was_started(run, drawn, tmp_path):
         (tmp_path / "runs" / "a" / "config.json").write_text(config.replace(old, new))
         refused = run("train", "--resume", "runs/a", "--epochs", 2)
         assert refused.code == 1 and "config.json was changed" in refused.err
-    for broken in ("", "[]", "{}", '{"settings": 3}'):
+    for broken in ("", "[]", "{}", '{"settings": 3}', config.replace('"t_0": 2', '"t_0": 0'), config.replace('"epochs": 1', '"epochs": Infinity')):
         (tmp_path / "runs" / "a" / "config.json").write_text(broken)
         assert "config.json is damaged" in run("train", "--resume", "runs/a", "--epochs", 2).err
     (tmp_path / "runs" / "a" / "config.json").write_text(config.replace('\n  "threads": ', '\n  "threads": 9'))
