@@ -90,13 +90,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one CSV. `classes` maps each label to its number of classes; `labelled` names the labels that the CSV holds."""
+    """The rows of one CSV. `classes` maps each label to its number of classes; `labelled` names the labels that the CSV holds.
+
+    `beyond`: how many rows' boxes reached beyond their photos, and were cut to them.
+    """
 
     csv: Path
     samples: list[Sample]
     classes: dict[str, int]
     labelled: tuple[str, ...]
     fingerprint: str
+    beyond: int = 0
 
     def has(self, view: str) -> bool:
         return view == "full" or any(view in sample.boxes for sample in self.samples)
@@ -191,7 +195,8 @@ def read_split(root: Path, split: str, classes: dict[str, int] | None = None, su
     """
     table = read_table(root, split, classes, subtask)
     problems = [str(sample) for _, sample in table.rows if isinstance(sample, ValueError)]
-    checked = [check_header(sample) for _, sample in table.rows if isinstance(sample, Sample)]
+    written = [sample for _, sample in table.rows if isinstance(sample, Sample)]
+    checked = [check_header(sample) for sample in written]
     problems += [str(result) for result in checked if isinstance(result, ValueError)]
     if problems:
         raise ValueError(report(f"{table.csv}: {len(problems)} of {len(table.rows)} rows are wrong", problems))
@@ -201,7 +206,8 @@ def read_split(root: Path, split: str, classes: dict[str, int] | None = None, su
             raise ValueError(f"{table.csv}: the label {single[0]} has the same class in every row; remove the column or add images of other classes")
     for sample in checked:
         table.digest.update(f"{sample.name}\0{table.sizes[sample.path]}\n".encode())
-    return Split(table.csv, checked, classes, table.labels, table.digest.hexdigest())
+    beyond = sum(before.boxes != after.boxes for before, after in zip(written, checked))
+    return Split(table.csv, checked, classes, table.labels, table.digest.hexdigest(), beyond)
 
 
 def read_table(root: Path, split: str, classes: dict[str, int] | None = None, subtask: int = 1) -> Table:
@@ -231,7 +237,8 @@ def join_splits(splits: Sequence[Split]) -> Split:
             raise ValueError(f"the labels of {split.csv} ({', '.join(split.classes)}) are not those of {splits[0].csv} ({', '.join(splits[0].classes)})")
     classes = {label: max(split.classes[label] for split in splits) for label in splits[-1].classes}
     fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
-    return Split(splits[-1].csv, [sample for split in splits for sample in split.samples], classes, splits[-1].labelled, fingerprint)
+    samples, beyond = [sample for split in splits for sample in split.samples], sum(split.beyond for split in splits)
+    return Split(splits[-1].csv, samples, classes, splits[-1].labelled, fingerprint, beyond)
 
 
 def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) -> tuple[Split, Split]:
@@ -739,9 +746,8 @@ def describe(
             read = read_split(root, split, {} if split == "test" and classes is None else classes, subtask)  # whose labels may be absent
             classes = read.classes if split == "train" else classes
             _describe_split(split, read)
-            as_written = [sample for _, sample in read_table(root, split, {}, subtask).rows]
-            if beyond := sum(before.boxes != after.boxes for before, after in zip(as_written, read.samples)):
-                note(f"{beyond:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?")
+            if read.beyond:
+                note(f"{read.beyond:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?")
             chosen = read.samples if all_images else read.samples[:: max(1, len(read.samples) // 200)]
             left_out |= len(chosen) < len(read.samples)
             wrong += _describe_images(split, read.samples, chosen)

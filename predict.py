@@ -202,11 +202,11 @@ def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = Fals
 
 def show_answers(rows: Split, logits: dict[str, Tensor]) -> None:
     """A table of a few photos' answers: for each label the class and its probability."""
-    columns = [[sample.name for sample in rows.samples]]
-    for label, values in ((label, values) for label, values in logits.items() if label != BOX):
-        shares, classes = values.softmax(-1).max(-1)
+    labels, columns = [label for label in logits if label != BOX], [[sample.name for sample in rows.samples]]
+    for label in labels:
+        shares, classes = logits[label].softmax(-1).max(-1)
         columns.append([f"{class_name(label, c)} {share:.2f}" for c, share in zip(classes.tolist(), shares.tolist())])
-    show_table("answers", ["photo", *(label for label in logits if label != BOX)], [list(row) for row in zip(*columns)])
+    show_table("answers", ["photo", *labels], [list(row) for row in zip(*columns)])
 
 
 # ---------------------------------------------------------------- how the photos are treated

@@ -75,7 +75,7 @@ def answers(path: Path, column: str) -> list[str]:
 
 @app.command()
 def check(
-    more: Annotated[list[str] | None, typer.Argument(help="Behind --: further flags of train.py.", show_default=False)] = None,
+    flags: Annotated[list[str] | None, typer.Argument(help="Behind --: further flags of train.py.", show_default=False)] = None,
     data: str = "demo",
     backbone: Annotated[str, typer.Option("--model")] = "eva02_tiny_patch14_224.mim_in22k",
     epochs: Annotated[int, typer.Option(min=2)] = 4,
@@ -91,7 +91,7 @@ def check(
         raise typer.Exit(2)
     modes = ["auto", "off", *(["fp16"] if on_gpu else []), *(["bf16"] if not on_gpu or torch.cuda.get_device_capability(device) >= (8, 0) else [])]
     settings = ["--data", data, "--model", backbone, "--no-pretrained", "--epochs", epochs, "--t-0", epochs, "--patience", epochs, "--lr", "1e-3"]
-    settings += ["--batch-size", batch_size, "--device", device, *(["--image-size", image_size] if image_size else []), *(more or ())]
+    settings += ["--batch-size", batch_size, "--device", device, *(["--image-size", image_size] if image_size else []), *(flags or ())]
     failed, rows = [], []
 
     def judge(what: str, right: bool, more: str = "") -> None:

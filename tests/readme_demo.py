@@ -1,7 +1,7 @@
 """README's commands for the demo sets, word for word, in an empty folder with the scripts: what a newcomer would paste.
 
-    python tests/readme_demo.py              # a quarter of an hour: preprocess.py cleans 2,000 photos
-    python tests/readme_demo.py --long       # the experiments too: an hour
+    python tests/readme_demo.py              # half an hour on 2 busy cores, as preprocess.py cleans 2,000 photos
+    python tests/readme_demo.py --long       # the experiments too
     python tests/readme_demo.py --list       # only say which
 
 u2netp's weights are downloaded; without a network set U2NET_HOME to their folder.

@@ -105,7 +105,9 @@ def test_a_spawned_process_draws_the_same_bytes(tmp_path):
     assert digests(tmp_path / "here") == digests(tmp_path / "there")
 
 
-def test_layout_kinds_and_boxes(some, tmp_path):
+@pytest.mark.parametrize(("which", "n"), [("some", 300), pytest.param("photos", 2400, marks=pytest.mark.slow)])
+def test_layout_kinds_and_boxes(which, n, request, tmp_path):
+    some = request.getfixturevalue(which)
     demo.draw(tmp_path / "demo", 3, 3, 60, processes=1)
     assert list(rows(tmp_path / "demo", "test")[0]) == ["image_name", *demo.LABEL_SHARES]
     assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS, *demo.LABEL_SHARES]
@@ -124,7 +126,7 @@ def test_layout_kinds_and_boxes(some, tmp_path):
             garments.setdefault(row["image_name"].rsplit("-", 1)[0], set()).add((split, *(row[label] for label in demo.LABEL_SHARES)))
     assert kinds == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA")}
     assert all(len(seen) == 1 for seen in garments.values())  # a garment has one set of labels and lies in one split
-    assert len(garments) == pytest.approx(300 * 2 / 3, abs=2)
+    assert len(garments) == pytest.approx(n * 2 / 3, abs=2)
     assert any(" " in row["image_name"] for row in rows(some, "train"))
 
 
@@ -267,11 +269,13 @@ def test_the_plain_set_stays_as_it_was(tmp_path):
     assert means.tolist() == pytest.approx([142.2, 164.7, 75.8, 80.5, 205.7, 56.4], abs=0.5)
 
 
-def test_the_hard_set_is_drawn_from_its_own_seeds(tmp_path):
+@pytest.mark.parametrize("among", [10, pytest.param(800, marks=pytest.mark.slow)])
+def test_the_hard_set_is_drawn_from_its_own_seeds(among, request, tmp_path):
     done = run(tmp_path / "hard", "--hard", "--train", 8, "--val", 2, "--test", 1)
     assert done.returncode == 0, done.stderr
-    demo.draw(tmp_path / "more", 10, 3, 0, processes=1, kind=demo.HARD_SET)
-    few, more = digests(tmp_path / "hard"), digests(tmp_path / "more")
+    if among == 10:
+        demo.draw(tmp_path / "more", 10, 3, 0, processes=1, kind=demo.HARD_SET)
+    few, more = digests(tmp_path / "hard"), digests(tmp_path / "more" if among == 10 else request.getfixturevalue("hard_photos"))
     same = [name for name in few if name.startswith(("train/", "val/"))]
     assert len(same) == 10 and all(few[name] == more[name] for name in same)
     demo.draw(tmp_path / "plain", 8, 2, 1, processes=1)

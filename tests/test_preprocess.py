@@ -544,10 +544,12 @@ def test_training_needs_no_rembg(trained, processed):
 
 
 @pytest.mark.slow
-def test_predicting_processed_photos_needs_no_rembg(trained, processed, shell, tmp_path):
-    """In a process of its own, in which neither rembg nor ONNX Runtime is installed."""
+def test_processed_photos_need_no_rembg(trained, processed, shell, tmp_path):
+    """In processes of their own, in which neither rembg nor ONNX Runtime is installed."""
     for name in ("rembg", "onnxruntime"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\")")
+    done = shell("train", "--data", processed, *QUICK, "--amp", "off", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
     done = shell("predict", trained.best, "--split", "test", "--out", "p.csv", "--workers", 0, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert [row["image_name"] for row in rows(tmp_path / "p.csv")] == ["a.png", "c.png"]
