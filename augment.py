@@ -30,8 +30,14 @@ def augmentation(kind: str) -> Callable:
         [
             v2.RandomVerticalFlip(0.5),
             v2.RandomHorizontalFlip(0.5),
-            KeepBoxes(v2.RandomApply([v2.RandomChoice([jitter, CLAHE(clip=6, tiles=16), random_gamma], p=[0.3, 0.5, 0.5])], 0.5)),
-            KeepBoxes(v2.RandomApply([v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])], 0.3)),
+            KeepBoxes(
+                v2.RandomApply(
+                    [v2.RandomChoice([jitter, CLAHE(clip=6, tiles=16), random_gamma], p=[0.3, 0.5, 0.5])], 0.5
+                )
+            ),
+            KeepBoxes(
+                v2.RandomApply([v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])], 0.3)
+            ),
             Warp((0.3, [lens_distortion, grid_distortion]), (0.3, [shift_scale_rotate])),
             KeepBoxes(v2.RandomApply([holes], 0.5)),
         ]
@@ -44,7 +50,9 @@ def uniform(low: float, high: float) -> float:
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    return image.round().short().clamp_(0, 255).to(torch.uint8)  # by way of int16: torch's straight way from float takes four times as long
+    return (
+        image.round().short().clamp_(0, 255).to(torch.uint8)
+    )  # by way of int16: torch's straight way from float takes four times as long
 
 
 def look_up(image: Tensor, table: Tensor) -> Tensor:
@@ -84,7 +92,11 @@ class RandAugment(v2.RandAugment):
 
     def forward(self, image: Tensor, *boxes: BoundingBoxes) -> Tensor | tuple[Tensor, BoundingBoxes]:
         height, width = image.shape[-2:]
-        self.masks = [inside(b, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8) for b in boxes if len(b)]
+        self.masks = [
+            inside(b, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8)
+            for b in boxes
+            if len(b)
+        ]
         image = super().forward(image)
         return (image, bounds(*self.masks, *boxes) if self.masks else boxes[0]) if boxes else image
 
@@ -100,7 +112,12 @@ class ColorJitter(torch.nn.Module):
 
     def __init__(self, brightness: float, contrast: float, saturation: float, hue: float):
         super().__init__()
-        self.steps = [(scale_brightness, 1, brightness), (scale_contrast, 1, contrast), (scale_saturation, 1, saturation), (turn_hue, 0, hue)]
+        self.steps = [
+            (scale_brightness, 1, brightness),
+            (scale_contrast, 1, contrast),
+            (scale_saturation, 1, saturation),
+            (turn_hue, 0, hue),
+        ]
 
     def forward(self, image: Tensor) -> Tensor:
         pixels = image.short()
@@ -138,10 +155,14 @@ def turn_hue(pixels: Tensor, turn: float) -> Tensor:
     red, green, blue = pixels
     high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
-    hue = torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)  # from red, in sixths of the circle
+    hue = torch.where(
+        high == green, blue - red + 2 * chroma, red - green + 4 * chroma
+    )  # from red, in sixths of the circle
     hue = torch.where(high == red, green - blue, hue) + (chroma * round(192 * turn) >> 5)
     thrice = 3 * chroma
-    distances = [(((hue - chroma * place).abs_() - thrice).abs_() - chroma).clamp_(min=0) for place in (0, 2, 4)]  # from the opposite of red, green, blue
+    distances = [
+        (((hue - chroma * place).abs_() - thrice).abs_() - chroma).clamp_(min=0) for place in (0, 2, 4)
+    ]  # from the opposite of red, green, blue
     return torch.stack([torch.minimum(distance, chroma) + low for distance in distances])
 
 
@@ -161,7 +182,11 @@ class CLAHE(torch.nn.Module):
         grey = luma(image).int()
         (y, top, bottom, y_share), (x, left, right, x_share) = (tile_places(side, self.tiles) for side in grey.shape)
         across, down = int(right[-1]) + 1, int(bottom[-1]) + 1
-        counts = torch.bincount((grey + 256 * (y[:, None] * across + x)).flatten(), minlength=256 * across * down).view(-1, 256).int()
+        counts = (
+            torch.bincount((grey + 256 * (y[:, None] * across + x)).flatten(), minlength=256 * across * down)
+            .view(-1, 256)
+            .int()
+        )
         pixels = counts.sum(1, keepdim=True, dtype=torch.int32)
         kept = torch.minimum(counts, (uniform(1, self.clip) * pixels / 256).int().clamp(min=1))
         # What was cut off is spread as OpenCV does it: evenly, and the last of it, one each, from bin 0 up. Tiles of fewer than
@@ -179,7 +204,9 @@ class CLAHE(torch.nn.Module):
 
 
 BINS = torch.arange(256, dtype=torch.int32)
-LAST_SPREAD = torch.stack([torch.minimum(BINS // (256 // max(n, 1)) + 1, BINS[n]) for n in range(256)])  # of n pixels cut off, how many lie up to each bin
+LAST_SPREAD = torch.stack(
+    [torch.minimum(BINS // (256 // max(n, 1)) + 1, BINS[n]) for n in range(256)]
+)  # of n pixels cut off, how many lie up to each bin
 
 
 @lru_cache
@@ -261,7 +288,9 @@ def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) ->
     return stretch(x), stretch(y)
 
 
-def shift_scale_rotate(x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 0.2, degrees: float = 20) -> tuple[Tensor, Tensor]:
+def shift_scale_rotate(
+    x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 0.2, degrees: float = 20
+) -> tuple[Tensor, Tensor]:
     """Shift by up to `shift` of the side, scale by 1 +- `scale`, rotate by +- `degrees`. For `Warp`."""
     angle, size, aspect = math.radians(uniform(-degrees, degrees)), 1 + uniform(-scale, scale), y.shape[0] / x.shape[-1]
     cos, sin, dx, dy = math.cos(angle) / size, math.sin(angle) / size, *(2 * uniform(-shift, shift) for _ in "xy")
@@ -297,9 +326,13 @@ class Warp(torch.nn.Module):
                 mirrored = mirrored | (x.abs() > 1) | (y.abs() > 1)
                 x, y = reflected(x), reflected(y)
             x, y = member(x, y)
-        grid = torch.stack([reflected(at).expand(height, width) for at in (x, y)]).permute(1, 2, 0)  # stacked last it would take ten times as long
+        grid = torch.stack([reflected(at).expand(height, width) for at in (x, y)]).permute(
+            1, 2, 0
+        )  # stacked last it would take ten times as long
         warped = to_uint8(F.grid_sample(image[None].float(), grid[None], padding_mode="border", align_corners=False)[0])
-        moved = (bounds(inside(b, (x + 1) * width / 2, (y + 1) * height / 2) & ~torch.as_tensor(mirrored), b) for b in boxes)
+        moved = (
+            bounds(inside(b, (x + 1) * width / 2, (y + 1) * height / 2) & ~torch.as_tensor(mirrored), b) for b in boxes
+        )
         return (warped, *moved) if boxes else warped
 
 

@@ -67,7 +67,11 @@ def add_cache(photos: Sequence[data.Photos], roots: Sequence[Path], cache_dir: P
                 at = (folder_of(root, cache_dir), some.view if boxed else "full", some.size)
                 shelf_of[some, boxed, root] = shelves.setdefault(at, Shelf(*at, root))
     inside = [(root, start_of(root)) for root in sorted(roots, key=lambda root: len(str(root)))]
-    where = {sample.path: [root for root, start in inside if sample.path.startswith(start)][-1] for some in photos for sample in some.samples}
+    where = {
+        sample.path: [root for root, start in inside if sample.path.startswith(start)][-1]
+        for some in photos
+        for sample in some.samples
+    }
     for some in photos:
         for sample in some.samples:
             for box in some.fixed_boxes(sample):
@@ -76,7 +80,9 @@ def add_cache(photos: Sequence[data.Photos], roots: Sequence[Path], cache_dir: P
         shelf.read()
     problems: dict[str, None] = {}  # once each, though a photo may have several views
     for folder in {shelf.folder: None for shelf in shelves.values() if shelf.missing}:
-        problems |= dict.fromkeys(build(folder, [shelf for shelf in shelves.values() if shelf.folder == folder], workers))
+        problems |= dict.fromkeys(
+            build(folder, [shelf for shelf in shelves.values() if shelf.folder == folder], workers)
+        )
     if problems:
         first, *more = problems
         raise ValueError(data.report(f"{len(problems)} images cannot be decoded", list(problems)) if more else first)
@@ -102,7 +108,9 @@ def folder_of(root: Path, cache_dir: Path | None) -> Path:
     own = root / ".cache"
     if cache_dir is None and os.access(own if own.exists() else root, os.W_OK):
         return own
-    place = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes" / "decoded"
+    place = (
+        cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes" / "decoded"
+    )
     path = os.path.realpath(root)
     return place / f"{os.path.basename(path)}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
 
@@ -123,7 +131,13 @@ class Shelf:
     """
 
     def __init__(self, folder: Path, view: str, size: int, root: Path):
-        self.folder, self.size, self.root, self.stem, self.start = folder, size, root, f"{view}-{size}", len(start_of(root))
+        self.folder, self.size, self.root, self.stem, self.start = (
+            folder,
+            size,
+            root,
+            f"{view}-{size}",
+            len(start_of(root)),
+        )
         self.index, self.bytes = folder / f"{self.stem}.index", 3 * size * size
         self.wanted: dict[Key, str] = {}
 
@@ -134,7 +148,9 @@ class Shelf:
         """Read the index. One that is damaged, or of another way of decoding, counts as empty."""
         self.pixels, self.entries, self.slots, self.missing = None, {}, 0, {}
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            head, *lines = self.index.read_bytes().split(b"\n")[:-1]  # the last piece is empty, or a line that was cut short
+            head, *lines = self.index.read_bytes().split(b"\n")[
+                :-1
+            ]  # the last piece is empty, or a line that was cut short
             head = json.loads(head)
             entries = {(entry[0], *(entry[1] or ())): entry for entry in json.loads(b"[%s]" % b",".join(lines))}
             slots = max((entry[-1] + 1 for entry in entries.values()), default=0)
@@ -151,7 +167,11 @@ class Shelf:
         """Under the lock, before anything is written: a file to append to, without the entries that nobody can want where these are most of it."""
         wanted = {self.name(*key) for key in self.wanted}
         names = {name for name, *_ in wanted}
-        live = {key: entry for key, entry in self.entries.items() if key in wanted or (key[0] not in names and (self.root / key[0]).exists())}
+        live = {
+            key: entry
+            for key, entry in self.entries.items()
+            if key in wanted or (key[0] not in names and (self.root / key[0]).exists())
+        }
         if self.pixels and 2 * len(live) >= len(self.entries):
             with open(self.index, "r+b") as index:
                 index.truncate(index.read().rfind(b"\n") + 1)
@@ -164,7 +184,10 @@ class Shelf:
                 pixels.flush()
                 os.fsync(pixels.fileno())
             with whole_file(self.index) as index:
-                index.writelines(json.dumps(line) + "\n" for line in ({"decoding": decoding(), "pixels": self.pixels.name}, *live.values()))
+                index.writelines(
+                    json.dumps(line) + "\n"
+                    for line in ({"decoding": decoding(), "pixels": self.pixels.name}, *live.values())
+                )
             self.entries, self.slots = live, len(live)
         for other in self.folder.glob(f"{self.stem}-*.pixels"):
             if other != self.pixels:  # a run that reads it keeps it open
@@ -176,7 +199,14 @@ class Shelf:
         workers = workers if len(views) > CHUNK else 0
         known = {(entry[-2], *(entry[1] or ())): entry[-1] for entry in self.entries.values()}
         decoded = partial(decode, self.size, known)
-        loader = DataLoader(views, CHUNK, num_workers=workers, collate_fn=decoded, worker_init_fn=data.start_worker, generator=torch.Generator())
+        loader = DataLoader(
+            views,
+            CHUNK,
+            num_workers=workers,
+            collate_fn=decoded,
+            worker_init_fn=data.start_worker,
+            generator=torch.Generator(),
+        )
         problems, lines, since, done = [], [], time.monotonic(), 0
         with open(self.pixels, "r+b", buffering=0) as pixels, open(self.index, "ab") as index:
             for chunk, new in loader:
@@ -234,7 +264,9 @@ def build(folder: Path, shelves: list[Shelf], workers: int) -> list[str]:
             console.quiet, quiet = False, console.quiet  # of several processes whichever came first
             try:
                 if n:
-                    say(f"decoding {n:,} views of photos, once, into {folder} ({needed / 1e9:.2f} GB; --no-cache goes without)")
+                    say(
+                        f"decoding {n:,} views of photos, once, into {folder} ({needed / 1e9:.2f} GB; --no-cache goes without)"
+                    )
                 with progress(n, "decoding", "views") as bar:
                     for shelf in shelves:
                         if shelf.missing:
@@ -243,7 +275,9 @@ def build(folder: Path, shelves: list[Shelf], workers: int) -> list[str]:
             finally:
                 console.quiet = quiet
     except OSError as error:
-        note(f"no cache in {folder} ({error}): photos are decoded again in every epoch; --cache-dir names another place")
+        note(
+            f"no cache in {folder} ({error}): photos are decoded again in every epoch; --cache-dir names another place"
+        )
         problems = []
     for shelf in shelves:
         shelf.read()

@@ -82,7 +82,11 @@ class StopSignals:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _fail(message: str, code: int) -> None:
@@ -103,7 +107,9 @@ def run_app(app: typer.Typer) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the loaders, whose decoding processes Python would wait for at exit, for ever
+        traceback.clear_frames(
+            error.__traceback__
+        )  # they hold the loaders, whose decoding processes Python would wait for at exit, for ever
         if hasattr(error, "format_message") and console.quiet:  # one of several processes: the first one says it
             time.sleep(1)
             raise SystemExit(error.exit_code) from None
@@ -118,7 +124,9 @@ def run_app(app: typer.Typer) -> None:
         # The errors that our code raises on purpose explain themselves; of any other, the type is part of the message.
         code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
         expected = type(error) is ValueError or isinstance(error, OSError)
-        _fail(str(error) if expected and str(error) else f"{type(error).__name__}: {error}  (--debug shows where)", code)
+        _fail(
+            str(error) if expected and str(error) else f"{type(error).__name__}: {error}  (--debug shows where)", code
+        )
 
 
 class _PlainProgress:
@@ -135,7 +143,9 @@ class _PlainProgress:
         if now - self.last >= self.every and self.done < self.total:
             self.last = now
             rate = self.done / (now - self.start)
-            say(f"{self.description} {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left")
+            say(
+                f"{self.description} {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
+            )
 
 
 class _RichProgress:
@@ -157,7 +167,13 @@ def progress(total: int, description: str, unit: str = "images") -> Iterator[_Pl
     if not console.is_terminal:
         yield _PlainProgress(total, description, unit)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         yield _RichProgress(bar, total, description, unit)
 
@@ -181,13 +197,19 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def show_scores(title: str, scores: dict[str, float]) -> None:
     """The table of training and prediction: Top-1 and ACSA of each label (keys `top1_<label>`, `acsa_<label>`) and their means."""
     labels = [key.removeprefix("top1_") for key in scores if key.startswith("top1_")]
-    show_table(title, ["label", "Top-1", "ACSA"], [[label, f"{scores[f'top1_{label}']:.4f}", f"{scores[f'acsa_{label}']:.4f}"] for label in labels])
+    show_table(
+        title,
+        ["label", "Top-1", "ACSA"],
+        [[label, f"{scores[f'top1_{label}']:.4f}", f"{scores[f'acsa_{label}']:.4f}"] for label in labels],
+    )
 
 
 def say_boxes(scores: dict[str, float]) -> None:
     """How well the boxes found fit the given ones (keys `iou`, `iou_over_0.5`, `iou_over_0.8`); nothing where none are given."""
     if "iou" in scores:
-        say(f"boxes found: mean IoU {scores['iou']:.3f}, {scores['iou_over_0.5']:.1%} above 0.5, {scores['iou_over_0.8']:.1%} above 0.8")
+        say(
+            f"boxes found: mean IoU {scores['iou']:.3f}, {scores['iou_over_0.5']:.1%} above 0.5, {scores['iou_over_0.8']:.1%} above 0.8"
+        )
 
 
 @contextmanager
@@ -196,9 +218,15 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
 
     Raises OSError with the path where it cannot be written (a full disk, a folder without permission); the old file is then as it was.
     """
-    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")  # short, where a name is as long as may be
+    temporary = path.with_name(
+        f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp"
+    )  # short, where a name is as long as may be
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""})) as f:
+        with open(
+            temporary,
+            mode,
+            **({} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}),
+        ) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

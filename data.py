@@ -52,7 +52,14 @@ BOX_COLUMNS = {  # the views that are boxes: the organisers', and the foreground
 BOX = "(box)"  # where the garment is, beside the labels: a box head's output, and what it should be
 MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
 MAX_PIXELS = 100_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # none that starts another program; a camera's MPO counts as JPEG
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)  # none that starts another program; a camera's MPO counts as JPEG
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
 LAYOUT = "Fashion-How24_sub{subtask}_train.csv, ..._val.csv and ..._test.csv beside the folders train/, val/ and test/ with the images"
@@ -128,7 +135,9 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     root = Path(data)
     if not data or not any((root / csv_name(split, subtask)).is_file() for split in SPLITS):
         kind = "holds no Fashion-How24 CSV" if root.is_dir() else "does not exist"
-        raise FileNotFoundError(f"--data {data} {kind}; it should hold {LAYOUT.format(subtask=subtask)}; --data demo is the built-in set")
+        raise FileNotFoundError(
+            f"--data {data} {kind}; it should hold {LAYOUT.format(subtask=subtask)}; --data demo is the built-in set"
+        )
     return root
 
 
@@ -151,7 +160,9 @@ def read_preparation(root: Path) -> dict | None:
         check_preparation(preparation)
         unfinished = written["unfinished"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise ValueError(f"{path} is damaged or of another version of this program; make the dataset again with preprocess.py") from None
+        raise ValueError(
+            f"{path} is damaged or of another version of this program; make the dataset again with preprocess.py"
+        ) from None
     if unfinished:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
     return preparation
@@ -162,15 +173,23 @@ def check_preparation(preparation: dict) -> None:
     red, green, blue = preparation["background_color"]
     numbers = (red, green, blue, preparation["weights_bytes"], preparation["box_margin"])
     texts = (preparation["rembg_model"], preparation["checksum"])
-    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers) or not all(isinstance(t, str) for t in texts):
+    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers) or not all(
+        isinstance(t, str) for t in texts
+    ):
         raise ValueError("not the values of a preparation")
-    if preparation["crop"] not in ("none", "bbox", "mask") or not isinstance(preparation["keep_background"], bool) or max(red, green, blue) > 255:
+    if (
+        preparation["crop"] not in ("none", "bbox", "mask")
+        or not isinstance(preparation["keep_background"], bool)
+        or max(red, green, blue) > 255
+    ):
         raise ValueError("not the values of a preparation")
 
 
 def needs_remover(preparation: dict | None, view: str) -> bool:
     """Whether a photo without a CSV box must go through rembg to be treated like this and seen in this view."""
-    return view == "mask" or (preparation is not None and (not preparation["keep_background"] or preparation["crop"] != "none"))
+    return view == "mask" or (
+        preparation is not None and (not preparation["keep_background"] or preparation["crop"] != "none")
+    )
 
 
 def submission_column(label: str) -> str:
@@ -201,9 +220,14 @@ def read_split(root: Path, split: str, classes: dict[str, int] | None = None, su
     if problems:
         raise ValueError(report(f"{table.csv}: {len(problems)} of {len(table.rows)} rows are wrong", problems))
     if classes is None:
-        classes = {label: len(CLASS_NAMES.get(label, ())) or max(s.labels[label] for s in checked) + 1 for label in table.labels}
+        classes = {
+            label: len(CLASS_NAMES.get(label, ())) or max(s.labels[label] for s in checked) + 1
+            for label in table.labels
+        }
         if single := [label for label, n in classes.items() if n < 2]:
-            raise ValueError(f"{table.csv}: the label {single[0]} has the same class in every row; remove the column or add images of other classes")
+            raise ValueError(
+                f"{table.csv}: the label {single[0]} has the same class in every row; remove the column or add images of other classes"
+            )
     for sample in checked:
         table.digest.update(f"{sample.name}\0{table.sizes[sample.path]}\n".encode())
     beyond = sum(before.boxes != after.boxes for before, after in zip(written, checked))
@@ -234,7 +258,9 @@ def join_splits(splits: Sequence[Split]) -> Split:
         return splits[0]
     for split in splits[1:]:
         if set(split.classes) != set(splits[0].classes):
-            raise ValueError(f"the labels of {split.csv} ({', '.join(split.classes)}) are not those of {splits[0].csv} ({', '.join(splits[0].classes)})")
+            raise ValueError(
+                f"the labels of {split.csv} ({', '.join(split.classes)}) are not those of {splits[0].csv} ({', '.join(splits[0].classes)})"
+            )
     classes = {label: max(split.classes[label] for split in splits) for label in splits[-1].classes}
     fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
     samples, beyond = [sample for split in splits for sample in split.samples], sum(split.beyond for split in splits)
@@ -246,7 +272,9 @@ def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) 
     train_split = join_splits([read_split(root, "train", subtask=subtask) for root in roots])
     val_split = read_split(roots[-1], "val", train_split.classes, subtask)
     if fit_all:
-        train_split = join_splits([train_split, *(read_split(root, "val", train_split.classes, subtask) for root in roots[:-1]), val_split])
+        train_split = join_splits(
+            [train_split, *(read_split(root, "val", train_split.classes, subtask) for root in roots[:-1]), val_split]
+        )
     return train_split, val_split
 
 
@@ -257,7 +285,11 @@ def image_samples(inputs: Sequence[str]) -> Split:
         path = Path(given)
         if not path.is_file() and not path.is_dir():
             raise FileNotFoundError(f"{given}: no such image or folder")
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else [path]
+        found = (
+            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if path.is_dir()
+            else [path]
+        )
         if not found:
             raise ValueError(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
         samples += [Sample(str(p), str(p), str(p), {}, {}) for p in found]
@@ -289,7 +321,9 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], "hash
         raise ValueError(f"{path}: neither UTF-8 nor CP949 (EUC-KR); save it as UTF-8")
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
+        rows = [
+            (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)
+        ]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
     if len(rows) < 2:
@@ -297,7 +331,9 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], "hash
     return rows[0][1], rows[1:], hashlib.sha256(raw)
 
 
-def _columns(path: Path, header: list[str], rows: list, split: str, classes: dict[str, int] | None) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+def _columns(
+    path: Path, header: list[str], rows: list, split: str, classes: dict[str, int] | None
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """The boxes and the labels that the CSV holds. In test, a column that says nothing (constant, or -1 throughout) counts as absent."""
     if doubled := [name for name, n in Counter(filter(None, header)).items() if n > 1]:
         raise ValueError(f"{path}: the column {doubled[0]} occurs more than once")
@@ -308,7 +344,11 @@ def _columns(path: Path, header: list[str], rows: list, split: str, classes: dic
         raise ValueError(f"{path}: no column image_name (columns: {', '.join(header)})")
     silent = set()
     if split == "test":
-        silent = {name for i, name in enumerate(header) if len({row[i] if i < len(row) else "" for _, row in rows}) == 1 and not name.startswith("Mask_")}
+        silent = {
+            name
+            for i, name in enumerate(header)
+            if len({row[i] if i < len(row) else "" for _, row in rows}) == 1 and not name.startswith("Mask_")
+        }
     boxes = {}
     for view, names in BOX_COLUMNS.items():
         present = [name for name in names if name in header and name not in silent]
@@ -317,16 +357,24 @@ def _columns(path: Path, header: list[str], rows: list, split: str, classes: dic
                 raise ValueError(f"{path}: no column {missing[0]}, though {present[0]} is there")
         elif present:
             boxes[view] = names
-    labels = tuple(name for name in header if name and name != "image_name" and not name.startswith(("BBox_", "Mask_")) and name not in silent)
+    labels = tuple(
+        name
+        for name in header
+        if name and name != "image_name" and not name.startswith(("BBox_", "Mask_")) and name not in silent
+    )
     if classes is not None:
         if split != "test" and (missing := [label for label in classes if label not in labels]):
-            raise ValueError(f"{path}: no column {missing[0]}, which is a label in the training CSV; are both spelt alike?")
+            raise ValueError(
+                f"{path}: no column {missing[0]}, which is a label in the training CSV; are both spelt alike?"
+            )
         labels = tuple(label for label in classes if label in labels)
     elif not labels:
         raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
     columns = Counter(["image_name", "mean", *map(submission_column, labels)])  # mean: the tables' last row
     if clash := [label for label in labels if columns[submission_column(label)] > 1]:
-        raise ValueError(f"{path}: the label {clash[0]} would be a second column {submission_column(clash[0])} of the results; rename it")
+        raise ValueError(
+            f"{path}: the label {clash[0]} would be a second column {submission_column(clash[0])} of the results; rename it"
+        )
     return boxes, labels
 
 
@@ -346,7 +394,9 @@ def _parse_box(cells: dict[str, str], names: tuple[str, ...]) -> Box:
         xmin, ymin, xmax, ymax = (float(cells[name]) for name in names)
         box = (math.floor(xmin), math.floor(ymin), math.ceil(xmax), math.ceil(ymax))
     except (ValueError, OverflowError):
-        raise ValueError(f"the box {', '.join(cells[name] or '(empty)' for name in names)} is not four numbers") from None
+        raise ValueError(
+            f"the box {', '.join(cells[name] or '(empty)' for name in names)} is not four numbers"
+        ) from None
     if xmin >= xmax or ymin >= ymax:
         raise ValueError(f"the box {box} is empty or inverted (xmin, ymin, xmax, ymax)")
     return box
@@ -458,7 +508,9 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
             if _orientation(image) in TURNS:
                 image = image.transpose(TURNS[_orientation(image)])
             if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, whose range is not known; save it with 8 bits a channel")
+                raise ValueError(
+                    "its pixels are floating-point numbers, whose range is not known; save it with 8 bits a channel"
+                )
             if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
                 pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
                 rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -484,7 +536,12 @@ def crop_box(crop: Sequence[float], size: tuple[int, int]) -> Box:
 
 def relative_boxes(samples: Sequence[Sample], view: str) -> Tensor:
     """The boxes of a view, float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of each photo; NaN where there is none."""
-    return torch.tensor([[at / side for at, side in zip(s.boxes[view], s.size * 2)] if view in s.boxes else [math.nan] * 4 for s in samples])
+    return torch.tensor(
+        [
+            [at / side for at, side in zip(s.boxes[view], s.size * 2)] if view in s.boxes else [math.nan] * 4
+            for s in samples
+        ]
+    )
 
 
 def to_pixels(photo: Image.Image, box: Box | None, size: int) -> Tensor:
@@ -545,13 +602,28 @@ class Photos(Dataset):
         box_jitter: float = 0.0,
         crops: Tensor | None = None,
     ):
-        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = samples, size, view, crop_prob, augment, seed, prepare
+        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = (
+            samples,
+            size,
+            view,
+            crop_prob,
+            augment,
+            seed,
+            prepare,
+        )
         self.box_head, self.box_jitter, self.crops = box_head, box_jitter, crops
         # as tensors, so that a loading process whose photos are cached touches no row: it would get a copy of each that it does
-        self.labels = {label: torch.tensor([sample.labels[label] for sample in samples]) for label in (samples[0].labels if samples else ())}
+        self.labels = {
+            label: torch.tensor([sample.labels[label] for sample in samples])
+            for label in (samples[0].labels if samples else ())
+        }
         self.boxed = torch.tensor([view in sample.boxes for sample in samples])
         self.boxes = relative_boxes(samples, view) if box_head else None
-        self.random_crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC) if resize == "random-resized-crop" else None
+        self.random_crop = (
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
+            if resize == "random-resized-crop"
+            else None
+        )
         self.cache = None
 
     def __len__(self) -> int:
@@ -586,12 +658,18 @@ class Photos(Dataset):
 
     def view_in(self, epoch: int, index: int) -> str:
         """The view that this photo is seen in: the first that `__getitem__` draws."""
-        drawn = torch.rand((), generator=torch.Generator().manual_seed(derive_seed(self.seed, "sample", epoch, index))).item()
+        drawn = torch.rand(
+            (), generator=torch.Generator().manual_seed(derive_seed(self.seed, "sample", epoch, index))
+        ).item()
         return self.view if drawn < self.crop_prob and self.boxed[index] else "full"
 
-    def _item(self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0) -> tuple[Tensor, dict[str, int]] | ValueError:
+    def _item(
+        self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0
+    ) -> tuple[Tensor, dict[str, int]] | ValueError:
         try:
-            return self._pixels(index, crop, random_crop, jitter), {label: values[index].item() for label, values in self.labels.items()}
+            return self._pixels(index, crop, random_crop, jitter), {
+                label: values[index].item() for label, values in self.labels.items()
+            }
         except (ValueError, OSError) as error:
             return ValueError(f"{self.samples[index].where}: {error}")
 
@@ -615,14 +693,18 @@ class Photos(Dataset):
         """The views of a sample that are the same whenever they are drawn, and so can be decoded once: boxes, None the whole photo."""
         if self.random_crop:
             return set()
-        boxes = ({sample.boxes.get(self.view)} if self.crop_prob > 0 else set()) | ({None} if self.crop_prob < 1 else set())
+        boxes = ({sample.boxes.get(self.view)} if self.crop_prob > 0 else set()) | (
+            {None} if self.crop_prob < 1 else set()
+        )
         return boxes & {None} if self.box_jitter else boxes
 
 
 def training_photos(samples: list[Sample], size: int, settings: SimpleNamespace) -> Photos:
     """The training photos as a run with these settings (train.py's flags) sees them."""
     how = {"resize": settings.resize, "box_head": settings.box_head, "box_jitter": settings.box_jitter}
-    return Photos(samples, size, settings.train_view, settings.crop_prob, augmentation(settings.augment), settings.seed, **how)
+    return Photos(
+        samples, size, settings.train_view, settings.crop_prob, augmentation(settings.augment), settings.seed, **how
+    )
 
 
 def share_of(n: int, rank: int, world: int) -> slice:
@@ -647,7 +729,9 @@ class EpochBatches(torch.utils.data.Sampler):
         return math.ceil(self.n / self.batch_size) - self.done
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))).tolist()
+        order = torch.randperm(
+            self.n, generator=torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        ).tolist()
         for start in range(self.done * self.batch_size, self.n, self.batch_size):
             batch = order[start : start + self.batch_size]
             yield [(self.epoch, index) for index in batch[share_of(len(batch), self.rank, self.world)]]
@@ -657,7 +741,9 @@ def _collate(photos: Photos, items: list) -> tuple[Tensor, dict[str, Tensor]] | 
     if bad := [item for item in items if isinstance(item, ValueError)]:
         return ValueError("\n".join(map(str, bad)))
     if not items:
-        none = {label: torch.zeros(0, dtype=torch.int64) for label in photos.samples[0].labels} | ({BOX: torch.zeros(0, 4)} if photos.box_head else {})
+        none = {label: torch.zeros(0, dtype=torch.int64) for label in photos.samples[0].labels} | (
+            {BOX: torch.zeros(0, 4)} if photos.box_head else {}
+        )
         return torch.zeros(0, 3, photos.size, photos.size, dtype=torch.uint8), none
     return torch.utils.data.default_collate(items)
 
@@ -699,7 +785,9 @@ def batches(loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         yield batch
 
 
-def cutmix(images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], labels: Sequence[str] | None, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+def cutmix(
+    images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], labels: Sequence[str] | None, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """CutMix (Yun et al. 2019) over a whole batch, images (N, 3, H, W) and targets {label: int64 (N,)}, drawn from `seed` alone.
 
     Each of `labels` has a paste of its own, one after another onto the same images, each cut from the unmixed ones: a box that is the
@@ -710,9 +798,14 @@ def cutmix(images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], 
         return images, targets
     generator, mixed, targets = torch.Generator().manual_seed(seed), images.clone(), dict(targets)
     for pasted in [list(targets)] if "joint" in labels else [[label] for label in labels]:
-        partner = int(torch.randint(1, len(images), (), generator=generator))  # so many places further, never the image itself
+        partner = int(
+            torch.randint(1, len(images), (), generator=generator)
+        )  # so many places further, never the image itself
         area, *middle = torch.rand(3, generator=generator).tolist()
-        rows, columns = (slice(*(round(min(max(m + end * area**0.5 / 2, 0), 1) * side) for end in (-1, 1))) for m, side in zip(middle, images.shape[-2:]))
+        rows, columns = (
+            slice(*(round(min(max(m + end * area**0.5 / 2, 0), 1) * side) for end in (-1, 1)))
+            for m, side in zip(middle, images.shape[-2:])
+        )
         mixed[..., rows, columns] = images[..., rows, columns].roll(partner, 0)
         share = (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
         for label in pasted:
@@ -743,11 +836,15 @@ def describe(
             wrong += [f"{csv_name(split, subtask)} is missing"] if split != "test" else []
             continue
         try:
-            read = read_split(root, split, {} if split == "test" and classes is None else classes, subtask)  # whose labels may be absent
+            read = read_split(
+                root, split, {} if split == "test" and classes is None else classes, subtask
+            )  # whose labels may be absent
             classes = read.classes if split == "train" else classes
             _describe_split(split, read)
             if read.beyond:
-                note(f"{read.beyond:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?")
+                note(
+                    f"{read.beyond:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?"
+                )
             chosen = read.samples if all_images else read.samples[:: max(1, len(read.samples) // 200)]
             left_out |= len(chosen) < len(read.samples)
             wrong += _describe_images(split, read.samples, chosen)
@@ -764,11 +861,17 @@ def _describe_split(split: str, read: Split) -> None:
     rows = []
     for label in read.labelled:
         counts = Counter(sample.labels[label] for sample in read.samples)
-        rows += [[label, str(c), class_name(label, c), str(counts[c]), f"{counts[c] / len(read.samples):.1%}"] for c in range(read.classes[label])]
+        rows += [
+            [label, str(c), class_name(label, c), str(counts[c]), f"{counts[c] / len(read.samples):.1%}"]
+            for c in range(read.classes[label])
+        ]
     if rows:
         show_table("classes", ["label", "class", "name", "rows", "share"], rows)
     if empty := [f"{label} {c}" for label, c, _, count, _ in rows if count == "0"]:
-        note(f"no row is of the class {', '.join(empty[:20])}" + (f" and {len(empty) - 20} more" if len(empty) > 20 else ""))
+        note(
+            f"no row is of the class {', '.join(empty[:20])}"
+            + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
+        )
 
 
 def _describe_images(split: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:
@@ -786,7 +889,14 @@ def _describe_images(split: str, samples: list[Sample], chosen: list[Sample]) ->
     say(f"images: {len(chosen):,} decoded; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")
     rows = [["image", *_quartiles(sizes)]] if sizes else []
     for view in samples[0].boxes:
-        rows.append([view, *_quartiles([(s.boxes[view][2] - s.boxes[view][0], s.boxes[view][3] - s.boxes[view][1]) for s in samples])])
+        rows.append(
+            [
+                view,
+                *_quartiles(
+                    [(s.boxes[view][2] - s.boxes[view][0], s.boxes[view][3] - s.boxes[view][1]) for s in samples]
+                ),
+            ]
+        )
     show_table("width x height in pixels", ["of", "smallest", "median", "largest"], rows)
     return [report(f"{split}: {len(wrong)} of {len(chosen)} decoded images are damaged", wrong)] if wrong else []
 

@@ -58,10 +58,19 @@ IN_PROCESS = 64  # fewer photos than this are drawn without helper processes
 # The last number is width over height. None is another one's upside-down, so flips keep the label.
 SILHOUETTES = (
     (((0.20, -0.98), (1.00, -0.88), (1.00, -0.20), (0.48, -0.15), (0.52, 1.00)), 0.95),  # loungewear: kimono
-    (((0.24, -1.00), (0.55, -0.92), (1.00, -0.35), (0.80, -0.10), (0.62, -0.35), (0.62, 1.00)), 0.90),  # light outing: T-shirt
-    (((0.20, -1.00), (0.52, -0.92), (1.00, 0.70), (0.78, 0.84), (0.50, -0.20), (0.54, 1.00)), 0.85),  # office: long sleeves
+    (
+        ((0.24, -1.00), (0.55, -0.92), (1.00, -0.35), (0.80, -0.10), (0.62, -0.35), (0.62, 1.00)),
+        0.90,
+    ),  # light outing: T-shirt
+    (
+        ((0.20, -1.00), (0.52, -0.92), (1.00, 0.70), (0.78, 0.84), (0.50, -0.20), (0.54, 1.00)),
+        0.85,
+    ),  # office: long sleeves
     (((0.26, -0.90), (0.46, -1.00), (0.52, -0.60), (0.28, -0.22), (1.00, 1.00)), 0.65),  # formal: waisted dress
-    (((0.28, -1.00), (0.62, -0.36), (0.40, -0.36), (0.82, 0.30), (0.58, 0.30), (1.00, 1.00)), 0.70),  # event: tiered gown
+    (
+        ((0.28, -1.00), (0.62, -0.36), (0.40, -0.36), (0.82, 0.30), (0.58, 0.30), (1.00, 1.00)),
+        0.70,
+    ),  # event: tiered gown
     (((0.56, -1.00), (0.66, -0.55), (1.00, 1.00), (0.46, 1.00), (0.00, -0.20)), 0.65),  # sportswear: trousers
 )
 SHORT_SIDE, LONG_SIDE, LANDSCAPE = (270, 320), (360, 430), 0.3  # pixels, pixels, share of the photos
@@ -81,7 +90,11 @@ ORNAMENT_RADII = (0.07, 0.125)
 SUPERSAMPLING = 2  # garments are drawn this much larger, then averaged
 GRAIN = 0.05
 SCENE_SHRINK = 3  # scenes are drawn this much smaller, then enlarged: out of focus, and quick
-OTHER_HEIGHT, OTHER_BLUR, OTHER_PALENESS = (0.12, 0.40), (0.8, 1.4), (0.25, 0.5)  # other garments: of the photo's height, scene pixels, share of haze
+OTHER_HEIGHT, OTHER_BLUR, OTHER_PALENESS = (
+    (0.12, 0.40),
+    (0.8, 1.4),
+    (0.25, 0.5),
+)  # other garments: of the photo's height, scene pixels, share of haze
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -161,7 +174,9 @@ def cached() -> Path:
     return out
 
 
-def draw_split(folder: Path, split: str, photos: int, seed: int, processes: int | None, progress: Progress, kind: Kind) -> None:
+def draw_split(
+    folder: Path, split: str, photos: int, seed: int, processes: int | None, progress: Progress, kind: Kind
+) -> None:
     for name in FOLDERS:
         (folder / split / name).parent.mkdir(parents=True)
     with (folder / f"Fashion-How24_sub1_{split}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -203,7 +218,9 @@ def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> R
     """Draw and save one photo. The right and lower ends of the box are exclusive, as in slices."""
     group, place = divmod(index, 3)  # of three photos the first two show one garment
     number = 2 * group + place // 2
-    garment = make_garment(random.Random(f"{kind.seeds}garment {seed} {split} {number}"), len(SPLITS) * number + SPLITS.index(split) + 1)
+    garment = make_garment(
+        random.Random(f"{kind.seeds}garment {seed} {split} {number}"), len(SPLITS) * number + SPLITS.index(split) + 1
+    )
     rng = random.Random(f"{kind.seeds}photo {seed} {split} {index}")
     file_kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
     photo, box, cutout = paint_photo(rng, garment, kind)
@@ -305,8 +322,17 @@ def paint_photo(rng: random.Random, garment: Garment, kind: Kind) -> tuple[Image
     pose = make_pose(rng, garment)
     scale = min(rng.uniform(*kind.height) * height / pose.height, MAX_GARMENT_WIDTH * width / pose.width)
     garment_width, garment_height = math.ceil(scale * pose.width), math.ceil(scale * pose.height)
-    left, top = rng.randint(MARGIN, width - MARGIN - garment_width), rng.randint(MARGIN, height - MARGIN - garment_height)
-    photo = paint_scene(rng, (width, height), garment.cloth_luma, [pose.place(point, scale, left, top) for point in garment.outline], kind)
+    left, top = (
+        rng.randint(MARGIN, width - MARGIN - garment_width),
+        rng.randint(MARGIN, height - MARGIN - garment_height),
+    )
+    photo = paint_scene(
+        rng,
+        (width, height),
+        garment.cloth_luma,
+        [pose.place(point, scale, left, top) for point in garment.outline],
+        kind,
+    )
 
     cloth, shape, outline = paint_garment(rng, garment, pose, scale, left, top)
     mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
@@ -335,7 +361,11 @@ class Pose(NamedTuple):
 
 
 def make_pose(rng: random.Random, garment: Garment) -> Pose:
-    angle, shear, stretch = math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE)), rng.uniform(-0.08, 0.08), rng.uniform(0.92, 1.08)
+    angle, shear, stretch = (
+        math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE)),
+        rng.uniform(-0.08, 0.08),
+        rng.uniform(0.92, 1.08),
+    )
 
     def turn(point: Point) -> Point:
         x, y = point[0] * stretch + shear * point[1], point[1]
@@ -367,7 +397,9 @@ def grey(image: Image.Image) -> Image.Image:
     return Image.merge("RGB", (image, image, image))
 
 
-def paint_cloth(garment: Garment, canvas: tuple[int, int], on_canvas: Callable[[Point], Point], scale: float) -> Image.Image:
+def paint_cloth(
+    garment: Garment, canvas: tuple[int, int], on_canvas: Callable[[Point], Point], scale: float
+) -> Image.Image:
     """The garment's cloth with print and ornaments, filling the canvas."""
     cloth = Image.new("RGB", canvas, garment.cloth)
     pen = ImageDraw.Draw(cloth)
@@ -389,8 +421,14 @@ def paint_cloth(garment: Garment, canvas: tuple[int, int], on_canvas: Callable[[
     edge, middle = garment.ornament_colours
     for x, y in garment.ornaments:
         for size, colour in ((radius, edge), (0.6 * radius, middle)):
-            pen.polygon([on_canvas((x + dx * size, y + dy * size)) for dx, dy in ORNAMENTS[garment.ornament_kind]], colour)
-    pen.line([on_canvas(p) for p in [*garment.outline, garment.outline[0]]], tuple(part * 2 // 3 for part in garment.cloth), 2 * SUPERSAMPLING)
+            pen.polygon(
+                [on_canvas((x + dx * size, y + dy * size)) for dx, dy in ORNAMENTS[garment.ornament_kind]], colour
+            )
+    pen.line(
+        [on_canvas(p) for p in [*garment.outline, garment.outline[0]]],
+        tuple(part * 2 // 3 for part in garment.cloth),
+        2 * SUPERSAMPLING,
+    )
     return cloth
 
 
@@ -403,7 +441,9 @@ def star(points: int, dent: float) -> list[Point]:
 ORNAMENTS = (star(8, 0.93), star(5, 0.5), star(6, 0.6), star(4, 0.75))
 
 
-def paint_scene(rng: random.Random, size: tuple[int, int], cloth_luma: float, shadow: list[Point], kind: Kind) -> Image.Image:
+def paint_scene(
+    rng: random.Random, size: tuple[int, int], cloth_luma: float, shadow: list[Point], kind: Kind
+) -> Image.Image:
     """A room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow in it."""
     width, height = small = (size[0] // SCENE_SHRINK, size[1] // SCENE_SHRINK)
     luma = rng.uniform(*(LIGHT_SCENE if cloth_luma < 128 else DARK_SCENE))
@@ -421,7 +461,9 @@ def paint_scene(rng: random.Random, size: tuple[int, int], cloth_luma: float, sh
     for i in range(objects):
         if i in others:
             paint_other(rng, scene, tint(20))
-        paint_object(rng, pen, rng.uniform(-0.1, 1) * width, rng.uniform(-0.1, 1) * height, rng.uniform(0.1, 0.35) * width, tint)
+        paint_object(
+            rng, pen, rng.uniform(-0.1, 1) * width, rng.uniform(-0.1, 1) * height, rng.uniform(0.1, 0.35) * width, tint
+        )
     scene = Image.blend(scene, grey(Image.frombytes("L", small, rng.randbytes(width * height))), GRAIN)
     shade = Image.new("L", small)
     dx, dy = rng.uniform(-3, 3), rng.uniform(1, 4)
@@ -437,11 +479,15 @@ def paint_other(rng: random.Random, scene: Image.Image, haze: Colour) -> None:
     cloth, shape, _ = paint_garment(rng, garment, pose, rng.uniform(*OTHER_HEIGHT) * scene.height / pose.height)
     blur = ImageFilter.GaussianBlur(rng.uniform(*OTHER_BLUR))
     cloth = Image.blend(cloth.filter(blur), Image.new("RGB", cloth.size, haze), rng.uniform(*OTHER_PALENESS))
-    corner = [round(rng.uniform(-0.4 * own, side - 0.6 * own)) for own, side in zip(cloth.size, scene.size, strict=True)]
+    corner = [
+        round(rng.uniform(-0.4 * own, side - 0.6 * own)) for own, side in zip(cloth.size, scene.size, strict=True)
+    ]
     scene.paste(cloth, corner, shape.reduce(SUPERSAMPLING).filter(blur))
 
 
-def paint_object(rng: random.Random, pen: ImageDraw.ImageDraw, x: float, y: float, side: float, tint: Callable[[float], Colour]) -> None:
+def paint_object(
+    rng: random.Random, pen: ImageDraw.ImageDraw, x: float, y: float, side: float, tint: Callable[[float], Colour]
+) -> None:
     """A piece of furniture, a ball, a striped cushion, a dotted box or a pole."""
     right, bottom = x + side, y + side * rng.uniform(0.6, 1.6)
     kind = rng.randrange(5)
@@ -476,7 +522,9 @@ def main(
     val: Annotated[int, typer.Option(help="validation photos")] = VAL,
     test: Annotated[int, typer.Option(help="test photos")] = TEST,
     seed: Annotated[int, typer.Option(help="another seed, other garments")] = 0,
-    hard: Annotated[bool, typer.Option("--hard", help="smaller garments, among others that are not meant, in more clutter")] = False,
+    hard: Annotated[
+        bool, typer.Option("--hard", help="smaller garments, among others that are not meant, in more clutter")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Draw a demo set in the organisers' layout."""

@@ -63,19 +63,53 @@ ROWS = (
     Row("20240813_212817", "raw", f"{RESTARTS} --augment randaugment", "0.474", "is RandAugment better than basic?"),
     Row("20240811_135831", "raw", "--val-view full", "0.473", "the base, validated on whole photos as the test is"),
     Row("20240814_crop", "raw", f"{RESTARTS} {BOTH_VIEWS}", "", "do both views in training help?"),
-    Row("20240814_215539", "raw", f"{RESTARTS} {BOTH_VIEWS} --loss focal --focal-gamma 2", "", "does focal loss help the rare classes?"),
+    Row(
+        "20240814_215539",
+        "raw",
+        f"{RESTARTS} {BOTH_VIEWS} --loss focal --focal-gamma 2",
+        "",
+        "does focal loss help the rare classes?",
+    ),
     Row("20240815_140358", "clean", f"{SMOOTH} {BOTH_VIEWS}", "0.472", "background removed, both views"),
     Row("20240815_182900", "clean", SMOOTH, "0.505", "does removing the background help?"),
-    Row("20240818_asymmetric", "clean", f"{RESTARTS} --loss asymmetric --asym-gamma-pos 1 --asym-gamma-neg 4 {LESS}", "", "does the asymmetric loss help?"),
+    Row(
+        "20240818_asymmetric",
+        "clean",
+        f"{RESTARTS} --loss asymmetric --asym-gamma-pos 1 --asym-gamma-neg 4 {LESS}",
+        "",
+        "does the asymmetric loss help?",
+    ),
     Row("20240822_153056", "raw+clean", SMOOTH, "0.498", "do raw and background-free photos together help?"),
-    Row("20240822_222251", "clean", f"{SMOOTH} --resize random-resized-crop", "0.4796", "RandomResizedCrop instead of squashing"),
-    Row("20240823_190953", "clean", f"{SMOOTH} --cutmix Daily --cutmix Gender --cutmix Embellishment", "0.4567", "CutMix on every label, up to three pastes"),
-    Row("20240825_cutmix_gender", "clean", f"{SMOOTH} --cutmix Gender", "no effect", "CutMix on the hardest label alone"),
-    Row("20240826_223053", "clean", f"{SMOOTH} --epochs 1000", "", "1,000 epochs: restarts at 10, 30, 70, 150, 310, 630"),
+    Row(
+        "20240822_222251",
+        "clean",
+        f"{SMOOTH} --resize random-resized-crop",
+        "0.4796",
+        "RandomResizedCrop instead of squashing",
+    ),
+    Row(
+        "20240823_190953",
+        "clean",
+        f"{SMOOTH} --cutmix Daily --cutmix Gender --cutmix Embellishment",
+        "0.4567",
+        "CutMix on every label, up to three pastes",
+    ),
+    Row(
+        "20240825_cutmix_gender", "clean", f"{SMOOTH} --cutmix Gender", "no effect", "CutMix on the hardest label alone"
+    ),
+    Row(
+        "20240826_223053", "clean", f"{SMOOTH} --epochs 1000", "", "1,000 epochs: restarts at 10, 30, 70, 150, 310, 630"
+    ),
     Row("20240828_181215", "clean", f"{SMOOTH} --eta-min 5e-8", "", "a lowest learning rate of lr / 100"),
     Row("20240831_192322", "clean", f"{SMOOTH} --crop-prob 0.7", "", "whole photos now and then, validated boxed"),
     Row("20240910_221015", "clean", f"{LESS} --t-0 20 --t-mult 2 --eta-min 5e-8", "0.504", "less smoothing, T_0 = 20"),
-    Row("20240911_091050", "clean", f"{LESS} --t-0 30 --t-mult 2 --eta-min 5e-8", "0.5044", "less smoothing, T_0 = 30: the last entry"),
+    Row(
+        "20240911_091050",
+        "clean",
+        f"{LESS} --t-0 30 --t-mult 2 --eta-min 5e-8",
+        "0.5044",
+        "less smoothing, T_0 = 30: the last entry",
+    ),
     Row("backbone_convnext", "raw", "--model convnext_femto.d1_in1k", "below EVA-02", "a ConvNeXt of 19 MB"),
     Row("backbone_mobilenet", "raw", "--model mobilenetv3_large_100.ra_in1k", "below EVA-02", "a MobileNet of 17 MB"),
     Row("repeat", "raw", "", 'differed "a lot"', "the base again: does it come out the same?"),
@@ -122,7 +156,9 @@ def merge_flags(row: Row, more: Flags) -> Flags:
         flags.pop("--weights", None)
     if "--epochs" in own and "--epochs" in more:
         with suppress(ValueError, IndexError):  # train.py says what is wrong with it
-            flags["--epochs"] = [str(max(1, round(int(more["--epochs"][-1]) * int(own["--epochs"][0]) / int(base["--epochs"][0]))))]
+            flags["--epochs"] = [
+                str(max(1, round(int(more["--epochs"][-1]) * int(own["--epochs"][0]) / int(base["--epochs"][0]))))
+            ]
     flags.pop("--name", None)  # a part of the run's name
     return flags
 
@@ -155,9 +191,16 @@ def list_rows() -> None:
 
 @app.command()
 def run(
-    rows: Annotated[list[str], typer.Argument(help="Names of rows, or all. Flags of train.py for every row follow --.", metavar="ROW...|all [-- FLAGS]")],
+    rows: Annotated[
+        list[str],
+        typer.Argument(
+            help="Names of rows, or all. Flags of train.py for every row follow --.", metavar="ROW...|all [-- FLAGS]"
+        ),
+    ],
     data: Annotated[str, typer.Option(help="Dataset folder, or `demo`.")] = "Dataset",
-    clean_data: Annotated[str | None, typer.Option(help="The same without backgrounds (preprocess.py).", show_default="none")] = None,
+    clean_data: Annotated[
+        str | None, typer.Option(help="The same without backgrounds (preprocess.py).", show_default="none")
+    ] = None,
     seeds: Annotated[int, typer.Option(help=f"How many seeds: {FIRST_SEED}, {FIRST_SEED + 1}, ...", min=1)] = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands; run nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -167,25 +210,44 @@ def run(
     chosen, more = choose_rows(rows[: len(rows) - len(behind)]), parse_flags(behind)
     if taken := [flag for flag in OURS if flag in more]:
         raise misuse("--", f"{taken[0]} cannot stand behind it: {OURS[taken[0]]}")
-    datasets = {"raw": (data, content_of("--data", data)), "clean": (clean_data, clean_data and content_of("--clean-data", clean_data))}
+    datasets = {
+        "raw": (data, content_of("--data", data)),
+        "clean": (clean_data, clean_data and content_of("--clean-data", clean_data)),
+    }
     if clean_data is None and (needy := [row.name for row in chosen if row.data != "raw"]):
-        raise misuse("--clean-data", f"{', '.join(needy)}: without backgrounds; python preprocess.py {data} OUT writes such a dataset")
+        raise misuse(
+            "--clean-data",
+            f"{', '.join(needy)}: without backgrounds; python preprocess.py {data} OUT writes such a dataset",
+        )
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the training that runs is ended too
     code, failed, finished = code_of_scripts(), [], 0
     runs = [(row, seed) for row in chosen for seed in range(FIRST_SEED, FIRST_SEED + seeds)]
     for i, (row, seed) in enumerate(runs, start=1):
         seen = [datasets[kind] for kind in row.data.split("+")]
-        record = {"row": row.name, "more": dict(sorted(more.items())), "flags": merge_flags(row, more), "seed": seed, "code": code}
+        record = {
+            "row": row.name,
+            "more": dict(sorted(more.items())),
+            "flags": merge_flags(row, more),
+            "seed": seed,
+            "code": code,
+        }
         record["data"] = [content for _, content in seen]
         key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
         folder = Path("runs") / f"{(more.get('--name') or [row.name])[-1]}-seed{seed}-{key}"
-        flags = {"--data": [place for place, _ in seen], **record["flags"], "--seed": [str(seed)], "--name": [folder.name]}
+        flags = {
+            "--data": [place for place, _ in seen],
+            **record["flags"],
+            "--seed": [str(seed)],
+            "--name": [folder.name],
+        }
         arguments = ["--resume", str(folder)] if (folder / "config.json").exists() else words_of(flags)
         command = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *arguments]
         if (folder / "experiment.json").exists():
             finished += 1
-            print(f"# finished before: {folder}") if dry_run else say(f"run {i} of {len(runs)}: {folder} was finished before")
+            print(f"# finished before: {folder}") if dry_run else say(
+                f"run {i} of {len(runs)}: {folder} was finished before"
+            )
         elif dry_run:
             print(shlex.join(command))
         else:
@@ -208,8 +270,14 @@ def choose_rows(names: list[str]) -> list[Row]:
     """The rows of these names. Raises BadParameter for unknown ones, with those that are close."""
     for name in names:
         if name not in NAMED and name != "all":
-            close = [other for other in NAMED if name and name in other] or difflib.get_close_matches(name, NAMED, cutoff=0.4)
-            raise misuse("ROW", f"there is no row {name!r}; " + (f"close: {', '.join(close[:5])}" if close else "python experiments.py list shows them"))
+            close = [other for other in NAMED if name and name in other] or difflib.get_close_matches(
+                name, NAMED, cutoff=0.4
+            )
+            raise misuse(
+                "ROW",
+                f"there is no row {name!r}; "
+                + (f"close: {', '.join(close[:5])}" if close else "python experiments.py list shows them"),
+            )
     if not names:
         raise misuse("ROW", "name the rows to run, or all")
     return list(ROWS) if "all" in names else [NAMED[name] for name in dict.fromkeys(names)]
@@ -228,14 +296,18 @@ def content_of(flag: str, data: str) -> str:
         for folder, folders, files in os.walk(root / split):
             folders.sort()
             for file in sorted(files):
-                digest.update(f"{file}\0{os.stat(os.path.join(folder, file)).st_size}\0".encode(errors="surrogateescape"))
+                digest.update(
+                    f"{file}\0{os.stat(os.path.join(folder, file)).st_size}\0".encode(errors="surrogateescape")
+                )
     return digest.hexdigest()
 
 
 def code_of_scripts() -> str:
     """The content of the scripts. This one is left out: what it does to a run are the flags, and a new row changes no other."""
     here = Path(__file__)
-    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(here.parent.glob("*.py")) if path != here)).hexdigest()
+    return hashlib.sha256(
+        b"".join(path.name.encode() + path.read_bytes() for path in sorted(here.parent.glob("*.py")) if path != here)
+    ).hexdigest()
 
 
 def start(command: list[str]) -> int:
@@ -335,9 +407,17 @@ def per_garment(images: list[str], differences: np.ndarray) -> np.ndarray:
 def mean_squares(differences: np.ndarray) -> tuple[tuple[float, int], ...]:
     """(mean square, degrees of freedom) of units, seeds and residual of differences (units, seeds): the two-way analysis of variance."""
     units, seeds = differences.shape
-    mean, of_units, of_seeds = differences.mean(), differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
+    mean, of_units, of_seeds = (
+        differences.mean(),
+        differences.mean(1, keepdims=True),
+        differences.mean(0, keepdims=True),
+    )
     residual = ((differences - of_units - of_seeds + mean) ** 2).sum()
-    sums = (seeds * ((of_units - mean) ** 2).sum(), units - 1), (units * ((of_seeds - mean) ** 2).sum(), seeds - 1), (residual, (units - 1) * (seeds - 1))
+    sums = (
+        (seeds * ((of_units - mean) ** 2).sum(), units - 1),
+        (units * ((of_seeds - mean) ** 2).sum(), seeds - 1),
+        (residual, (units - 1) * (seeds - 1)),
+    )
     return tuple((float(total / df), df) for total, df in sums)
 
 
@@ -380,7 +460,12 @@ def compare(group: list[Run], base: list[Run]) -> dict:
     if len(pairs) < 3 or len(units) < 2:
         return found | {"verdict": "too few seeds" if len(pairs) < 3 else "too few images"}
     mean, half, df = interval(units)
-    return found | {"low": mean - half, "high": mean + half, "df": df, "verdict": "real" if abs(mean) > half else "not told apart"}
+    return found | {
+        "low": mean - half,
+        "high": mean + half,
+        "df": df,
+        "verdict": "real" if abs(mean) > half else "not told apart",
+    }
 
 
 def find_base(group: list[Run], groups: list[list[Run]]) -> list[Run] | None:
@@ -404,7 +489,11 @@ def same_as(row: Row, more: Flags) -> str:
     mine = merge_flags(row, more)
     for other in ROWS[: ROWS.index(row)]:
         if effect(other) == effect(row):
-            why = "" if merge_flags(other, more) == mine else f": no restart in {mine['--epochs'][-1]} epochs, only another slope"
+            why = (
+                ""
+                if merge_flags(other, more) == mine
+                else f": no restart in {mine['--epochs'][-1]} epochs, only another slope"
+            )
             return f"the same as {other.name}{why}"
     return ""
 
@@ -412,14 +501,25 @@ def same_as(row: Row, more: Flags) -> str:
 def summarise(group: list[Run], base: list[Run] | None) -> dict:
     """All that the table says of a row: a line of its CSV by the columns, without those that have no value here; and what only sorts and formats it."""
     row, more = NAMED[group[0].row], group[0].more
-    line = {"row": row.name, "flags": shlex.join(words_of(more)), "seeds": len(group), "author_test": row.score, "more": more, "labels": [*group[0].best]}
+    line = {
+        "row": row.name,
+        "flags": shlex.join(words_of(more)),
+        "seeds": len(group),
+        "author_test": row.score,
+        "more": more,
+        "labels": [*group[0].best],
+    }
     for when in ("best", "last"):
         for label in line["labels"]:
             values = [getattr(run, when)[label] for run in group]
             line[f"{when}_{label}"] = float(np.mean(values))
             if len(values) > 1:
                 line[f"{when}_{label}_sd"] = float(np.std(values, ddof=1))
-    found = compare(group, base) if base else {"verdict": "the base" if row.name == BASE else "no base run with these flags"}
+    found = (
+        compare(group, base)
+        if base
+        else {"verdict": "the base" if row.name == BASE else "no base run with these flags"}
+    )
     fewer = [pair for pair in pairs_of(more) if base and pair not in pairs_of(base[0].more)]
     against = f"against the base without {' '.join(word for pair in fewer for word in pair)}" if fewer else ""
     return line | found | {"note": "; ".join(filter(None, [*found.get("notes", []), against, same_as(row, more)]))}
@@ -466,14 +566,26 @@ def print_tables(lines: list[dict], show) -> None:
         columns, accuracies, differences = accuracy_columns(section), [], []
         for line in section:
             whose = [line["row"], str(line["seeds"])]
-            accuracies.append([*whose, *(shown(line, column) + shown(line, f"{column}_sd", " ±{:.3f}") for column in columns)])
+            accuracies.append(
+                [*whose, *(shown(line, column) + shown(line, f"{column}_sd", " ±{:.3f}") for column in columns)]
+            )
             difference = "0.000 exactly" if line.get("exact") else shown(line, "difference", "{:+.3f}")
             bounds = shown(line, "low", "{:+.3f}") + shown(line, "high", " to {:+.3f}")
             measured = [shown(line, "garments", "{}"), shown(line, "best_mean"), difference, bounds]
             differences.append([*whose, *measured, line["verdict"], line["author_test"], line["note"]])
         title = "validation Top-1, mean ± standard deviation over seeds, at the best and at the last epoch"
         show(f"{title}; {behind}", ["row", "seeds", *(column.replace("_", " ", 1) for column in columns)], accuracies)
-        columns = ["row", "seeds", "garments", "best mean", "difference", "95 % interval", "verdict", "author's test", "note"]
+        columns = [
+            "row",
+            "seeds",
+            "garments",
+            "best mean",
+            "difference",
+            "95 % interval",
+            "verdict",
+            "author's test",
+            "note",
+        ]
         show(f"difference to the base at the best epoch; {behind}", columns, differences)
 
 
@@ -486,7 +598,20 @@ def print_markdown(title: str, columns: list[str], rows: list[list[str]]) -> Non
 
 def print_csv(lines: list[dict]) -> None:
     accuracies = [name for column in accuracy_columns(lines) for name in (column, f"{column}_sd")]
-    columns = ["row", "flags", "seeds", *accuracies, "garments", "difference", "low", "high", "df", "verdict", "note", "author_test"]
+    columns = [
+        "row",
+        "flags",
+        "seeds",
+        *accuracies,
+        "garments",
+        "difference",
+        "low",
+        "high",
+        "df",
+        "verdict",
+        "note",
+        "author_test",
+    ]
     out = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
     out.writeheader()
     out.writerows(lines)

@@ -22,7 +22,9 @@ def _prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.ndim == logits.ndim - 1:
         targets = F.one_hot(targets, logits.shape[-1])
     elif targets.shape != logits.shape:
-        raise ValueError(f"targets have the shape {tuple(targets.shape)}; for logits {tuple(logits.shape)} give indices (N,) or probabilities (N, C)")
+        raise ValueError(
+            f"targets have the shape {tuple(targets.shape)}; for logits {tuple(logits.shape)} give indices (N,) or probabilities (N, C)"
+        )
     return F.log_softmax(logits, dim=-1), targets.to(logits.dtype)
 
 
@@ -48,11 +50,21 @@ def total_weight(targets: Tensor, class_weights: Tensor | None = None) -> Tensor
     Without weights their number, rows of NaN (no box) aside.
     """
     if class_weights is None:
-        return targets.reshape(len(targets), -1).isfinite().all(-1).sum().float() if len(targets) else torch.zeros((), device=targets.device)
+        return (
+            targets.reshape(len(targets), -1).isfinite().all(-1).sum().float()
+            if len(targets)
+            else torch.zeros((), device=targets.device)
+        )
     return class_weights[targets].sum() if targets.ndim == 1 else (targets * class_weights).sum()
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """Cross-entropy with label smoothing (Szegedy et al. 2016). `class_weights`: (C,) or None."""
     log_p, targets = _prepare(logits, targets)
     losses = -_smooth(targets, smoothing) * log_p
@@ -60,7 +72,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0, class
     return _reduce(losses.sum(-1), targets, class_weights, reduction)
 
 
-def focal(logits: Tensor, targets: Tensor, gamma: float = 2.0, class_weights: Tensor | None = None, reduction: str = "mean") -> Tensor:
+def focal(
+    logits: Tensor, targets: Tensor, gamma: float = 2.0, class_weights: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """Focal loss in its softmax form, -w (1 - p)^gamma log p of the target class (Lin et al. 2017, eq. 4 and 5). `class_weights`: (C,) or None."""
     log_p, targets = _prepare(logits, targets)
     losses = -targets * _power_of_one_minus_p(log_p, gamma) * log_p
@@ -98,7 +112,10 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.
     `teacher_logits`: (N, C), which get no gradient.
     """
     half = (torch.float16, torch.bfloat16)
-    log_p, log_q = (F.log_softmax((x.float() if x.dtype in half else x) / temperature, dim=-1) for x in (logits, teacher_logits.detach()))
+    log_p, log_q = (
+        F.log_softmax((x.float() if x.dtype in half else x) / temperature, dim=-1)
+        for x in (logits, teacher_logits.detach())
+    )
     return _reduce(temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1), log_q, None, reduction)
 
 

@@ -46,7 +46,13 @@ class FashionModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, width: int, classes: dict[str, int], mean: Iterable[float], std: Iterable[float], levels: dict[int, int] | None = None
+        self,
+        backbone: nn.Module,
+        width: int,
+        classes: dict[str, int],
+        mean: Iterable[float],
+        std: Iterable[float],
+        levels: dict[int, int] | None = None,
     ):
         super().__init__()
         self.backbone, self.classes = backbone, dict(classes)
@@ -70,7 +76,9 @@ class FashionModel(nn.Module):
             features, more = self.backbone(images), {}
         else:
             last, maps = self.backbone.forward_intermediates(images, indices=self.levels)
-            maps = maps if find_box is True else [m.index_select(0, find_box) for m in maps]  # which keeps the memory format
+            maps = (
+                maps if find_box is True else [m.index_select(0, find_box) for m in maps]
+            )  # which keeps the memory format
             features, more = self.backbone.forward_head(last), {BOX: self.box_head(maps)}
         return {label: head(features) for label, head in zip(self.classes, self.heads)} | more
 
@@ -87,7 +95,9 @@ class BoxHead(nn.Module):
         self.inputs = nn.ModuleList(nn.Conv2d(width, BOX_WIDTH, 1) for width in widths)
         norms = [nn.GroupNorm(8, BOX_WIDTH) for _ in range(3)]
         convolutions = [nn.Conv2d(BOX_WIDTH, BOX_WIDTH, 3, padding=1) for _ in range(2)]
-        self.mix = nn.Sequential(norms[0], nn.ReLU(), convolutions[0], norms[1], nn.ReLU(), convolutions[1], norms[2], nn.ReLU())
+        self.mix = nn.Sequential(
+            norms[0], nn.ReLU(), convolutions[0], norms[1], nn.ReLU(), convolutions[1], norms[2], nn.ReLU()
+        )
         self.along_x, self.along_y = (nn.Conv1d(BOX_WIDTH, 2, 3, padding=1) for _ in range(2))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -105,7 +115,9 @@ def _stretch(values: Tensor, n: int) -> Tensor:
     """Linear interpolation of the last axis to `n` values, as a product of matrices: the gradient of torch's own differs from run to run on CUDA."""
     if values.shape[-1] == n:
         return values
-    return values @ F.interpolate(torch.eye(values.shape[-1], device=values.device)[None], n, mode="linear")[0].to(values.dtype)
+    return values @ F.interpolate(torch.eye(values.shape[-1], device=values.device)[None], n, mode="linear")[0].to(
+        values.dtype
+    )
 
 
 def box_of(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +131,9 @@ def box_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     sides = shares @ places
     near = (places - sides[..., None]).abs() < 0.1
     first, second = sides[:, :2], sides[:, 2:]
-    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1), (shares * near).sum(-1).amin(-1)
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1), (shares * near).sum(-1).amin(
+        -1
+    )
 
 
 # ---------------------------------------------------------------- building
@@ -130,15 +144,25 @@ def check_backbone(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if ":" in name or not timm.is_model(architecture):
         known = timm.list_models() + timm.list_pretrained()
-        close = [m for m in known if architecture and m.startswith(architecture)] or difflib.get_close_matches(name, known, cutoff=0.5)
-        raise ValueError(f"timm has no model {name!r}" + (f"; close: {', '.join(close[:5])}" if close else "; timm.list_models() lists them"))
+        close = [m for m in known if architecture and m.startswith(architecture)] or difflib.get_close_matches(
+            name, known, cutoff=0.5
+        )
+        raise ValueError(
+            f"timm has no model {name!r}"
+            + (f"; close: {', '.join(close[:5])}" if close else "; timm.list_models() lists them")
+        )
     tags = [m.partition(".")[2] for m in timm.list_models(f"{architecture}.*", pretrained=True)]
     if tag and tag not in tags:
         raise ValueError(f"timm has no pretrained tag {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
 
 
 def build_model(
-    name: str, classes: dict[str, int], image_size: int | None = None, pretrained: bool = False, drop_path: float = 0.0, box_head: bool = False
+    name: str,
+    classes: dict[str, int],
+    image_size: int | None = None,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
+    box_head: bool = False,
 ) -> tuple[FashionModel, int]:
     """The model with random or pretrained backbone weights, and its image size (None: the backbone's own).
 
@@ -146,7 +170,9 @@ def build_model(
     where the download fails.
     """
     check_backbone(name)
-    own = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # of a backbone that was added here: timm's general values
+    own = (
+        timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    )  # of a backbone that was added here: timm's general values
     size = image_size or own.input_size[-1]
     if pretrained:
         _stay_offline_without_network()
@@ -156,12 +182,18 @@ def build_model(
         if not pretrained:
             raise ValueError(f"{name} cannot be built for images of {size} px: {error}") from None
         if not own.has_weights:
-            raise ValueError(f"timm has no pretrained weights for {name}; use --no-pretrained or --weights FILE") from None
+            raise ValueError(
+                f"timm has no pretrained weights for {name}; use --no-pretrained or --weights FILE"
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); offline: --weights FILE, or --no-pretrained") from None
+        raise OSError(
+            f"the pretrained weights of {name} could not be loaded ({reason}); offline: --weights FILE, or --no-pretrained"
+        ) from None
     config = timm.data.resolve_model_data_config(backbone)
     width = _pooled_width(backbone, name, size)
-    return FashionModel(backbone, width, classes, config["mean"], config["std"], _box_levels(backbone, name, size) if box_head else None), size
+    return FashionModel(
+        backbone, width, classes, config["mean"], config["std"], _box_levels(backbone, name, size) if box_head else None
+    ), size
 
 
 def _create(name: str, pretrained: bool, **wanted: float) -> nn.Module:
@@ -195,7 +227,9 @@ def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
             # on a copy: some backbones keep what they computed in eval mode, here from weights that will be replaced
             features = copy.deepcopy(backbone).eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{name} takes no images of {size} px ({str(error).splitlines()[0]}); choose another --image-size") from None
+        raise ValueError(
+            f"{name} takes no images of {size} px ({str(error).splitlines()[0]}); choose another --image-size"
+        ) from None
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise ValueError(f"{name} gives no pooled features (N, width); choose another --model")
     return features.shape[1]
@@ -214,10 +248,16 @@ def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
         n = next((n for n in range(3, len(by_stride)) if size / by_stride[-n][0] >= FINE), len(by_stride))
         levels = [level for _, level in by_stride[-n:]] if len(by_stride) > 1 else [2 * last // 3, last]
         with torch.inference_mode():
-            maps = copy.deepcopy(backbone).eval().forward_intermediates(torch.zeros(1, 3, size, size), indices=levels, intermediates_only=True)
+            maps = (
+                copy.deepcopy(backbone)
+                .eval()
+                .forward_intermediates(torch.zeros(1, 3, size, size), indices=levels, intermediates_only=True)
+            )
         return {level: m.shape[1] for level, m in zip(levels, maps, strict=True)}
     except (AttributeError, TypeError, KeyError, RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{name} gives no feature maps for --box-head ({str(error).splitlines()[0]}); choose another --model") from None
+        raise ValueError(
+            f"{name} gives no feature maps for --box-head ({str(error).splitlines()[0]}); choose another --model"
+        ) from None
 
 
 # ---------------------------------------------------------------- training: rates by depth, the average
@@ -233,7 +273,10 @@ def parameter_groups(model: FashionModel, layer_decay: float = 1.0) -> list[dict
     groups = timm.optim.param_groups_layer_decay(model.backbone, layer_decay=layer_decay)
     heads = [parameter for name, parameter in model.named_parameters() if not name.startswith("backbone.")]
     # timm's own weight decay, none for biases and norms, is left out: it is another setting
-    return [{"params": heads, "lr_scale": 1.0}, *({key: group[key] for key in ("params", "lr_scale")} for group in groups)]
+    return [
+        {"params": heads, "lr_scale": 1.0},
+        *({key: group[key] for key in ("params", "lr_scale")} for group in groups),
+    ]
 
 
 @torch.no_grad()
@@ -302,13 +345,20 @@ def predict_logits(
     logits: dict[str, list[Tensor]] = {}
     targets: dict[str, list[Tensor]] = {}
     running, all_threads = deque(), torch.get_num_threads()
-    wanted = {"find_box": find_box} if model.box_head else {}  # what has no head, a stand-in too, is asked for labels alone
-    piece_size, threads, threads_each = (PIECE, all_threads, 1) if device.type == "cpu" else (sys.maxsize, 1, all_threads)
+    wanted = (
+        {"find_box": find_box} if model.box_head else {}
+    )  # what has no head, a stand-in too, is asked for labels alone
+    piece_size, threads, threads_each = (
+        (PIECE, all_threads, 1) if device.type == "cpu" else (sys.maxsize, 1, all_threads)
+    )
 
     def forward(images: Tensor) -> dict[str, Tensor]:
         plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
         with torch.inference_mode(), plain, torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-            return {label: values.float().cpu() for label, values in model(images.to(device, non_blocking=True), **wanted).items()}
+            return {
+                label: values.float().cpu()
+                for label, values in model(images.to(device, non_blocking=True), **wanted).items()
+            }
 
     def collect(left: int) -> None:
         while len(running) > left:
@@ -363,12 +413,19 @@ def crops_of(box_logits: Tensor, margin: float) -> Tensor:
 def join_looks(first: dict[str, Tensor], second: dict[str, Tensor], look: dict[str, float]) -> dict[str, Tensor]:
     """Logits of the view `learned` {label: (N, classes)} from those of both looks and the first one's of the box."""
     sure = (box_of(first[BOX])[1] >= look["min_confidence"])[:, None]
-    first, second = ({label: values.log_softmax(-1) for label, values in logits.items() if label != BOX} for logits in (first, second))
-    return {label: torch.where(sure, second[label] + look["view_weight"] * first[label], first[label]) for label in first}
+    first, second = (
+        {label: values.log_softmax(-1) for label, values in logits.items() if label != BOX}
+        for logits in (first, second)
+    )
+    return {
+        label: torch.where(sure, second[label] + look["view_weight"] * first[label], first[label]) for label in first
+    }
 
 
 def look_twice(
-    predict: Callable[[Tensor | None], tuple[dict[str, Tensor], dict[str, Tensor]]], look: dict[str, float] | None = None, truth: Tensor | None = None
+    predict: Callable[[Tensor | None], tuple[dict[str, Tensor], dict[str, Tensor]]],
+    look: dict[str, float] | None = None,
+    truth: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
     """The view `learned` of some photos: its logits {label: (N, classes)} with the boxes found, (N, 4), as BOX; the targets; how it was made of both looks.
 
@@ -390,11 +447,17 @@ def choose_margin(box_logits: Tensor, truth: Tensor) -> float:
     return max(MARGINS, key=lambda margin: overlaps(crops_of(box_logits, margin), truth)[known].mean().item())
 
 
-def choose_look(first: dict[str, Tensor], second: dict[str, Tensor], targets: dict[str, Tensor], margin: float) -> dict[str, float]:
+def choose_look(
+    first: dict[str, Tensor], second: dict[str, Tensor], targets: dict[str, Tensor], margin: float
+) -> dict[str, float]:
     """The weight of the first look and the least confidence that score best on validation; of equals the first in VIEW_WEIGHTS, and no fallback."""
     confidence = box_of(first[BOX])[1]
     levels = [confidence.quantile(share).item() if share else 0.0 for share in LEAST_CONFIDENT]
-    looks = [{"margin": margin, "min_confidence": level, "view_weight": weight} for level in levels for weight in VIEW_WEIGHTS]
+    looks = [
+        {"margin": margin, "min_confidence": level, "view_weight": weight}
+        for level in levels
+        for weight in VIEW_WEIGHTS
+    ]
     return max(looks, key=lambda look: score(join_looks(first, second, look), targets)["top1_mean"])
 
 
@@ -407,7 +470,11 @@ def overlaps(boxes: Tensor, truth: Tensor) -> Tensor:
 def score_boxes(boxes: Tensor, truth: Tensor) -> dict[str, float]:
     """`iou`: mean overlap of boxes with the true ones where these are known (both (N, 4)); `iou_over_0.5`, `iou_over_0.8`: the shares above."""
     found = overlaps(boxes, truth)[truth.isfinite().all(-1)]
-    return dict(zip(BOX_SCORES, [x.float().mean().item() for x in (found, found > 0.5, found > 0.8)])) if len(found) else {}
+    return (
+        dict(zip(BOX_SCORES, [x.float().mean().item() for x in (found, found > 0.5, found > 0.8)]))
+        if len(found)
+        else {}
+    )
 
 
 # ---------------------------------------------------------------- checkpoints and weights
@@ -471,7 +538,9 @@ def _read_torch_file(path: str | os.PathLike) -> object:
         raise
     except Exception as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
-            raise ValueError(f"{path} holds something other than tensors and plain values (or is no file of torch.save); it was not loaded") from None
+            raise ValueError(
+                f"{path} holds something other than tensors and plain values (or is no file of torch.save); it was not loaded"
+            ) from None
         raise ValueError(damaged) from None
 
 
@@ -482,7 +551,11 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, dict]:
         if "weights" not in state:
             raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
         classes, weights, size = state["classes"], state["weights"], state["image_size"]
-        if not 0 < size <= MAX_IMAGE_SIZE or len(classes) > len(weights) or any(not 0 < n <= MAX_CLASSES for n in classes.values()):
+        if (
+            not 0 < size <= MAX_IMAGE_SIZE
+            or len(classes) > len(weights)
+            or any(not 0 < n <= MAX_CLASSES for n in classes.values())
+        ):
             raise ValueError("its classes or image size make no sense")
         if absent := [key for key in ("data", "batch_size", "amp", "scores", "learned") if key not in state]:
             raise ValueError(f"it has no {absent[0]}")
@@ -515,7 +588,11 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> lis
     if isinstance(given, dict) and given.get("format") == FORMAT:
         try:
             notes += _load_heads(model, given)
-            given = {key.removeprefix("backbone."): value for key, value in given["weights"].items() if key.startswith("backbone.")}
+            given = {
+                key.removeprefix("backbone."): value
+                for key, value in given["weights"].items()
+                if key.startswith("backbone.")
+            }
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path} is no best.pt (a last.pt is for --resume)") from None
     given = _backbone_tensors(given, model.backbone, path, name)
@@ -525,7 +602,9 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> lis
         raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
     model.backbone.load_state_dict(matching, strict=False)
     if missing := [key for key in own if key not in matching and not key.endswith("num_batches_tracked")]:
-        notes.append(f"{len(missing)} of the backbone's {len(own)} tensors are not in {path} and stay random: {_some(missing)}")
+        notes.append(
+            f"{len(missing)} of the backbone's {len(own)} tensors are not in {path} and stay random: {_some(missing)}"
+        )
     if left := [key for key in given if key not in matching]:
         notes.append(f"{len(left)} tensors of {path} have no place in the model: {_some(left)}")
     return notes
@@ -544,7 +623,9 @@ def _backbone_tensors(given: object, backbone: nn.Module, path: str | os.PathLik
     if not isinstance(given, dict) or not given or not all(isinstance(value, Tensor) for value in given.values()):
         raise ValueError(f"{path} holds no weights (a table of tensors by name)")
     given = timm.models.clean_state_dict(given)
-    filter_fn = getattr(sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__], "checkpoint_filter_fn", None)
+    filter_fn = getattr(
+        sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__], "checkpoint_filter_fn", None
+    )
     if filter_fn is None:
         return given
     try:
@@ -558,8 +639,12 @@ def _load_heads(model: FashionModel, state: dict) -> list[str]:
     fresh, given = [], list(state["classes"])
     for label, head in zip(model.classes, model.heads):
         start = f"heads.{given.index(label)}." if label in given else None
-        found = {key.removeprefix(start): value for key, value in state["weights"].items() if start and key.startswith(start)}
-        if {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in head.state_dict().items()}:
+        found = {
+            key.removeprefix(start): value for key, value in state["weights"].items() if start and key.startswith(start)
+        }
+        if {key: value.shape for key, value in found.items()} == {
+            key: value.shape for key, value in head.state_dict().items()
+        }:
             head.load_state_dict(found)
         else:
             fresh.append(label)

@@ -60,7 +60,13 @@ from data import (
 from model import FashionModel, choose_amp, choose_device, load_model, look_twice, predict_logits, score, score_boxes
 from preprocess import Remover, find_weights, prepare_photo
 
-UNTRAINED = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}  # preprocess.py's defaults
+UNTRAINED = {
+    "rembg_model": "u2net",
+    "background_color": [0, 0, 0],
+    "keep_background": False,
+    "crop": "none",
+    "box_margin": 0.0,
+}  # preprocess.py's defaults
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -68,31 +74,67 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def predict(
     checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
-    inputs: Annotated[list[str] | None, typer.Argument(help="Image files and folders, instead of --data.", show_default=False)] = None,
-    data: Annotated[str | None, typer.Option(help="Dataset folder, or `demo`.", show_default="the one trained on")] = None,
-    split: Annotated[Literal["train", "val", "test"] | None, typer.Option(help="Split of the dataset.", show_default="test, else val")] = None,
-    out: Annotated[Path | None, typer.Option(help="The CSV to write.", show_default="predictions.csv beside the checkpoint")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Image files and folders, instead of --data.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Dataset folder, or `demo`.", show_default="the one trained on")
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "test"] | None,
+        typer.Option(help="Split of the dataset.", show_default="test, else val"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The CSV to write.", show_default="predictions.csv beside the checkpoint")
+    ] = None,
     view: Annotated[
         Literal["auto", "full", "bbox", "mask", "learned"],
-        typer.Option(help="What the model sees; auto: as in validation, where that can be had; learned: the box that its box head finds."),
+        typer.Option(
+            help="What the model sees; auto: as in validation, where that can be had; learned: the box that its box head finds."
+        ),
     ] = "auto",
     view_sum: Annotated[bool, typer.Option(help="In the view learned, add what it made of the whole photo.")] = True,
-    background: Annotated[Literal["auto", "keep", "remove"], typer.Option(help="auto: as in training; keep: raw photos as they are, whole.")] = "auto",
-    rembg_model: Annotated[str | None, typer.Option(help="Which of rembg's models cleans raw photos.", show_default="training's, else u2net")] = None,
+    background: Annotated[
+        Literal["auto", "keep", "remove"],
+        typer.Option(help="auto: as in training; keep: raw photos as they are, whole."),
+    ] = "auto",
+    rembg_model: Annotated[
+        str | None,
+        typer.Option(help="Which of rembg's models cleans raw photos.", show_default="training's, else u2net"),
+    ] = None,
     probs: Annotated[bool, typer.Option("--probs", help="Add the classes' probabilities.")] = False,
     names: Annotated[bool, typer.Option("--names", help="Add the classes' names.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.", min=1, show_default="training's")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8")] = None,
-    amp: Annotated[Literal["auto", "fp16", "bf16", "off"] | None, typer.Option(help="Mixed precision.", show_default="training's, where it can be had")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that decode photos; 0: none.", min=0, max=256, show_default="one a core, at most 8"
+        ),
+    ] = None,
+    amp: Annotated[
+        Literal["auto", "fp16", "bf16", "off"] | None,
+        typer.Option(help="Mixed precision.", show_default="training's, where it can be had"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
-    entry: Annotated[Path | None, typer.Option(help="Write the folder to send in, instead of predicting; --data: whose photos to time it on.")] = None,
+    entry: Annotated[
+        Path | None,
+        typer.Option(help="Write the folder to send in, instead of predicting; --data: whose photos to time it on."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Predict the labels of a dataset's split, or of image files and folders."""
     if inputs and (data or split):
         raise misuse("--data" if data else "--split", "give either a dataset and split, or image files and folders")
     if entry:
-        others = {"INPUTS": inputs, "--split": split, "--out": out, "--probs": probs, "--names": names, "--batch-size": batch_size, "--workers": workers}
+        others = {
+            "INPUTS": inputs,
+            "--split": split,
+            "--out": out,
+            "--probs": probs,
+            "--names": names,
+            "--batch-size": batch_size,
+            "--workers": workers,
+        }
         check_entry(entry, others | {"--amp": amp, "--device": device != "auto"})
     if checkpoint.is_dir():
         raise misuse("CHECKPOINT", f"{checkpoint} is a folder; give {checkpoint / 'best.pt'}")
@@ -107,7 +149,11 @@ def predict(
     if out.is_dir() or not out.parent.is_dir():
         raise misuse("--out", f"{out} is a folder" if out.is_dir() else f"no folder {out.parent}")
     rows = image_samples(inputs) if inputs else read_labelled(saved, data, split)
-    if out.resolve() in {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}:
+    if out.resolve() in {
+        checkpoint.resolve(),
+        rows.csv.resolve(),
+        *(Path(sample.path).resolve() for sample in rows.samples),
+    }:
         raise misuse("--out", f"{out} is what is predicted from")
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     prepare = start_preparing(preparation, view, saved)
@@ -128,7 +174,10 @@ def predict(
         show_scores(f"{rows.csv.name} ({view})", score(logits, targets))
         if view == "learned" and rows.has("bbox"):
             say_boxes(score_boxes(logits[BOX], relative_boxes(rows.samples, "bbox")))
-            show_scores("the same photos, boxes given (bbox)", score(*predict_rows(model, saved, rows, "bbox", prepare, batch_size, workers, amp)))
+            show_scores(
+                "the same photos, boxes given (bbox)",
+                score(*predict_rows(model, saved, rows, "bbox", prepare, batch_size, workers, amp)),
+            )
     say(f"{len(rows.samples):,} photos ({view}) predicted: {out}{replaced}")
 
 
@@ -153,19 +202,30 @@ def predict_rows(
     """
     device = model.mean.device
     with blaming("--amp"):
-        amp_dtype = choose_amp("auto" if amp is None and saved["amp"] == "fp16" and device.type != "cuda" else amp or saved["amp"], device)
+        amp_dtype = choose_amp(
+            "auto" if amp is None and saved["amp"] == "fp16" and device.type != "cuda" else amp or saved["amp"], device
+        )
 
     def look(find_box: bool = False, **seen) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        loader = make_loader(Photos(rows.samples, saved["image_size"], **seen), batch_size or saved["batch_size"], default_workers(workers))
+        loader = make_loader(
+            Photos(rows.samples, saved["image_size"], **seen),
+            batch_size or saved["batch_size"],
+            default_workers(workers),
+        )
         with progress(len(rows.samples), "finding garments" if find_box else "predicting") as bar:
             return predict_logits(model, batches(loader), device, amp_dtype, bar.advance, find_box)
 
     if view != "learned":
         return look(view=view, prepare=prepare)
     with TemporaryDirectory() as folder:
-        first, second = (prepare, prepare) if prepare is as_it_is else (partial(prepare_and_keep, prepare=prepare, folder=folder), partial(kept, folder=folder))
+        first, second = (
+            (prepare, prepare)
+            if prepare is as_it_is
+            else (partial(prepare_and_keep, prepare=prepare, folder=folder), partial(kept, folder=folder))
+        )
         logits, targets, _ = look_twice(
-            lambda crops: look(find_box=True, prepare=first) if crops is None else look(crops=crops, prepare=second), saved["learned"]
+            lambda crops: look(find_box=True, prepare=first) if crops is None else look(crops=crops, prepare=second),
+            saved["learned"],
         )
     return logits, targets
 
@@ -185,7 +245,9 @@ def kept_file(sample: Sample, folder: str) -> Path:
     return Path(folder) / f"{hashlib.sha256(os.fsencode(sample.path)).hexdigest()}.png"
 
 
-def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = False, names: bool = False) -> dict[str, list]:
+def predictions_table(
+    rows: Split, logits: dict[str, Tensor], probs: bool = False, names: bool = False
+) -> dict[str, list]:
     """The columns in the organisers' format, image_name and a class number a label; then, where asked for, the classes' names and probabilities."""
     table, more = {"image_name": [sample.name for sample in rows.samples]}, {}
     for label in (label for label in logits if label != BOX):
@@ -196,7 +258,9 @@ def predictions_table(rows: Split, logits: dict[str, Tensor], probs: bool = Fals
         if probs:
             more |= {f"{column}_p{c}": p for c, p in enumerate(logits[label].double().softmax(-1).T.tolist())}
     if clash := table.keys() & more.keys():
-        raise ValueError(f"the predictions would hold the column {min(clash)} twice; leave out --names or --probs, or rename the label")
+        raise ValueError(
+            f"the predictions would hold the column {min(clash)} twice; leave out --names or --probs, or rename the label"
+        )
     return table | more
 
 
@@ -220,10 +284,14 @@ def check_treatment(checkpoint: Path, trained_on: dict) -> None:
         if trained_on["preparation"] is not None:
             check_preparation(trained_on["preparation"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{checkpoint} does not say how its photos were treated; train again with this version") from None
+        raise ValueError(
+            f"{checkpoint} does not say how its photos were treated; train again with this version"
+        ) from None
 
 
-def choose_treatment(saved: dict, rows: Split, view: str = "auto", background: str = "auto", rembg_model: str | None = None) -> tuple[str, dict | None]:
+def choose_treatment(
+    saved: dict, rows: Split, view: str = "auto", background: str = "auto", rembg_model: str | None = None
+) -> tuple[str, dict | None]:
     """What the model is to see of these rows, and what is to be done to each photo before (None: nothing); says where that is not as in training.
 
     `view`, `background`, `rembg_model`: the flags' values. Raises BadParameter where they cannot be had.
@@ -238,9 +306,14 @@ def choose_treatment(saved: dict, rows: Split, view: str = "auto", background: s
         preparation = treated | {"keep_background": False}
     elif background == "auto" and trained:
         preparation = treated
-    view = choose_view(view, saved, rows, rows.csv.name if of_dataset else "these photos", cleans=bool(preparation), raw=there is None)
+    view = choose_view(
+        view, saved, rows, rows.csv.name if of_dataset else "these photos", cleans=bool(preparation), raw=there is None
+    )
     if view == "mask" and not preparation and not rows.has("mask"):
-        preparation = treated | {"keep_background": True, "crop": "none"}  # to find the foreground's box; nothing else is changed
+        preparation = treated | {
+            "keep_background": True,
+            "crop": "none",
+        }  # to find the foreground's box; nothing else is changed
     if rembg_model and not needs_remover(preparation, view):
         note(f"--rembg-model {rembg_model} cannot act: these photos are taken as they are")
     return view, preparation
@@ -251,7 +324,9 @@ def check_processed(there: dict, trained: dict | None, background: str, rembg_mo
     if background == "remove" and there["keep_background"]:
         raise misuse("--background", "these photos went through preprocess.py --keep-background; give the raw ones")
     if rembg_model and rembg_model != there["rembg_model"]:
-        raise misuse("--rembg-model", f"these photos were processed with {there['rembg_model']} already; give the raw ones")
+        raise misuse(
+            "--rembg-model", f"these photos were processed with {there['rembg_model']} already; give the raw ones"
+        )
     if background != "keep" and there != trained:
         said = f"the model was trained on {described(trained)}; these are {described(there)}, and stay so"
         note(said + ("" if trained is None else "; give the raw photos, and they are treated as in training"))
@@ -262,7 +337,11 @@ def described(preparation: dict | None) -> str:
     if preparation is None:
         return "raw photos"
     color = "#{:02x}{:02x}{:02x}".format(*preparation["background_color"])
-    background = "with their background" if preparation["keep_background"] else f"with {color} for a background (by {preparation['rembg_model']})"
+    background = (
+        "with their background"
+        if preparation["keep_background"]
+        else f"with {color} for a background (by {preparation['rembg_model']})"
+    )
     margin = f" with a margin of {preparation['box_margin']:g}" if preparation["box_margin"] else ""
     return f"photos {background}" + (f", cut to {preparation['crop']}{margin}" if preparation["crop"] != "none" else "")
 
@@ -274,16 +353,22 @@ def choose_view(asked: str, saved: dict, rows: Split, these: str, cleans: bool, 
         if view != "bbox" or rows.has("bbox"):
             return view if view != "mask" or raw or rows.has("mask") else "full"
         top1 = saved["scores"]["top1_mean"]
-        made = "trained for boxed garments" if math.isnan(top1) else f"validated on boxed garments (Top-1 {top1:.4f})"  # --fit-all has no score
+        made = (
+            "trained for boxed garments" if math.isnan(top1) else f"validated on boxed garments (Top-1 {top1:.4f})"
+        )  # --fit-all has no score
         boxed = f"this model was {made}, and there are no boxes for {these}"
         if cleans or (rows.has("mask") and not raw):
             note(f"{boxed}: it sees the box round the foreground (mask)")
             return "mask"
         note(f"{boxed}: it sees whole photos, so expect far less (the notes' author fell from 0.65 to 0.50)")
-        note("train.py --box-head --crop-prob 0.7 --lr 5e-5 makes a model that finds the garment itself; --view mask shows this one the foreground's box")
+        note(
+            "train.py --box-head --crop-prob 0.7 --lr 5e-5 makes a model that finds the garment itself; --view mask shows this one the foreground's box"
+        )
         return "full"
     if asked == "learned" and saved["learned"] is None:
-        raise misuse("--view", "this model has no box head (train.py --box-head); --view mask finds garments without one")
+        raise misuse(
+            "--view", "this model has no box head (train.py --box-head); --view mask finds garments without one"
+        )
     if asked == "bbox" and not rows.has("bbox"):
         raise misuse("--view", f"there are no boxes for {these}; --view mask finds them, --view full does without")
     return asked
@@ -303,7 +388,11 @@ def start_preparing(preparation: dict | None, view: str, saved: dict) -> Callabl
     if trained and trained["rembg_model"] == model and trained["checksum"] != checksum:
         note(f"the weights of {model} here ({checksum}) are not those of training ({trained['checksum']})")
     changed = needs_remover(preparation, "full")
-    say(f"on the fly, raw photos become {described(preparation)}" if changed else f"on the fly, the foreground of raw photos is found with {model}")
+    say(
+        f"on the fly, raw photos become {described(preparation)}"
+        if changed
+        else f"on the fly, the foreground of raw photos is found with {model}"
+    )
     return partial(prepare_photo, preparation=preparation, remover=Remover(model))
 
 
@@ -390,7 +479,16 @@ def check_entry(entry: Path, others: dict[str, object]) -> None:
         raise misuse("--entry", f"{entry} exists; name a new folder" if entry.exists() else f"no folder {entry.parent}")
 
 
-def write_entry(entry: Path, checkpoint: Path, saved: dict, data: str | None, view: str, view_sum: bool, background: str, rembg_model: str | None) -> None:
+def write_entry(
+    entry: Path,
+    checkpoint: Path,
+    saved: dict,
+    data: str | None,
+    view: str,
+    view_sum: bool,
+    background: str,
+    rembg_model: str | None,
+) -> None:
     """Write the folder to send in, whole or not at all, and try it in a process of its own; says its size and its time an image.
 
     Raises ValueError where it does not work, and where it is over the budget, but written.
@@ -408,7 +506,9 @@ def write_entry(entry: Path, checkpoint: Path, saved: dict, data: str | None, vi
             note("the rules of sub-task 2 admit no pretrained models, rembg's among them")
         words = {"name": checkpoint.resolve().parent.name, "subtask": subtask, "csv": csv_name("test", subtask)}
         words |= {"view": view, "background": background, "remover": remover}
-        words["no_view_sum"] = '\n    saved["learned"]["view_weight"] = 0.0' if view == "learned" and not view_sum else ""
+        words["no_view_sum"] = (
+            '\n    saved["learned"]["view_weight"] = 0.0' if view == "learned" and not view_sum else ""
+        )
         files, packages = modules_of("predict")
         (unfinished / "model").mkdir(parents=True)
         for file in files:
@@ -417,28 +517,44 @@ def write_entry(entry: Path, checkpoint: Path, saved: dict, data: str | None, vi
         if remover:
             _, weights = find_weights(remover)
             shutil.copyfile(weights, unfinished / "model" / weights.name)
-        (unfinished / "requirements.txt").write_text("\n".join(requirements(packages, remover)) + "\n", encoding="utf-8")
+        (unfinished / "requirements.txt").write_text(
+            "\n".join(requirements(packages, remover)) + "\n", encoding="utf-8"
+        )
         notebook = make_notebook(*(cell.format(**words) for cell in (NOTES, FUNCTION, WRAPPER, SUBMIT)))
-        (unfinished / "task.ipynb").write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (unfinished / "task.ipynb").write_text(
+            json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         seconds = try_entry(unfinished, one, many, len(photos))
         sizes = {path.name: path.stat().st_size / 1e6 for path in unfinished.rglob("*") if path.is_file()}
         unfinished.rename(entry)
 
     size, parts = sum(sizes.values()), ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size >= 0.1)
     seconds = max(seconds, 0)  # so small a model may be lost in the noise
-    say(f"it works by itself: {1000 * seconds:.0f} ms an image here ({TRIAL} photos of {source}), {1500 * seconds:,.0f} s for 1,500")
+    say(
+        f"it works by itself: {1000 * seconds:.0f} ms an image here ({TRIAL} photos of {source}), {1500 * seconds:,.0f} s for 1,500"
+    )
     say(f"{entry}: {size:.2f} MB of at most {ENTRY_MB} MB ({parts})")
     if size > ENTRY_MB:
         half = any(value.dtype == torch.float32 for value in saved["weights"].values())
         advice = "train.py --export-dtype fp16 halves best.pt" if half else "choose a smaller backbone"
         advice += "; --rembg-model u2netp takes 4.6 MB" if remover and remover != "u2netp" else ""
-        raise ValueError(f"{entry} is written, but with {size:.2f} MB it is over the {ENTRY_MB} MB that are admitted: {advice}")
-    say(f"next, in {entry}: pip install -r requirements.txt \"aifactory<3\" jupyter, set AIFACTORY_KEY, start Jupyter and run task.ipynb")
+        raise ValueError(
+            f"{entry} is written, but with {size:.2f} MB it is over the {ENTRY_MB} MB that are admitted: {advice}"
+        )
+    say(
+        f'next, in {entry}: pip install -r requirements.txt "aifactory<3" jupyter, set AIFACTORY_KEY, start Jupyter and run task.ipynb'
+    )
 
 
 def trial_photos(place: Path, data: str, given: bool) -> tuple[str, list[Path]]:
     """TRIAL + 1 photos like the competition's, and whose they are: of a dataset's test split, few again and again; drawn ones where it is not `given`."""
-    photos = [] if data == "demo" else sorted(path for path in Path(data, "test").rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    photos = (
+        []
+        if data == "demo"
+        else sorted(
+            path for path in Path(data, "test").rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+        )
+    )
     if photos:
         return data, [photos[i * len(photos) // (TRIAL + 1)] for i in range(TRIAL + 1)]
     if given and data != "demo":
@@ -462,7 +578,13 @@ def modules_of(module: str) -> tuple[list[Path], set[str]]:
     files, others = [Path(__file__).with_name(f"{module}.py")], set()
     for file in files:  # grows
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in names:
                 ours = file.with_name(f"{name.partition('.')[0]}.py")
                 if not ours.is_file():
@@ -475,7 +597,10 @@ def modules_of(module: str) -> tuple[list[Path], set[str]]:
 def requirements(imported: set[str], remover: str | None) -> list[str]:
     """The lines of requirements.txt that an entry needs, and pandas."""
     packages = {"pillow" if name == "PIL" else name for name in imported} - (set() if remover else {"rembg", "scipy"})
-    lines = [line.partition("#")[0].strip() for line in Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line.partition("#")[0].strip()
+        for line in Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if line and re.split(r"[^\w-]", line)[0] in packages] + ["pandas"]
 
 
@@ -499,7 +624,9 @@ def try_entry(entry: Path, one: Path, many: Path, photos: int) -> float:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=entry, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise ValueError(f"the entry does not work by itself and was not kept: {(done.stderr.strip() or 'it was stopped').splitlines()[-1]}")
+        raise ValueError(
+            f"the entry does not work by itself and was not kept: {(done.stderr.strip() or 'it was stopped').splitlines()[-1]}"
+        )
     return float(done.stdout.split()[-1]) / (photos - 1)
 
 

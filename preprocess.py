@@ -62,7 +62,10 @@ SAVING = {  # by the suffix that a photo keeps; of any other it becomes NAME.png
     ".webp": {"format": "WEBP", "lossless": True, "quality": 0},
 }
 SMALLEST_GARMENT = 1e-4  # of the photo's pixels; a smaller foreground counts as none
-SURELY = 2, 253  # a mask's values up to the first are background, from the second foreground: rembg's masks hardly reach 0 and 255
+SURELY = (
+    2,
+    253,
+)  # a mask's values up to the first are background, from the second foreground: rembg's masks hardly reach 0 and 255
 EDGE_SIDE = 160  # the colours on both sides of an edge are estimated at about this many pixels a side ...
 EDGE_RADIUS = 4  # ... from so many of these pixels around
 EDGE_NOISE = 30.0**2  # squared distance of two colours (0..255 a channel) below which they do not tell the sides apart
@@ -143,7 +146,9 @@ def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) ->
         cut = clip_box(grow(chosen, preparation["box_margin"]), *photo.size)
     inside = {view: moved for view, box in boxes.items() if (moved := move_into(box, cut))}
     if "bbox" in boxes:
-        inside.setdefault("bbox", (0, 0, cut[2] - cut[0], cut[3] - cut[1]))  # the foreground is elsewhere: all that is left of the photo
+        inside.setdefault(
+            "bbox", (0, 0, cut[2] - cut[0], cut[3] - cut[1])
+        )  # the foreground is elsewhere: all that is left of the photo
     if "mask" in inside and not preparation["keep_background"]:
         photo = replace_background(photo, mask, color)
     return photo if cut == whole else photo.crop(cut), inside
@@ -199,7 +204,9 @@ def replace_background(photo: Image.Image, mask: Image.Image, color: tuple[int, 
     amount = alpha.ravel().take(edge)[:, None] / np.float32(255)
     share = np.einsum("ij,ij->i", own, apart)[:, None] + EDGE_NOISE * amount
     share = (share / (np.einsum("ij,ij->i", apart, apart)[:, None] + EDGE_NOISE)).clip(0, 1)
-    share = np.maximum(share, 1 - 4 * (1 - amount))  # a mask is seldom 255 anywhere: where it is sure, a colour is the garment's own
+    share = np.maximum(
+        share, 1 - 4 * (1 - amount)
+    )  # a mask is seldom 255 anywhere: where it is sure, a colour is the garment's own
     clean = (front + share * (own - share * apart)).clip(0, 255)  # I - b F - (1 - b) B = (I - B) - b (F - B)
     result.reshape(-1, 3)[edge] = (amount * clean + (1 - amount) * np.array(color, np.float32)).round().astype(np.uint8)
     return Image.fromarray(result)
@@ -214,7 +221,9 @@ def grow(box: Box, margin: float) -> Box:
 def move_into(box: Box, cut: Box) -> Box | None:
     """The part of a box that a crop keeps, in the crop's pixels; None where it keeps nothing."""
     with suppress(ValueError):
-        return clip_box((box[0] - cut[0], box[1] - cut[1], box[2] - cut[0], box[3] - cut[1]), cut[2] - cut[0], cut[3] - cut[1])
+        return clip_box(
+            (box[0] - cut[0], box[1] - cut[1], box[2] - cut[0], box[3] - cut[1]), cut[2] - cut[0], cut[3] - cut[1]
+        )
     return None
 
 
@@ -245,7 +254,11 @@ def find_weights(model: str) -> tuple[str, Path]:
     usable = [name for name, session in sessions.items() if session.is_local() and name not in UNSUITABLE]
     if model not in usable:
         close = difflib.get_close_matches(model, usable, cutoff=0.4) or usable
-        reason = UNSUITABLE.get(model, "it sends the photos to another machine") if model in sessions else "rembg has no such model"
+        reason = (
+            UNSUITABLE.get(model, "it sends the photos to another machine")
+            if model in sessions
+            else "rembg has no such model"
+        )
         raise misuse("--rembg-model", f"{model!r} cannot be used: {reason}; there are {', '.join(close)}")
     session = sessions[model]
     published, name = published_file(session)
@@ -256,13 +269,19 @@ def find_weights(model: str) -> tuple[str, Path]:
         try:
             path = session.download_models()
         except Exception as error:  # pooch raises many kinds
-            advice = f"put the file there, or set U2NET_HOME to its folder ({type(error).__name__}: is there a network?)"
-            raise OSError(f"{name} ({published or 'no published checksum'}) is not in {session.model_dir()} and cannot be downloaded; {advice}") from error
+            advice = (
+                f"put the file there, or set U2NET_HOME to its folder ({type(error).__name__}: is there a network?)"
+            )
+            raise OSError(
+                f"{name} ({published or 'no published checksum'}) is not in {session.model_dir()} and cannot be downloaded; {advice}"
+            ) from error
     algorithm = (published or "sha256:").partition(":")[0]
     with open(path, "rb") as file:
         checksum = f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
     if published and checksum != published:
-        raise ValueError(f"{path} is damaged or another file: it has {checksum}, rembg publishes {published}; delete it, and it is downloaded again")
+        raise ValueError(
+            f"{path} is damaged or another file: it has {checksum}, rembg publishes {published}; delete it, and it is downloaded again"
+        )
     return checksum, Path(path)
 
 
@@ -291,14 +310,28 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def preprocess(
     data: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")],
     out: Annotated[Path, typer.Argument(help="Folder of the processed dataset: a new one, or one to go on with.")],
-    splits: Annotated[list[str] | None, typer.Option(help="train, val or test alone; may be repeated.", show_default="all that are there")] = None,
+    splits: Annotated[
+        list[str] | None,
+        typer.Option(help="train, val or test alone; may be repeated.", show_default="all that are there"),
+    ] = None,
     subtask: Annotated[int, typer.Option(min=1, max=2, help="Which sub-task's CSVs to read.")] = 1,
-    rembg_model: Annotated[str, typer.Option(help="Any of rembg's local models: u2net, u2netp, isnet-general-use, ...")] = "u2net",
+    rembg_model: Annotated[
+        str, typer.Option(help="Any of rembg's local models: u2net, u2netp, isnet-general-use, ...")
+    ] = "u2net",
     background_color: Annotated[str, typer.Option(help="What the background becomes: a name or #rrggbb.")] = "black",
-    keep_background: Annotated[bool, typer.Option("--keep-background", help="Find the garment's box, but leave the background.")] = False,
-    crop: Annotated[Literal["none", "bbox", "mask"], typer.Option(help="Cut photos to the CSV's box (else the foreground's) or the foreground's.")] = "none",
-    box_margin: Annotated[float, typer.Option(min=0, max=1, help="Room that --crop leaves on each side, as a share of the box's side.")] = 0.0,
-    workers: Annotated[int | None, typer.Option(help="Photos at a time.", min=1, max=256, show_default="one a core, at most 8")] = None,
+    keep_background: Annotated[
+        bool, typer.Option("--keep-background", help="Find the garment's box, but leave the background.")
+    ] = False,
+    crop: Annotated[
+        Literal["none", "bbox", "mask"],
+        typer.Option(help="Cut photos to the CSV's box (else the foreground's) or the foreground's."),
+    ] = "none",
+    box_margin: Annotated[
+        float, typer.Option(min=0, max=1, help="Room that --crop leaves on each side, as a share of the box's side.")
+    ] = 0.0,
+    workers: Annotated[
+        int | None, typer.Option(help="Photos at a time.", min=1, max=256, show_default="one a core, at most 8")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a copy of a dataset with backgrounds removed, garments found, and photos cut if asked."""
@@ -309,10 +342,20 @@ def preprocess(
         raise misuse("--background-color", f"{background_color} is transparent; give an opaque colour")
     if crop == "none" and box_margin:
         note(f"--box-margin {box_margin:g} cannot act without --crop")
-    settings = {"rembg_model": rembg_model, "background_color": list(color), "keep_background": keep_background, "crop": crop, "box_margin": box_margin}
+    settings = {
+        "rembg_model": rembg_model,
+        "background_color": list(color),
+        "keep_background": keep_background,
+        "crop": crop,
+        "box_margin": box_margin,
+    }
     if unknown := [split for split in splits or () if split not in SPLITS]:
         raise misuse("--splits", f"{unknown[0]} is none of {', '.join(SPLITS)}")
-    chosen = [split for split in SPLITS if split in splits] if splits else [split for split in SPLITS if (root / csv_name(split, subtask)).is_file()]
+    chosen = (
+        [split for split in SPLITS if split in splits]
+        if splits
+        else [split for split in SPLITS if (root / csv_name(split, subtask)).is_file()]
+    )
     gc.disable()  # rows and rows that all stay: looking for some to collect would take a third of the time
     try:
         tables = {split: read_table(root, split, {}, subtask) for split in chosen}
@@ -330,15 +373,25 @@ def preprocess(
         checksum, weights = find_weights(rembg_model)
         if written and written["preparation"]["checksum"] != checksum:
             before = written["preparation"]["checksum"]
-            raise ValueError(f"{out} was begun with other weights of {rembg_model} ({before}, not {checksum}); choose another folder")
+            raise ValueError(
+                f"{out} was begun with other weights of {rembg_model} ({before}, not {checksum}); choose another folder"
+            )
         providers = remover.start()
-        versions = {"python": platform.python_version()} | {package: version(package) for package in ("rembg", "onnxruntime", "pillow", "numpy", "scipy")}
-        written |= {"preparation": settings | {"checksum": checksum, "weights_bytes": weights.stat().st_size}, "providers": providers, "versions": versions}
+        versions = {"python": platform.python_version()} | {
+            package: version(package) for package in ("rembg", "onnxruntime", "pillow", "numpy", "scipy")
+        }
+        written |= {
+            "preparation": settings | {"checksum": checksum, "weights_bytes": weights.stat().st_size},
+            "providers": providers,
+            "versions": versions,
+        }
         if rembg_model in NON_COMMERCIAL:
             note(NON_COMMERCIAL[rembg_model])
         if subtask == 2:
             note("the rules of sub-task 2 admit no pretrained models, rembg's among them")
-        say(f"{len(job.todo):,} photos to do, {len(job.done):,} done before; {rembg_model} ({checksum}), {', '.join(providers)}, {workers} at a time")
+        say(
+            f"{len(job.todo):,} photos to do, {len(job.done):,} done before; {rembg_model} ({checksum}), {', '.join(providers)}, {workers} at a time"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with locked(out), append_to(out / LOG) as log:
         here = {table.csv.name for table in tables.values()}
@@ -351,7 +404,10 @@ def preprocess(
             raise
         job.write_csvs()
         counts = written.get("counts", {}) | job.counts()
-        write_json(out / PREPARED, written | {"subtask": subtask, "unfinished": sorted(begun - here), "counts": dict(sorted(counts.items()))})
+        write_json(
+            out / PREPARED,
+            written | {"subtask": subtask, "unfinished": sorted(begun - here), "counts": dict(sorted(counts.items()))},
+        )
     say(f"{out}: {job.counted()}")
     if job.failed:
         problems = [str(job.failed[key]) for key in sorted(job.failed)]
@@ -372,7 +428,9 @@ def check_output(root: Path, out: Path, settings: dict, subtask: int) -> dict:
         raise ValueError(f"{out} cannot be written: no permission in {there}")
     path = out / PREPARED
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(not p.name.endswith(".tmp") and p.name != LOG for p in out.iterdir())):
+        if out.exists() and (
+            not out.is_dir() or any(not p.name.endswith(".tmp") and p.name != LOG for p in out.iterdir())
+        ):
             raise ValueError(f"{out} exists and was not made by preprocess.py; choose a new folder")
         return {}
     try:
@@ -385,7 +443,9 @@ def check_output(root: Path, out: Path, settings: dict, subtask: int) -> dict:
         raise ValueError(f"{path} is damaged; delete {out} and start again") from None
     for key, value in {"subtask": subtask, **settings}.items():
         if before[key] != value:
-            raise misuse("--" + key.replace("_", "-"), f"{out} was begun with {before[key]}, not {value}; choose another folder")
+            raise misuse(
+                "--" + key.replace("_", "-"), f"{out} was begun with {before[key]}, not {value}; choose another folder"
+            )
     return written
 
 
@@ -403,16 +463,24 @@ class Job:
         self.log = read_log(out / LOG)
         for split, table in tables.items():
             if "Mask_xmin" in table.header:
-                raise ValueError(f"{table.csv} has Mask_ columns already; take them out, or give the dataset without them")
+                raise ValueError(
+                    f"{table.csv} has Mask_ columns already; take them out, or give the dataset without them"
+                )
             samples = [sample for _, sample in table.rows if isinstance(sample, Sample)]
-            same = [line["bytes"] == str(table.sizes[sample.path]) for sample in samples if (line := self.log.get(self.key_of(split, sample)))]
+            same = [
+                line["bytes"] == str(table.sizes[sample.path])
+                for sample in samples
+                if (line := self.log.get(self.key_of(split, sample)))
+            ]
             if samples and any(where == split for where, _ in self.log) and len(same) != 1 and not any(same):
                 raise ValueError(f"{out} was made of other photos than those of {table.csv}; choose another folder")
             made: dict[str, tuple[str, str]] = {}  # from which photo and box each output file comes
             times = Counter(sample.name for sample in samples)
             for i, (_, sample) in enumerate(table.rows):
                 row = (SPLITS.index(split), i)
-                if isinstance(sample, Sample) and times[sample.name] > 1:  # a box is checked as its photo is made, and only one row's is then
+                if (
+                    isinstance(sample, Sample) and times[sample.name] > 1
+                ):  # a box is checked as its photo is made, and only one row's is then
                     sample = check_header(sample)
                 if isinstance(sample, ValueError):
                     self.failed[row] = sample
@@ -443,7 +511,10 @@ class Job:
         if line is None or line["bytes"] != str(size) or line["cut_to"] != self.cut_to(sample):
             return False
         with suppress(OSError):  # a photo that cannot be read is reported as it is made
-            return os.stat(sample.path).st_mtime_ns <= os.stat(path).st_mtime_ns or digest_of(sample.path) == line["blake2b"]
+            return (
+                os.stat(sample.path).st_mtime_ns <= os.stat(path).st_mtime_ns
+                or digest_of(sample.path) == line["blake2b"]
+            )
         return False
 
     def run(self, prepare: Callable[[Sample], Prepared], workers: int, log: IO) -> None:
@@ -452,7 +523,9 @@ class Job:
         if log.tell() == 0:
             lines.writeheader()
         with progress(len(self.todo), "photos", "photos") as bar:
-            for (key, (row, _)), result in zip(self.todo.items(), at_once(partial(self.make, prepare), self.todo.items(), workers)):
+            for (key, (row, _)), result in zip(
+                self.todo.items(), at_once(partial(self.make, prepare), self.todo.items(), workers)
+            ):
                 if isinstance(result, ValueError):
                     self.failed[row] = result
                 else:
@@ -461,7 +534,9 @@ class Job:
                     self.done[key] = self.log[key] = result
                 bar.advance(1)
 
-    def make(self, prepare: Callable[[Sample], Prepared], item: tuple[tuple[str, str], tuple[tuple[int, int], Sample]]) -> dict[str, str] | ValueError:
+    def make(
+        self, prepare: Callable[[Sample], Prepared], item: tuple[tuple[str, str], tuple[tuple[int, int], Sample]]
+    ) -> dict[str, str] | ValueError:
         """Prepare and save one photo; returns its line of the log, or what is wrong with it."""
         (split, name), (_, sample) = item
         try:
@@ -492,12 +567,17 @@ class Job:
             changed = {"image_name": new_name(sample.name)}
             if self.crop != "none" and "bbox" in sample.boxes:
                 changed |= {column: line[column] for column in BOX_COLUMNS["bbox"]}
-            yield [*(changed.get(column, cell) for column, cell in zip(table.header, cells)), *(line[column] for column in BOX_COLUMNS["mask"])]
+            yield [
+                *(changed.get(column, cell) for column, cell in zip(table.header, cells)),
+                *(line[column] for column in BOX_COLUMNS["mask"]),
+            ]
 
     def is_outdated(self, split: str) -> bool:
         """Whether a split's CSV in the output is not what its rows are now (labels may have been corrected)."""
         try:
-            with open(self.out / self.tables[split].csv.name, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            with open(
+                self.out / self.tables[split].csv.name, encoding="utf-8", errors="surrogateescape", newline=""
+            ) as file:
                 return list(csv.reader(file)) != list(self.csv_rows(split))
         except (OSError, csv.Error):
             return True
@@ -513,12 +593,17 @@ class Job:
         counts = {}
         for split, table in self.tables.items():
             lines = [line for (where, _), line in self.done.items() if where == split]
-            counts[table.csv.name] = {"photos": len(lines), "without foreground": sum(line["found"] == "0" for line in lines)}
+            counts[table.csv.name] = {
+                "photos": len(lines),
+                "without foreground": sum(line["found"] == "0" for line in lines),
+            }
         return counts
 
     def counted(self) -> str:
         empty = sum(line["found"] == "0" for line in self.done.values())
-        return f"{len(self.done):,} photos" + (f", {empty:,} of them left whole, since no foreground was found" if empty else "")
+        return f"{len(self.done):,} photos" + (
+            f", {empty:,} of them left whole, since no foreground was found" if empty else ""
+        )
 
 
 def new_name(name: str) -> str:
@@ -553,7 +638,11 @@ def read_log(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
         if rows.fieldnames and tuple(rows.fieldnames) != LOG_COLUMNS:
             raise csv.Error
-        return {(row["split"], row["image_name"]): row for row in rows if row["split"] in SPLITS and None not in row.values() and None not in row}
+        return {
+            (row["split"], row["image_name"]): row
+            for row in rows
+            if row["split"] in SPLITS and None not in row.values() and None not in row
+        }
     except csv.Error:
         raise ValueError(f"{path} is damaged; delete {path.parent} and start again") from None
 

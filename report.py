@@ -47,17 +47,39 @@ from data import (
 from model import FashionModel, load_model, read_checkpoint, score
 
 PICTURES = ("curves.png", "confusion.png", "inputs.png", "mistakes.png", "looks.png")
-HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "UnDotum", "Baekmuk Dotum")
+HANGUL_FONTS = (
+    "Noto Sans CJK KR",
+    "Noto Sans KR",
+    "NanumGothic",
+    "Malgun Gothic",
+    "Apple SD Gothic Neo",
+    "AppleGothic",
+    "UnDotum",
+    "Baekmuk Dotum",
+)
 INK, RIGHT, WRONG, FAINT = "black", "#1a7f37", "#c62828", "#666666"
-BOX_STYLES = {"bbox": ("given", "#ff7f0e", "-"), "mask": ("mask", "#1f77ff", "--"), "learned": ("learned", "#e0007a", "-.")}  # in words, colour, line
-DPI, GAP, LINE, FONT, SIDE = 100, 10, 15, 8, 170  # pixels an inch, between cells, from line to line; points of the text; pixels of a mistake's photo
+BOX_STYLES = {
+    "bbox": ("given", "#ff7f0e", "-"),
+    "mask": ("mask", "#1f77ff", "--"),
+    "learned": ("learned", "#e0007a", "-."),
+}  # in words, colour, line
+DPI, GAP, LINE, FONT, SIDE = (
+    100,
+    10,
+    15,
+    8,
+    170,
+)  # pixels an inch, between cells, from line to line; points of the text; pixels of a mistake's photo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="A run's folder, runs/NAME; several: their curves over each other.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="A run's folder, runs/NAME; several: their curves over each other.", show_default=False),
+    ],
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Draw the pictures of a run into its folder, or the curves of several runs into that of the first."""
@@ -88,12 +110,19 @@ def draw_pictures(folder: Path, photos: Photos | None = None, val_split: Split |
         save(figure, folder / "looks.png")
         dotted = [text for text in [*model.classes, *(answers.names if answers else ())] if drawable(text) != text]
     if dotted:
-        note(f"no font here has every character of {dotted[0]}: pictures show dots for them; a font such as {HANGUL_FONTS[2]} has the Korean ones")
+        note(
+            f"no font here has every character of {dotted[0]}: pictures show dots for them; a font such as {HANGUL_FONTS[2]} has the Korean ones"
+        )
     if not answers:
         note(f"no {folder / 'val_predictions.csv'}: no confusion.png, no mistakes.png")
     if inside:
-        say(f"heat inside the garment's box: {inside[0]:.2f} of it, where chance would give {inside[1]:.2f} (whole validation photos)")
-    say(f"pictures: {folder}/" + ", ".join(name for name in PICTURES if answers or name not in ("confusion.png", "mistakes.png")))
+        say(
+            f"heat inside the garment's box: {inside[0]:.2f} of it, where chance would give {inside[1]:.2f} (whole validation photos)"
+        )
+    say(
+        f"pictures: {folder}/"
+        + ", ".join(name for name in PICTURES if answers or name not in ("confusion.png", "mistakes.png"))
+    )
 
 
 # ---------------------------------------------------------------- what a run left
@@ -108,7 +137,10 @@ def read_run(folder: Path) -> SimpleNamespace:
         raise misuse("RUNS", f"{folder} is no run (it has no config.json); give the folder, runs/NAME")
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-        settings = {key: settings[key] for key in ("data", "subtask", "batch_size", "seed", "cutmix", "t_0", "t_mult", "fit_all")} | settings
+        settings = {
+            key: settings[key]
+            for key in ("data", "subtask", "batch_size", "seed", "cutmix", "t_0", "t_mult", "fit_all")
+        } | settings
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'config.json'} is damaged or of another version of this program") from None
     rows = read_rows(folder / "metrics.csv")
@@ -118,7 +150,9 @@ def read_run(folder: Path) -> SimpleNamespace:
         metrics["epoch"], metrics["lr"], metrics["train_loss"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / 'metrics.csv'} is damaged") from None
-    return SimpleNamespace(folder=folder, settings=settings, metrics=metrics, best=read_checkpoint(folder / "best.pt").get("epoch", 0))
+    return SimpleNamespace(
+        folder=folder, settings=settings, metrics=metrics, best=read_checkpoint(folder / "best.pt").get("epoch", 0)
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -141,12 +175,26 @@ def read_answers(path: Path, classes: dict[str, int]) -> SimpleNamespace | None:
         return None
     rows = read_rows(path)
     try:
-        truth, predicted = ({label: torch.tensor([int(row[label + end]) for row in rows]) for label in classes} for end in ("", "_predicted"))
-        probabilities = {label: torch.tensor([[float(row[f"{label}_p{c}"]) for c in range(n)] for row in rows]) for label, n in classes.items()}
-        if any(not 0 <= values.min() <= values.max() < n for of in (truth, predicted) for values, n in zip(of.values(), classes.values())):
+        truth, predicted = (
+            {label: torch.tensor([int(row[label + end]) for row in rows]) for label in classes}
+            for end in ("", "_predicted")
+        )
+        probabilities = {
+            label: torch.tensor([[float(row[f"{label}_p{c}"]) for c in range(n)] for row in rows])
+            for label, n in classes.items()
+        }
+        if any(
+            not 0 <= values.min() <= values.max() < n
+            for of in (truth, predicted)
+            for values, n in zip(of.values(), classes.values())
+        ):
             raise ValueError
         columns = [f"Learned_{side}" for side in ("xmin", "ymin", "xmax", "ymax")]
-        learned = [tuple(round(float(row[column])) for column in columns) if row[columns[0]] else None for row in rows] if columns[0] in rows[0] else None
+        learned = (
+            [tuple(round(float(row[column])) for column in columns) if row[columns[0]] else None for row in rows]
+            if columns[0] in rows[0]
+            else None
+        )
         names = [row["image_name"] for row in rows]
     except (ValueError, KeyError):
         raise ValueError(f"{path} is damaged, or of other labels than best.pt") from None
@@ -173,7 +221,9 @@ def drawing() -> Iterator[None]:
 
     there = {font.name for font in font_manager.fontManager.ttflist}
     fonts = ["DejaVu Sans", *[name for name in HANGUL_FONTS if name in there][:1]]
-    with style.context(["default", {"font.family": fonts, "font.size": 9, "text.parse_math": False, "figure.dpi": DPI}]):
+    with style.context(
+        ["default", {"font.family": fonts, "font.size": 9, "text.parse_math": False, "figure.dpi": DPI}]
+    ):
         yield
 
 
@@ -219,8 +269,15 @@ def sheet(title: str, rows: list[str | list[tuple]], columns: int, side: int):
     from matplotlib.patches import Rectangle
     from matplotlib.transforms import Affine2D
 
-    rows = [part for row in rows for part in ([row] if isinstance(row, str) else [row[at : at + columns] for at in range(0, len(row), columns)])]
-    heights = [LINE + 6 if isinstance(row, str) else side + 2 + LINE * max(len(lines) for *_, lines in row) + GAP for row in rows]
+    rows = [
+        part
+        for row in rows
+        for part in ([row] if isinstance(row, str) else [row[at : at + columns] for at in range(0, len(row), columns)])
+    ]
+    heights = [
+        LINE + 6 if isinstance(row, str) else side + 2 + LINE * max(len(lines) for *_, lines in row) + GAP
+        for row in rows
+    ]
     *tops, height = accumulate(heights, initial=40)
     width = columns * (side + GAP) + GAP
     figure = Figure(figsize=(width / DPI, height / DPI))
@@ -233,13 +290,19 @@ def sheet(title: str, rows: list[str | list[tuple]], columns: int, side: int):
             continue
         for i, (pixels, boxes, lines) in enumerate(row):
             scale, left = side / max(pixels.shape[:2]), GAP + i * (side + GAP)
-            image = Image.fromarray(pixels).resize([max(1, round(at * scale)) for at in pixels.shape[1::-1]], Image.Resampling.LANCZOS)
+            image = Image.fromarray(pixels).resize(
+                [max(1, round(at * scale)) for at in pixels.shape[1::-1]], Image.Resampling.LANCZOS
+            )
             x, y = left + (side - image.width) // 2, top + (side - image.height) // 2
             figure.figimage(np.asarray(image), x, height - y - image.height, origin="upper")
             for kind, box in boxes.items():
                 x0, y0, x1, y1 = (at * scale for at in box)
                 for color, line, thick in (("white", "-", 3.0), (*BOX_STYLES[kind][1:], 1.5)):
-                    figure.add_artist(Rectangle((x + x0, y + y0), x1 - x0, y1 - y0, fill=False, ec=color, ls=line, lw=thick, transform=down))
+                    figure.add_artist(
+                        Rectangle(
+                            (x + x0, y + y0), x1 - x0, y1 - y0, fill=False, ec=color, ls=line, lw=thick, transform=down
+                        )
+                    )
             for j, (text, color) in enumerate(lines):
                 write(left, top + side + 2 + j * LINE, fit(text, side), color=color)
     return figure
@@ -254,8 +317,16 @@ def curves(runs: list[SimpleNamespace]):
 
     alone = len(runs) == 1
     top1 = [key for key in dict.fromkeys(key for run in runs for key in run.metrics) if key.startswith("val_top1_")]
-    accuracy = {"validation Top-1": top1} if alone and top1 else {f"Top-1 {key.removeprefix('val_top1_')}": [key] for key in top1}
-    panels = {"loss" if alone else "loss (training: dotted)": ["train_loss", "val_loss"], **accuracy, "learning rate": ["lr"]}
+    accuracy = (
+        {"validation Top-1": top1}
+        if alone and top1
+        else {f"Top-1 {key.removeprefix('val_top1_')}": [key] for key in top1}
+    )
+    panels = {
+        "loss" if alone else "loss (training: dotted)": ["train_loss", "val_loss"],
+        **accuracy,
+        "learning rate": ["lr"],
+    }
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * rows), layout="constrained")
@@ -266,17 +337,27 @@ def curves(runs: list[SimpleNamespace]):
             for k, key in enumerate(keys):
                 if key in run.metrics:
                     training = "training, with the boxes'" if "val_iou" in run.metrics else "training"
-                    name = {"train_loss": training, "val_loss": "validation"}.get(key, drawable(key.removeprefix("val_top1_")))
-                    how = {"color": INK, "lw": 2.2} if alone and key == "val_top1_mean" else {"color": f"C{k if alone else r}"}
+                    name = {"train_loss": training, "val_loss": "validation"}.get(
+                        key, drawable(key.removeprefix("val_top1_"))
+                    )
+                    how = (
+                        {"color": INK, "lw": 2.2}
+                        if alone and key == "val_top1_mean"
+                        else {"color": f"C{k if alone else r}"}
+                    )
                     how |= {"ls": ":" if key == "train_loss" else "-", "marker": "o", "markevery": epochs == run.best}
-                    ax.plot(epochs, run.metrics[key], label=" " + name, **how)  # the space: a legend leaves out what begins with _
+                    ax.plot(
+                        epochs, run.metrics[key], label=" " + name, **how
+                    )  # the space: a legend leaves out what begins with _
         ax.set_title(fit(title, 400, 11), fontsize=11)
         ax.set_xlabel("epoch")
         ax.locator_params("x", integer=True, nbins=8)
         ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.25)
         if alone:
-            for n, epoch in enumerate(takewhile(lambda epoch: epoch <= runs[0].metrics["epoch"][-1], restarts(runs[0].settings))):
+            for n, epoch in enumerate(
+                takewhile(lambda epoch: epoch <= runs[0].metrics["epoch"][-1], restarts(runs[0].settings))
+            ):
                 ax.axvline(epoch, color=FAINT, lw=0.8, ls=":", label=None if n else " restart")
             ax.axvline(runs[0].best, color=WRONG, lw=1, ls="--", label=f" best epoch, {runs[0].best}")
             ax.legend(fontsize=8)
@@ -300,16 +381,22 @@ def confusion(answers: SimpleNamespace):
     """A matrix a label: how many photos of each class (row) were taken for each class (column), and their share of the row."""
     from matplotlib.figure import Figure
 
-    names = {label: [fit(class_name(label, c), 130) for c in range(p.shape[1])] for label, p in answers.probabilities.items()}
+    names = {
+        label: [fit(class_name(label, c), 130) for c in range(p.shape[1])] for label, p in answers.probabilities.items()
+    }
     longest = {label: max(map(width_of, of)) for label, of in names.items()}
-    cells = {label: 72 if len(of) <= 8 else 44 if len(of) <= 30 else 12 for label, of in names.items()}  # pixels, at least
+    cells = {
+        label: 72 if len(of) <= 8 else 44 if len(of) <= 30 else 12 for label, of in names.items()
+    }  # pixels, at least
     sides = [max(180, cells[label] * len(of)) for label, of in names.items()]
     rows = [sides[at : at + 3] for at in range(0, len(sides), 3)]
     beside, below = (max(longest.values()) + more for more in (60, 110))  # names, titles
     width, heights = max(sum(row) + beside * len(row) for row in rows), [max(row) + below for row in rows]
     figure = Figure((width / DPI, sum(heights) / DPI), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights).flat
-    axes = [ax for part, row in zip(parts, rows) for ax in part.subplots(1, len(row), squeeze=False, width_ratios=row).flat]
+    axes = [
+        ax for part, row in zip(parts, rows) for ax in part.subplots(1, len(row), squeeze=False, width_ratios=row).flat
+    ]
     for ax, label in zip(axes, names):
         n, cell = len(names[label]), cells[label]
         truth, predicted = answers.truth[label], answers.predicted[label]
@@ -331,13 +418,19 @@ def confusion(answers: SimpleNamespace):
     return figure
 
 
-def training_images(photos: Photos, settings: dict, classes: dict[str, int]) -> Iterator[tuple[Tensor, dict[str, Tensor], tuple[int, int]]]:
+def training_images(
+    photos: Photos, settings: dict, classes: dict[str, int]
+) -> Iterator[tuple[Tensor, dict[str, Tensor], tuple[int, int]]]:
     """The images of the first epoch as they reach the model: uint8 (3, size, size), their targets {label: ...}, their (epoch, index)."""
-    order = EpochBatches(len(photos), settings["batch_size"] if settings["cutmix"] else 24, settings["seed"])  # CutMix wants the whole batch
+    order = EpochBatches(
+        len(photos), settings["batch_size"] if settings["cutmix"] else 24, settings["seed"]
+    )  # CutMix wants the whole batch
     order.epoch = 1
     for step, (keys, (images, targets)) in enumerate(zip(order, batches(make_loader(photos, 0, 0, order))), start=1):
         targets = {label: targets[label] for label in classes}
-        images, targets = cutmix(images, targets, classes, settings["cutmix"], derive_seed(settings["seed"], "cutmix", 1, step))
+        images, targets = cutmix(
+            images, targets, classes, settings["cutmix"], derive_seed(settings["seed"], "cutmix", 1, step)
+        )
         for i, key in enumerate(keys):
             yield images[i], {label: values[i] for label, values in targets.items()}, key
 
@@ -349,7 +442,9 @@ def inputs(photos: Photos, settings: dict, classes: dict[str, int]):
     side = size * times if size <= 256 else 224
     cells = []
     for image, target, key in islice(training_images(photos, settings, classes), 24):
-        lines = [(f"{photos.view_in(*key)}, {photos.samples[key[1]].where.partition(' (')[0].partition(', ')[2]}", FAINT)]
+        lines = [
+            (f"{photos.view_in(*key)}, {photos.samples[key[1]].where.partition(' (')[0].partition(', ')[2]}", FAINT)
+        ]
         for label, value in target.items():
             shares = value if value.ndim else F.one_hot(value, classes[label])
             parts = sorted(((p, c) for c, p in enumerate(shares.tolist()) if p > 0), reverse=True)
@@ -387,14 +482,24 @@ def mistakes(answers: SimpleNamespace, split: Split):
             photo = load_photo(split.samples[i].path)
             width = photo.width
             photo.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)  # at once: many large photos would take much memory
-            boxes = {kind: [at * photo.width / width for at in box] for kind, box in boxes_of(i, split, answers).items()}
+            boxes = {
+                kind: [at * photo.width / width for at in box] for kind, box in boxes_of(i, split, answers).items()
+            }
             kinds |= set(boxes)
             truth, said = (class_name(label, int(of[label][i])) for of in (answers.truth, answers.predicted))
-            lines = [(drawable(answers.names[i], i + 1), FAINT), (f"is {truth}", INK), (f"said {said} {sure:.2f}", WRONG)]
+            lines = [
+                (drawable(answers.names[i], i + 1), FAINT),
+                (f"is {truth}", INK),
+                (f"said {said} {sure:.2f}", WRONG),
+            ]
             cells.append((np.asarray(photo), boxes, lines))
         rows += [f"{label}: {len(errors):,} of {len(answers.names):,} are wrong", cells]
     figure = sheet("The surest errors of validation", rows, 6, SIDE)
-    lines = [Line2D([], [], color=color, ls=line, label=f"{words} box") for kind, (words, color, line) in BOX_STYLES.items() if kind in kinds]
+    lines = [
+        Line2D([], [], color=color, ls=line, label=f"{words} box")
+        for kind, (words, color, line) in BOX_STYLES.items()
+        if kind in kinds
+    ]
     figure.legend(handles=lines, loc="upper right", ncols=3, frameon=False)
     return figure
 
@@ -454,17 +559,32 @@ def looks(model: FashionModel, saved: dict, split: Split, answers: SimpleNamespa
     photos = [load_photo(split.samples[i].path) for i in chosen]
     rows = []
     if view != "full":
-        crops = torch.stack([to_pixels(photo, boxes_of(i, split, answers).get(view), size) for i, photo in zip(chosen[eight], photos[eight])])
-        rows += [f"as validation sees them ({view})", *look_rows(crops, heat_maps(model, crops), chosen[eight], split, [None] * 8)]
+        crops = torch.stack(
+            [
+                to_pixels(photo, boxes_of(i, split, answers).get(view), size)
+                for i, photo in zip(chosen[eight], photos[eight])
+            ]
+        )
+        rows += [
+            f"as validation sees them ({view})",
+            *look_rows(crops, heat_maps(model, crops), chosen[eight], split, [None] * 8),
+        ]
     whole = torch.stack([to_pixels(photo, None, size) for photo in photos])
     found = heat_maps(model, whole)
     boxes = [squashed_box(split.samples[i], size) for i in chosen]
     shown = {label: (heats[eight], logits[eight]) for label, (heats, logits) in found.items()}
-    rows += ["whole photos" + (", the first look" if view == "learned" else ""), *look_rows(whole[eight], shown, chosen[eight], split, boxes[eight])]
-    return sheet("Where the model looks (Grad-CAM): red is most, blue least; the frame is the given box", rows, 8, 128), heat_inside(found, boxes)
+    rows += [
+        "whole photos" + (", the first look" if view == "learned" else ""),
+        *look_rows(whole[eight], shown, chosen[eight], split, boxes[eight]),
+    ]
+    return sheet(
+        "Where the model looks (Grad-CAM): red is most, blue least; the frame is the given box", rows, 8, 128
+    ), heat_inside(found, boxes)
 
 
-def look_rows(images: Tensor, found: dict[str, tuple[Tensor, Tensor]], chosen: list[int], split: Split, boxes: list[Box | None]) -> Iterator:
+def look_rows(
+    images: Tensor, found: dict[str, tuple[Tensor, Tensor]], chosen: list[int], split: Split, boxes: list[Box | None]
+) -> Iterator:
     """A row of images (N, 3, S, S), and one a label with what `heat_maps` found over them and the box where it is known."""
     from matplotlib import colormaps
 

@@ -45,11 +45,17 @@ KINDS = {  # name: the notes' rate (the group's probability times the member's s
     "gamma": (0.5 * 0.5 / 1.3, A.RandomGamma((80, 120), p=1)),
     "motion blur": (0.3 / 4, A.MotionBlur(blur_limit=3, p=1)),
     "median blur": (0.3 / 4, A.MedianBlur(blur_limit=3, p=1)),
-    "Gaussian blur": (0.3 / 4, A.GaussianBlur(blur_limit=(3, 3), sigma_limit=(0.8, 0.8), p=1)),  # OpenCV's sigma for 3 pixels
+    "Gaussian blur": (
+        0.3 / 4,
+        A.GaussianBlur(blur_limit=(3, 3), sigma_limit=(0.8, 0.8), p=1),
+    ),  # OpenCV's sigma for 3 pixels
     "Gaussian noise": (0.3 / 4, A.GaussNoise(std_range=(3**0.5 / 255, 3 / 255), p=1)),
     "optical distortion": (0.3 / 2, A.OpticalDistortion(distort_limit=0.5, p=1, **REFLECT)),
     "grid distortion": (0.3 / 2, A.GridDistortion(num_steps=5, distort_limit=0.5, p=1, **REFLECT)),
-    "shift, scale, rotate": (0.3, A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=20, p=1, **REFLECT)),
+    "shift, scale, rotate": (
+        0.3,
+        A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=20, p=1, **REFLECT),
+    ),
     "holes": (0.5, A.CoarseDropout(num_holes_range=(1, 3), hole_height_range=(4, 22), hole_width_range=(4, 22), p=1)),
 }
 FACTOR = 1.5
@@ -61,7 +67,11 @@ def ours() -> dict[str, Callable[[Tensor], Tensor]]:
     """Each kind of `basic` alone, applied surely."""
     _, _, colours, blurs, warp, dropout = augment.augmentation("basic").transforms
     warps = [augment.Warp((1, [member])) for _, members in warp.groups for member in members]
-    members = [v2.RandomVerticalFlip(1), v2.RandomHorizontalFlip(1), *(t for group in (colours, blurs) for t in group.transform.transforms[0].transforms)]
+    members = [
+        v2.RandomVerticalFlip(1),
+        v2.RandomHorizontalFlip(1),
+        *(t for group in (colours, blurs) for t in group.transform.transforms[0].transforms),
+    ]
     return dict(zip(KINDS, [*members, *warps, *dropout.transform.transforms]))
 
 
@@ -76,7 +86,9 @@ def rates(draws: int = 10_000) -> dict[str, float]:
     for group in basic.transforms[2:4]:
         choice = group.transform.transforms[0]
         choice.transforms = [noting(next(names)) for _ in choice.transforms]
-    basic.transforms[4] = augment.Warp(*((p, [noting(next(names)) for _ in members]) for p, members in basic.transforms[4].groups))
+    basic.transforms[4] = augment.Warp(
+        *((p, [noting(next(names)) for _ in members]) for p, members in basic.transforms[4].groups)
+    )
     basic.transforms[5].transform.transforms = [noting(next(names))]
     corner = torch.zeros(3, 4, 4, dtype=torch.uint8)
     corner[:, 0, 0] = 255  # where it comes to lie tells the flips
@@ -96,7 +108,9 @@ def changes(images: list[Tensor]) -> dict[str, tuple[float, float]]:
         both = []
         for image in images:
             theirs = torch.from_numpy(reference(image=image.permute(1, 2, 0).numpy())["image"]).permute(2, 0, 1)
-            both.append([(result.int() - image.int()).abs().float().mean().item() for result in (transform(image), theirs)])
+            both.append(
+                [(result.int() - image.int()).abs().float().mean().item() for result in (transform(image), theirs)]
+            )
         found[name] = tuple(np.mean(both, axis=0).tolist())
     return found
 
@@ -117,7 +131,10 @@ def draw(images: list[Tensor], path: Path, side: int = 112) -> None:
         for row, image in enumerate(images):
             theirs = KINDS[name][1](image=image.permute(1, 2, 0).numpy())["image"]
             for i, pixels in enumerate((transform(image).permute(1, 2, 0).numpy(), theirs)):
-                sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), (column * side, top + (2 * row + i) * side))
+                sheet.paste(
+                    Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS),
+                    (column * side, top + (2 * row + i) * side),
+                )
     sheet.save(path, quality=85)
     say(f"drawn: {path}")
 
@@ -126,7 +143,9 @@ def draw(images: list[Tensor], path: Path, side: int = 112) -> None:
 def compare(
     dataset: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")] = "demo",
     images: Annotated[int, typer.Option(help="Photos to compare on.", min=1)] = 200,
-    picture: Annotated[Path | None, typer.Option(help="Also draw each kind of both, on 2 photos, into this file.", show_default="none")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw each kind of both, on 2 photos, into this file.", show_default="none")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compare the kinds of `basic` with Albumentations' own."""
@@ -139,10 +158,19 @@ def compare(
     seen, changed = rates(draws), changes(shown)
     for name, (rate, _) in KINDS.items():
         ours_, theirs = changed[name]
-        rows.append([name, f"{rate:.3f}", f"{seen[name]:.3f}", f"{theirs:.2f}", f"{ours_:.2f}", f"{ours_ / theirs:.2f}"])
-        if abs(seen[name] - rate) > 4 * math.sqrt(rate * (1 - rate) / draws) or not 1 / FACTOR < ours_ / theirs < FACTOR:
+        rows.append(
+            [name, f"{rate:.3f}", f"{seen[name]:.3f}", f"{theirs:.2f}", f"{ours_:.2f}", f"{ours_ / theirs:.2f}"]
+        )
+        if (
+            abs(seen[name] - rate) > 4 * math.sqrt(rate * (1 - rate) / draws)
+            or not 1 / FACTOR < ours_ / theirs < FACTOR
+        ):
             wrong.append(name)
-    show_table(f"{len(shown)} photos of {dataset}", ["kind", "the notes' rate", "rate here", "Albumentations' change", "change here", "ratio"], rows)
+    show_table(
+        f"{len(shown)} photos of {dataset}",
+        ["kind", "the notes' rate", "rate here", "Albumentations' change", "change here", "ratio"],
+        rows,
+    )
     basic = augment.augmentation("basic")
     with progress(len(shown), "timing"):
         start = time.process_time()

@@ -29,7 +29,18 @@ import typer
 from PIL import Image, ImageDraw, ImageOps
 
 from cli import misuse, run_app, say, show_table
-from data import BOX, Photos, Split, batches, find_dataset, image_samples, make_loader, read_split, relative_boxes, submission_column
+from data import (
+    BOX,
+    Photos,
+    Split,
+    batches,
+    find_dataset,
+    image_samples,
+    make_loader,
+    read_split,
+    relative_boxes,
+    submission_column,
+)
 from model import box_of, choose_margin, crops_of, load_model, overlaps, predict_logits, score
 from predict import predict_rows
 
@@ -60,13 +71,23 @@ def main(
     data: Annotated[Path, typer.Argument(help="Dataset folder whose test labels are known.")],
     gap: Annotated[Path, typer.Argument(help="Folder for the runs.")],
     train_flags: Annotated[list[str] | None, typer.Argument(help="Flags of train.py for all runs, after `--`.")] = None,
-    masks: Annotated[Path | None, typer.Option(help="The same dataset with mask boxes; without it the rows of masks stay empty.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="The same dataset with mask boxes; without it the rows of masks stay empty.")
+    ] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 112,
-    run: Annotated[list[str], typer.Option(help=f"Which runs to do: {', '.join(RUNS)}, none. Repeats.", show_default="all")] = list(RUNS),  # noqa: B006
+    run: Annotated[
+        list[str], typer.Option(help=f"Which runs to do: {', '.join(RUNS)}, none. Repeats.", show_default="all")
+    ] = list(RUNS),  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Repeats.")] = [0, 1, 2],  # noqa: B006
     workers: Annotated[int, typer.Option(help="Processes that decode photos.")] = 1,
-    order: Annotated[tuple[Path, Path] | None, typer.Option(help="A checkpoint with a box head, and DATA cleaned: compare orders.", show_default=False)] = None,
-    photographs: Annotated[tuple[Path, Path] | None, typer.Option(help="A checkpoint with a box head, and the picture to draw.", show_default=False)] = None,
+    order: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="A checkpoint with a box head, and DATA cleaned: compare orders.", show_default=False),
+    ] = None,
+    photographs: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="A checkpoint with a box head, and the picture to draw.", show_default=False),
+    ] = None,
 ) -> None:
     """Train and predict what is not done yet; print the table of all that is."""
     if photographs:
@@ -84,7 +105,16 @@ def main(
         for name in RUNS:
             if name in run and (masks or name != "mask"):
                 side = round(2**0.5 * image_size / 16) * 16 if name == "larger" else image_size
-                flags = ("--image-size", side, "--seed", one_seed, "--workers", workers, *RUNS[name], *(train_flags or ()))
+                flags = (
+                    "--image-size",
+                    side,
+                    "--seed",
+                    one_seed,
+                    "--workers",
+                    workers,
+                    *RUNS[name],
+                    *(train_flags or ()),
+                )
                 train_and_predict(gap.resolve(), name, one_seed, flags, data, masks, workers)
     truth = {split: read_split(data, split) for split in ("val", "test")}
     columns = [f"{len(seed)} seeds, mean (standard deviation)", "passes", "val boxed", "val unboxed", "test unboxed"]
@@ -95,9 +125,16 @@ def main(
             say(f"seed {one_seed}, validation: {found}")
 
 
-def train_and_predict(gap: Path, name: str, seed: int, flags: tuple, data: Path, masks: Path | None, workers: int) -> None:
+def train_and_predict(
+    gap: Path, name: str, seed: int, flags: tuple, data: Path, masks: Path | None, workers: int
+) -> None:
     """Everything that the rows show of a run, unless it is there. Raises ValueError where a script fails."""
-    wanted = {(split, view) for _, of, _, view in ROWS if of == name and (masks or "mask" not in view) for split in ("val", "test")} | {("val", BOXED)}
+    wanted = {
+        (split, view)
+        for _, of, _, view in ROWS
+        if of == name and (masks or "mask" not in view)
+        for split in ("val", "test")
+    } | {("val", BOXED)}
     missing = sorted(job for job in wanted if not predictions(gap, name, seed, *job).exists())
     folder = gap / "runs" / f"{name}-{seed}"
     if missing:
@@ -106,12 +143,28 @@ def train_and_predict(gap: Path, name: str, seed: int, flags: tuple, data: Path,
     for split, view in missing:
         csv = predictions(gap, name, seed, split, view)
         of = masks if name == "mask" or "mask" in view else data
-        start(gap, csv.with_suffix(".log"), "predict", folder / "best.pt", "--data", of, "--split", split, *view, "--out", csv, "--workers", workers)
+        start(
+            gap,
+            csv.with_suffix(".log"),
+            "predict",
+            folder / "best.pt",
+            "--data",
+            of,
+            "--split",
+            split,
+            *view,
+            "--out",
+            csv,
+            "--workers",
+            workers,
+        )
 
 
 def start(cwd: Path, log: Path, script: str, *args: object) -> None:
     with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, args)], cwd=cwd, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, ROOT / f"{script}.py", *map(str, args)], cwd=cwd, stdout=file, stderr=subprocess.STDOUT
+        )
     if done.returncode:
         raise ValueError(f"{script}.py failed, see {log}: {log.read_text(encoding='utf-8').strip().splitlines()[-1]}")
 
@@ -127,14 +180,23 @@ def table(gap: Path, seeds: list[int], truth: dict[str, Split]) -> list[list[str
         spread = f" ({stdev(found):.4f})" if len(found) > 1 else ""
         return f"{mean(found):.4f}{spread}{'' if len(found) == len(seeds) else f' of {len(found)}'}" if found else ""
 
-    return [[row, passes, cell(name, "val", BOXED), cell(name, "val", view), cell(name, "test", view)] for row, name, passes, view in ROWS]
+    return [
+        [row, passes, cell(name, "val", BOXED), cell(name, "val", view), cell(name, "test", view)]
+        for row, name, passes, view in ROWS
+    ]
 
 
 def top1(predicted: Path, truth: Split) -> float:
     """The share of photos and labels that predict.py got right, which is the labels' mean Top-1. It keeps the photos' order."""
     header, *rows = (line.split(",") for line in predicted.read_text(encoding="utf-8").splitlines())
-    columns = {label: header.index(submission_column(label)) - len(header) for label in truth.classes}  # from the right: a name may hold a comma
-    return mean(int(row[column]) == sample.labels[label] for row, sample in zip(rows, truth.samples, strict=True) for label, column in columns.items())
+    columns = {
+        label: header.index(submission_column(label)) - len(header) for label in truth.classes
+    }  # from the right: a name may hold a comma
+    return mean(
+        int(row[column]) == sample.labels[label]
+        for row, sample in zip(rows, truth.samples, strict=True)
+        for label, column in columns.items()
+    )
 
 
 def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:
@@ -144,7 +206,9 @@ def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:
 
     def look(kind: str, **seen) -> tuple[dict, dict]:
         photos = Photos(splits[kind].samples, saved["image_size"], **seen)
-        return predict_logits(model, batches(make_loader(photos, 64, 0)), torch.device("cpu"), find_box="crops" not in seen)
+        return predict_logits(
+            model, batches(make_loader(photos, 64, 0)), torch.device("cpu"), find_box="crops" not in seen
+        )
 
     truth, rows = relative_boxes(splits["raw"].samples, "bbox"), []
     for found_in in roots:
@@ -154,7 +218,9 @@ def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:
         for classified in roots:
             second, _ = look(classified, crops=crops)
             rows.append([found_in, f"{iou:.3f}", classified, f"{score(second, targets)['top1_mean']:.4f}"])
-    show_table(f"{len(truth)} validation photos, second look alone", ["box found in", "IoU", "classified", "mean Top-1"], rows)
+    show_table(
+        f"{len(truth)} validation photos, second look alone", ["box found in", "IoU", "classified", "mean Top-1"], rows
+    )
 
 
 def draw_photographs(checkpoint: Path, out: Path) -> None:

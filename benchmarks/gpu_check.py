@@ -36,15 +36,23 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def call(folder: Path, script: str, *args: object) -> str:
     """Run one of our scripts in this folder; returns what it printed. Raises ValueError where it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *map(str, args)], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)], cwd=folder, capture_output=True, text=True
+    )
     if done.returncode:
-        raise ValueError(f"{script}.py {' '.join(map(str, args))}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise ValueError(
+            f"{script}.py {' '.join(map(str, args))}: exit code {done.returncode}: {done.stderr.strip()[-500:]}"
+        )
     return done.stdout
 
 
 def kill_in_second_epoch(folder: Path, run: Path, *args: object) -> None:
     """Start training, and kill it some steps after its first epoch."""
-    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, args), "--save-every", "0"], cwd=folder, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, args), "--save-every", "0"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+    ) as process:
         while process.poll() is None and not (run / "metrics.csv").exists():
             time.sleep(0.05)
         if process.poll() is None:
@@ -63,7 +71,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def bits(run: Path) -> str:
     """A digest of a run's numbers: metrics.csv without the times, and the weights of its last epoch."""
-    digest = hashlib.sha256(repr([{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(run / "metrics.csv")]).encode())
+    digest = hashlib.sha256(
+        repr([{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(run / "metrics.csv")]).encode()
+    )
     for name, weights in sorted(read_checkpoint(run / "last.pt")["model"].items()):
         digest.update(name.encode() + weights.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -75,13 +85,17 @@ def answers(path: Path, column: str) -> list[str]:
 
 @app.command()
 def check(
-    flags: Annotated[list[str] | None, typer.Argument(help="Behind --: further flags of train.py.", show_default=False)] = None,
+    flags: Annotated[
+        list[str] | None, typer.Argument(help="Behind --: further flags of train.py.", show_default=False)
+    ] = None,
     data: str = "demo",
     backbone: Annotated[str, typer.Option("--model")] = "eva02_tiny_patch14_224.mim_in22k",
     epochs: Annotated[int, typer.Option(min=2)] = 4,
     batch_size: Annotated[int, typer.Option(min=2)] = 128,
     image_size: Annotated[int | None, typer.Option(show_default="the backbone's")] = None,
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, ...; cpu tries this script where there is no GPU.")] = "cuda",
+    device: Annotated[
+        str, typer.Option(help="cuda, cuda:1, ...; cpu tries this script where there is no GPU.")
+    ] = "cuda",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Run all checks on one GPU."""
@@ -89,9 +103,35 @@ def check(
     if on_gpu and not torch.cuda.is_available():
         say("no CUDA GPU here: nothing was checked")
         raise typer.Exit(2)
-    modes = ["auto", "off", *(["fp16"] if on_gpu else []), *(["bf16"] if not on_gpu or torch.cuda.get_device_capability(device) >= (8, 0) else [])]
-    settings = ["--data", data, "--model", backbone, "--no-pretrained", "--epochs", epochs, "--t-0", epochs, "--patience", epochs, "--lr", "1e-3"]
-    settings += ["--batch-size", batch_size, "--device", device, *(["--image-size", image_size] if image_size else []), *(flags or ())]
+    modes = [
+        "auto",
+        "off",
+        *(["fp16"] if on_gpu else []),
+        *(["bf16"] if not on_gpu or torch.cuda.get_device_capability(device) >= (8, 0) else []),
+    ]
+    settings = [
+        "--data",
+        data,
+        "--model",
+        backbone,
+        "--no-pretrained",
+        "--epochs",
+        epochs,
+        "--t-0",
+        epochs,
+        "--patience",
+        epochs,
+        "--lr",
+        "1e-3",
+    ]
+    settings += [
+        "--batch-size",
+        batch_size,
+        "--device",
+        device,
+        *(["--image-size", image_size] if image_size else []),
+        *(flags or ()),
+    ]
     failed, rows = [], []
 
     def judge(what: str, right: bool, more: str = "") -> None:
@@ -117,11 +157,21 @@ def check(
         label = next(name for name in read_rows(validated)[0] if name.endswith("_predicted")).removesuffix("_predicted")
         first = read_rows(written)[0].keys() - {"image_name"}
         column = next(name for name in first if label.lower().startswith(name))
-        differ = sum(a != b for a, b in zip(answers(written, column), answers(validated, f"{label}_predicted"), strict=True))
-        judge("predict.py repeats the validation", differ <= 1, f" ({differ} of {len(answers(written, column))} answers of {label} differ)")
+        differ = sum(
+            a != b for a, b in zip(answers(written, column), answers(validated, f"{label}_predicted"), strict=True)
+        )
+        judge(
+            "predict.py repeats the validation",
+            differ <= 1,
+            f" ({differ} of {len(answers(written, column))} answers of {label} differ)",
+        )
     exact = float(rows[modes.index("off")][3])
     for mode, _, _, loss, _ in rows:
-        judge(f"--amp {mode} trains as float32 does", abs(float(loss) / exact - 1) < 0.05, f" (validation loss {float(loss):.4f}, float32's {exact:.4f})")
+        judge(
+            f"--amp {mode} trains as float32 does",
+            abs(float(loss) / exact - 1) < 0.05,
+            f" (validation loss {float(loss):.4f}, float32's {exact:.4f})",
+        )
     chip = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     show_table(f"{backbone} on {chip}, {epochs} epochs", ["--amp", "images/s", "train loss", "val loss", "Top-1"], rows)
     if failed:

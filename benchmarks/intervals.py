@@ -35,11 +35,15 @@ def latent(correlation: float, accuracy: float, draws: int = 200_000) -> float:
     for _ in range(20):
         middle = (low + high) / 2
         both = ((first < threshold) & (middle * first + (1 - middle**2) ** 0.5 * second < threshold)).mean()
-        low, high = (middle, high) if (both - accuracy**2) / (accuracy * (1 - accuracy)) < correlation else (low, middle)
+        low, high = (
+            (middle, high) if (both - accuracy**2) / (accuracy * (1 - accuracy)) < correlation else (low, middle)
+        )
     return middle
 
 
-def simulate(photos: int, seeds: int, accuracy: float, seed_sd: float, same: float, other: float, rng: np.random.Generator) -> np.ndarray:
+def simulate(
+    photos: int, seeds: int, accuracy: float, seed_sd: float, same: float, other: float, rng: np.random.Generator
+) -> np.ndarray:
     """Differences (photos, seeds) of the share of labels that are right, between two equally good settings.
 
     `same`, `other`: the latent correlation of two runs of one setting, and of two runs of two settings, on a photo.
@@ -70,7 +74,9 @@ def measure(groups: list[list[Run]]) -> list[list[str]]:
         pairs = [(x, y) for x in a for y in b if x.seed == y.seed]
         if len(pairs) < 3 or a[0].images != b[0].images or all((x.predicted == y.predicted).all() for x, y in pairs):
             continue
-        differences = per_garment([name for name, *_ in a[0].images], np.stack([x.right.mean(1) - y.right.mean(1) for x, y in pairs], axis=1))
+        differences = per_garment(
+            [name for name, *_ in a[0].images], np.stack([x.right.mean(1) - y.right.mean(1) for x, y in pairs], axis=1)
+        )
         _, (of_seeds, _), (residual, _) = mean_squares(differences)
         of_run = (max(of_seeds - residual, 0) / len(differences) / 2) ** 0.5  # the difference has two
         within = np.mean([correlation(x, y) for group in (a, b) for x, y in combinations(group, 2)])
@@ -84,11 +90,19 @@ def measure(groups: list[list[Run]]) -> list[list[str]]:
 @app.command()
 def check(
     accuracy: Annotated[float, typer.Option(help="Top-1 of both settings.", min=0.01, max=0.99)] = 0.835,
-    seed_sd: Annotated[float, typer.Option(help="Standard deviation of a run's effect on its accuracy.", min=0)] = 0.0135,
-    correlation: Annotated[float, typer.Option(help="Correlation of being right between two runs of one setting.", min=0, max=0.99)] = 0.43,
-    less: Annotated[float, typer.Option(help="By how much it is lower between two settings, where these act on photos.", min=0)] = 0.17,
+    seed_sd: Annotated[
+        float, typer.Option(help="Standard deviation of a run's effect on its accuracy.", min=0)
+    ] = 0.0135,
+    correlation: Annotated[
+        float, typer.Option(help="Correlation of being right between two runs of one setting.", min=0, max=0.99)
+    ] = 0.43,
+    less: Annotated[
+        float, typer.Option(help="By how much it is lower between two settings, where these act on photos.", min=0)
+    ] = 0.17,
     comparisons: Annotated[int, typer.Option(help="Comparisons of each kind.", min=1)] = 2000,
-    measured: Annotated[bool, typer.Option("--measure", help="Print these settings of the finished experiments in runs/ instead.")] = False,
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Print these settings of the finished experiments in runs/ instead.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Count how often the interval misses zero, with and without an effect of setting by image."""
@@ -102,11 +116,29 @@ def check(
         for photos in (400, 1800):
             names = [f"a{i // 2}-{i % 2 + 1}.jpg" for i in range(photos)]
             for seeds in (3, 5):
-                found = [interval(per_garment(names, simulate(photos, seeds, accuracy, seed_sd, same, other, rng)))[:2] for _ in range(comparisons)]
+                found = [
+                    interval(per_garment(names, simulate(photos, seeds, accuracy, seed_sd, same, other, rng)))[:2]
+                    for _ in range(comparisons)
+                ]
                 misses, width = sum(abs(mean) > half for mean, half in found), np.mean([half for _, half in found])
-                rows.append([effect, str(photos), str(seeds), f"{misses} of {comparisons}", f"{misses / comparisons * 200:.1f}", f"{width:.4f}"])
-    show_table("two equally good settings", ["effect of setting by image", "photos", "seeds", "interval misses 0", "per 200", "mean half-width"], rows)
-    say(f"accuracy {accuracy:g}, effect of a run {seed_sd:g}, correlation {correlation:g} in one setting (latent {same:.2f}), {less:g} less between two")
+                rows.append(
+                    [
+                        effect,
+                        str(photos),
+                        str(seeds),
+                        f"{misses} of {comparisons}",
+                        f"{misses / comparisons * 200:.1f}",
+                        f"{width:.4f}",
+                    ]
+                )
+    show_table(
+        "two equally good settings",
+        ["effect of setting by image", "photos", "seeds", "interval misses 0", "per 200", "mean half-width"],
+        rows,
+    )
+    say(
+        f"accuracy {accuracy:g}, effect of a run {seed_sd:g}, correlation {correlation:g} in one setting (latent {same:.2f}), {less:g} less between two"
+    )
     say("two photos a garment, three labels")
 
 

@@ -47,15 +47,26 @@ class Notes(torch.utils.data.Dataset):
 
     def __init__(self, samples: list[data.Sample], size: int):
         self.samples = samples
-        one_of_colours = [A.ColorJitter(0.2, 0.2, 0.2, 0.2, p=0.3), A.CLAHE(clip_limit=6, tile_grid_size=(16, 16), p=0.5), A.RandomGamma((80, 120), p=0.5)]
-        blurs = [A.MotionBlur(blur_limit=3), A.MedianBlur(blur_limit=3), A.GaussianBlur(blur_limit=(3, 3)), A.GaussNoise(std_range=(3**0.5 / 255, 3 / 255))]
+        one_of_colours = [
+            A.ColorJitter(0.2, 0.2, 0.2, 0.2, p=0.3),
+            A.CLAHE(clip_limit=6, tile_grid_size=(16, 16), p=0.5),
+            A.RandomGamma((80, 120), p=0.5),
+        ]
+        blurs = [
+            A.MotionBlur(blur_limit=3),
+            A.MedianBlur(blur_limit=3),
+            A.GaussianBlur(blur_limit=(3, 3)),
+            A.GaussNoise(std_range=(3**0.5 / 255, 3 / 255)),
+        ]
         self.transform = A.Compose(
             [
                 A.Resize(size, size, interpolation=cv2.INTER_CUBIC),
                 A.VerticalFlip(p=0.5),
                 A.HorizontalFlip(p=0.5),
                 A.OneOf(one_of_colours, p=0.5),
-                A.OneOf([A.OpticalDistortion(distort_limit=0.5), A.GridDistortion(num_steps=5, distort_limit=0.5)], p=0.3),
+                A.OneOf(
+                    [A.OpticalDistortion(distort_limit=0.5), A.GridDistortion(num_steps=5, distort_limit=0.5)], p=0.3
+                ),
                 A.OneOf(blurs, p=0.3),
                 A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=20, p=0.3),
                 A.CoarseDropout(num_holes_range=(1, 3), hole_height_range=(4, 22), hole_width_range=(4, 22), p=0.5),
@@ -82,8 +93,13 @@ def cpu_seconds(work: Callable[[], None]) -> float:
 
     def now() -> float:
         used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        ticks = [Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13] for child in multiprocessing.active_children()]
-        return sum(usage.ru_utime + usage.ru_stime for usage in used) + sum(int(n) for two in ticks for n in two) / os.sysconf("SC_CLK_TCK")
+        ticks = [
+            Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            for child in multiprocessing.active_children()
+        ]
+        return sum(usage.ru_utime + usage.ru_stime for usage in used) + sum(
+            int(n) for two in ticks for n in two
+        ) / os.sysconf("SC_CLK_TCK")
 
     start = now()
     work()
@@ -109,7 +125,9 @@ def compare(
     rounds: Annotated[int, typer.Option(min=1)] = 4,
     size: int = 224,
     workers: Annotated[int | None, typer.Option(min=0, show_default="one a core")] = None,
-    grow: Annotated[bool, typer.Option("--grow", help="Measure how an image's time and memory depend on the number of images.")] = False,
+    grow: Annotated[
+        bool, typer.Option("--grow", help="Measure how an image's time and memory depend on the number of images.")
+    ] = False,
 ) -> None:
     """Time the loaders."""
     torch.set_num_threads(1)
@@ -120,7 +138,10 @@ def compare(
         root = bench.make_dataset(Path(folder) / "Photos", images)
         samples = data.read_split(root, "train").samples
         basic = augment.augmentation("basic")
-        cached, varying = (data.Photos(samples, size, "bbox", augment=basic, resize=resize) for resize in ("squash", "random-resized-crop"))
+        cached, varying = (
+            data.Photos(samples, size, "bbox", augment=basic, resize=resize)
+            for resize in ("squash", "random-resized-crop")
+        )
         building = cpu_seconds(lambda: add_cache([cached], [root], None, workers)) / images
 
         def ours(photos: data.Photos) -> DataLoader:
@@ -128,7 +149,14 @@ def compare(
 
         ways = {
             OURS: lambda: ours(cached),
-            NOTES: lambda: DataLoader(Notes(samples, size), 64, True, num_workers=workers, worker_init_fn=one_thread, persistent_workers=workers > 0),
+            NOTES: lambda: DataLoader(
+                Notes(samples, size),
+                64,
+                True,
+                num_workers=workers,
+                worker_init_fn=one_thread,
+                persistent_workers=workers > 0,
+            ),
             VARYING: lambda: ours(varying),
         }
         first, second = ({way: [] for way in ways} for _ in range(2))
@@ -139,11 +167,20 @@ def compare(
     later = [theirs / own for theirs, own in zip(second[NOTES], second[OURS])]
     ours, theirs = ([a + 9 * b for a, b in zip(first[way], second[way])] for way in (OURS, NOTES))
     ten = [b / (building + a) for a, b in zip(ours, theirs)]
-    rows = [[way, *(bench.spread([1e3 * t for t in of[way]], 2) for of in (first, second)), bench.spread([1 / t for t in second[way]], 0)] for way in ways]
+    rows = [
+        [
+            way,
+            *(bench.spread([1e3 * t for t in of[way]], 2) for of in (first, second)),
+            bench.spread([1 / t for t in second[way]], 0),
+        ]
+        for way in ways
+    ]
     rows.append(["building the cache, once", f"{1e3 * building:.2f}", "", ""])
     columns = ["", "CPU ms an image, first epoch", "second", "images/s a core, second"]
     show_table(f"{images} photos, {size} px, {workers} workers; load {os.getloadavg()[0]:.1f}", columns, rows)
-    say(f"second epoch on: {bench.spread(later, 2)} times Albumentations, at least 3; ten epochs, the first included: {bench.spread(ten, 2)}, at least 2")
+    say(
+        f"second epoch on: {bench.spread(later, 2)} times Albumentations, at least 3; ten epochs, the first included: {bench.spread(ten, 2)}, at least 2"
+    )
     if statistics.median(later) < 3 or statistics.median(ten) < 2:
         raise ValueError("missed")
 
@@ -165,7 +202,15 @@ def growth(folder: Path, workers: int) -> None:
         times.append(numbers[2])
         cells = [f"{value:.{digits}f}" for value, digits in zip(numbers, (1, 1, 3, 0, 0, 0))]
         rows.append([f"{n:,}", *cells])
-    columns = ["photos", "cache built, s", "warm, s", "CPU ms an image", "rows of the CSV, MB", "loader, MB", "the same five epochs later"]
+    columns = [
+        "photos",
+        "cache built, s",
+        "warm, s",
+        "CPU ms an image",
+        "rows of the CSV, MB",
+        "loader, MB",
+        "the same five epochs later",
+    ]
     show_table(f"64 px, {workers} workers; load {os.getloadavg()[0]:.1f}", columns, rows)
     if max(times) > 1.1 * min(times):
         raise ValueError("an image's time differs by more than 10 %")

@@ -33,7 +33,9 @@ def make_dataset(root: Path, train: int, val: int = 16, size: tuple[int, int] = 
                 height = draw.uniform(0.6, 1) * min(picture.height, picture.width * size[1] / size[0])
                 width = height * size[0] / size[1]
                 x, y = draw.uniform(0, picture.width - width), draw.uniform(0, picture.height - height)
-                picture.resize(size, Image.Resampling.BICUBIC, (x, y, x + width, y + height)).save(root / split / name, quality=90)
+                picture.resize(size, Image.Resampling.BICUBIC, (x, y, x + width, y + height)).save(
+                    root / split / name, quality=90
+                )
             else:
                 os.link(root / split / f"{i % DIFFERENT:06d}.jpg", root / split / name)
             x, y = draw.randrange(size[0] * 2 // 5), draw.randrange(size[1] // 3)

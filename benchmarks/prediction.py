@@ -54,7 +54,10 @@ def write_photos(folder: Path, n: int) -> Split:
 def plain_loop(model: FashionModel, rows: Split, size: int) -> Tensor:
     """What one writes first: a batch is decoded, then computed."""
     paths = [sample.path for sample in rows.samples]
-    batches = (torch.stack([to_pixels(load_photo(path), None, size) for path in paths[i : i + BATCH]]) for i in range(0, len(paths), BATCH))
+    batches = (
+        torch.stack([to_pixels(load_photo(path), None, size) for path in paths[i : i + BATCH]])
+        for i in range(0, len(paths), BATCH)
+    )
     return torch.cat([model(batch)["Daily"] for batch in batches])
 
 
@@ -95,13 +98,19 @@ def best_of(runs: dict[str, Callable[[], object]], rounds: int, n: int) -> dict[
 def check_precision(checkpoint: Path, dataset: str) -> None:
     """How many of bf16's answers are not float32's, and how far Top-1 moves, over all photos of a dataset."""
     model, saved = load_model(checkpoint)
-    samples = [sample for split in SPLITS for sample in read_split(data.find_dataset(dataset), split, saved["classes"]).samples]
+    samples = [
+        sample for split in SPLITS for sample in read_split(data.find_dataset(dataset), split, saved["classes"]).samples
+    ]
     rows = Split(Path(dataset), samples, saved["classes"], tuple(saved["classes"]), "")
     view = "bbox" if rows.has("bbox") and saved["data"]["view"] == "bbox" else "full"
     (exact, targets), (half, _) = (predict_rows(model, saved, rows, view, amp=amp) for amp in ("off", "bf16"))
-    differ = statistics.mean((exact[label].argmax(-1) != half[label].argmax(-1)).float().mean().item() for label in targets)
+    differ = statistics.mean(
+        (exact[label].argmax(-1) != half[label].argmax(-1)).float().mean().item() for label in targets
+    )
     moved = abs(score(half, targets)["top1_mean"] - score(exact, targets)["top1_mean"])
-    say(f"{len(samples):,} photos ({view}), {len(targets)} labels: bf16 answers {differ:.2%} differently from float32; Top-1 moves by {100 * moved:.3f} points")
+    say(
+        f"{len(samples):,} photos ({view}), {len(targets)} labels: bf16 answers {differ:.2%} differently from float32; Top-1 moves by {100 * moved:.3f} points"
+    )
     if differ > 0.01 or moved > 0.002:
         raise ValueError("at most 1 % may differ, and Top-1 may move by at most 0.2 points")
 
@@ -111,7 +120,10 @@ def compare(
     images: Annotated[int, typer.Option(help="Photos to predict.", min=1)] = 256,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     backbone: Annotated[str, typer.Option("--model")] = "eva02_tiny_patch14_224.mim_in22k",
-    check: Annotated[Path | None, typer.Option(help="Instead: compare bf16's answers with float32's, of this best.pt.", show_default="none")] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Instead: compare bf16's answers with float32's, of this best.pt.", show_default="none"),
+    ] = None,
     dataset: Annotated[str, typer.Option("--data", help="Dataset for --check, all its splits.")] = "demo",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -127,7 +139,11 @@ def compare(
     cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         rows = write_photos(Path(folder), images)
-        decoded = best_of({"decode": lambda: [to_pixels(load_photo(sample.path), None, size) for sample in rows.samples]}, rounds, images)["decode"]
+        decoded = best_of(
+            {"decode": lambda: [to_pixels(load_photo(sample.path), None, size) for sample in rows.samples]},
+            rounds,
+            images,
+        )["decode"]
         ways = {
             "plain loop": lambda: plain_loop(model, rows, size),
             "predict.py": lambda: predict_rows(model, saved, rows, "full"),
@@ -142,8 +158,12 @@ def compare(
     lines = [[name, f"{max(values):.1f}", f"{min(values):.1f}"] for name, values in table.items()]
     show_table(f"{backbone}, {size} px, {cores} cores, {images} photos", ["images/s", "best", "worst"], lines)
     limit, ours = 1 / (1 / max(map(max, speeds.values())) + 1 / max(decoded) / cores), max(rates["predict.py"])
-    say(f"looking twice, with the box head, costs {statistics.median(a / b for a, b in zip(rates['predict.py'], rates[TWICE])):.2f} times one look (2.2 asked)")
-    say(f"predict.py: {ours / max(rates['plain loop']):.2f} of the plain loop (2 asked); {ours / limit:.2f} of the limit, {limit:.1f} images/s (0.95 asked)")
+    say(
+        f"looking twice, with the box head, costs {statistics.median(a / b for a, b in zip(rates['predict.py'], rates[TWICE])):.2f} times one look (2.2 asked)"
+    )
+    say(
+        f"predict.py: {ours / max(rates['plain loop']):.2f} of the plain loop (2 asked); {ours / limit:.2f} of the limit, {limit:.1f} images/s (0.95 asked)"
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def make_photos(root: Path, n: int) -> None:
         width = height * SIZE[0] / SIZE[1]
         x, y = draw.uniform(0, picture.width - width), draw.uniform(0, picture.height - height)
         photo = picture.resize(SIZE, Image.Resampling.BICUBIC, (x, y, x + width, y + height))
-        photo = ImageEnhance.Brightness(ImageOps.mirror(photo) if draw.random() < 0.5 else photo).enhance(draw.uniform(0.7, 1.2))
+        photo = ImageEnhance.Brightness(ImageOps.mirror(photo) if draw.random() < 0.5 else photo).enhance(
+            draw.uniform(0.7, 1.2)
+        )
         photo.save(root / "train" / f"{i:03d}.jpg", quality=90)
     with open(root / csv_name("train"), "w", newline="") as file:
         csv.writer(file).writerows([["image_name"], *([f"{i:03d}.jpg"] for i in range(n))])
@@ -71,7 +73,13 @@ def make_photos(root: Path, n: int) -> None:
 
 def run_ours(root: Path, out: Path, model: str) -> Callable[[], None]:
     """What `preprocess.py ROOT OUT --rembg-model MODEL` does once its session is there; every call begins with a new output folder."""
-    settings = {"rembg_model": model, "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}
+    settings = {
+        "rembg_model": model,
+        "background_color": [0, 0, 0],
+        "keep_background": False,
+        "crop": "none",
+        "box_margin": 0.0,
+    }
     remover = preprocess.Remover(model)
     remover.start()
     table = read_table(root, "train", {})
@@ -130,7 +138,10 @@ def run_rembg(command: str, photos: Path, out: Path, model: str) -> None:
     folder = Path(tempfile.mkdtemp(dir=out))
     try:
         result = subprocess.run([command, "p", "-m", model, str(photos), str(folder)], capture_output=True, text=True)
-        made, reason = len(list(folder.iterdir())), f"exit code {result.returncode}\n{result.stdout}{result.stderr}"  # it prints errors and goes on
+        made, reason = (
+            len(list(folder.iterdir())),
+            f"exit code {result.returncode}\n{result.stdout}{result.stderr}",
+        )  # it prints errors and goes on
     except OSError as error:
         made, reason = -1, str(error)
     if made < len(list(photos.iterdir())) or result.returncode:
@@ -157,16 +168,27 @@ def own_cpu() -> float:
 
 def anonymous_memory() -> float:
     """MB of this process's memory that no file stands behind; Linux only."""
-    return next(int(line.split()[1]) / 1000 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return next(
+        int(line.split()[1]) / 1000
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
 
 
 @app.command()
 def benchmark(
-    model: Annotated[str, typer.Option(help="u2netp, u2net, or another of rembg's models; its weights where rembg looks for them (U2NET_HOME).")] = "u2netp",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="u2netp, u2net, or another of rembg's models; its weights where rembg looks for them (U2NET_HOME)."
+        ),
+    ] = "u2netp",
     photos: Annotated[int, typer.Option(min=2, help="Photos a round.")] = 40,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     rembg: Annotated[str, typer.Option(help="The rembg command to compare with, installed with its [cli].")] = "rembg",
-    memory: Annotated[bool, typer.Option("--memory", help=f"See instead whether memory stays flat over {MANY} photos.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help=f"See instead whether memory stays flat over {MANY} photos.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     os.environ.pop("OMP_NUM_THREADS", None)  # rembg would hold its own sessions to it
@@ -197,7 +219,9 @@ def compare(root: Path, out: Path, model: str, rounds: int, rembg_command: str) 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     busy = []
-    say(f"{model}, {len(paths)} photos of {SIZE[0]} x {SIZE[1]}, {cores} cores, {rounds} rounds; load average before {os.getloadavg()[0]:.1f}")
+    say(
+        f"{model}, {len(paths)} photos of {SIZE[0]} x {SIZE[1]}, {cores} cores, {rounds} rounds; load average before {os.getloadavg()[0]:.1f}"
+    )
     for i in range(rounds):
         for name in list(ways)[:: 1 if i % 2 == 0 else -1]:
             start, own, load = time.perf_counter(), own_cpu(), all_cpu()
@@ -205,7 +229,9 @@ def compare(root: Path, out: Path, model: str, rounds: int, rembg_command: str) 
             seconds[name].append(time.perf_counter() - start)
             cpu[name].append(own_cpu() - own)
             busy.append((all_cpu() - load - cpu[name][-1]) / seconds[name][-1] / cores)
-        say(f"round {i + 1} of {rounds}: other processes took {100 * statistics.mean(busy[-len(ways) :]):.0f} % of the cores")
+        say(
+            f"round {i + 1} of {rounds}: other processes took {100 * statistics.mean(busy[-len(ways) :]):.0f} % of the cores"
+        )
     for taken in (seconds, cpu):
         taken[RUNS_REMBG] = [whole - start for whole, start in zip(taken[RUNS_REMBG], taken.pop("start"))]
 
@@ -221,8 +247,19 @@ def compare(root: Path, out: Path, model: str, rounds: int, rembg_command: str) 
         by_cpu = [t / ours for t, ours in zip(cpu[name], cpu[OURS])]
         cells = [f"{statistics.median(x):.2f}  ({min(x):.2f} to {max(x):.2f})" for x in (rates, ratios, by_cpu)]
         work = f"{1000 * statistics.median(cpu[name]) / len(paths):.0f}"
-        rows.append([name + (" (the limit)" if name == limit else ""), cells[0], work, *([""] * 3 if name == OURS else [*cells[1:], bound])])
-    show_table("median (lowest to highest)", ["way", "photos/s", "CPU ms/photo", "preprocess.py / it", "the same by CPU time", "bound"], rows)
+        rows.append(
+            [
+                name + (" (the limit)" if name == limit else ""),
+                cells[0],
+                work,
+                *([""] * 3 if name == OURS else [*cells[1:], bound]),
+            ]
+        )
+    show_table(
+        "median (lowest to highest)",
+        ["way", "photos/s", "CPU ms/photo", "preprocess.py / it", "the same by CPU time", "bound"],
+        rows,
+    )
     if statistics.mean(busy) > 0.1:
         note("the machine is not quiet: photos/s and their ratios say little; CPU time is less touched by other work")
     return held
@@ -239,7 +276,11 @@ def watch_memory(root: Path, out: Path, model: str) -> bool:
 
     run_ours(root, out, model)(prepare)
     most = {n: max(seen[n - 50 : n]) for n in range(100, MANY + 1, 100)}
-    show_table(f"anonymous memory with {model}", ["photos", "MB (most of the last 50 photos)"], [[str(n), f"{mb:.0f}"] for n, mb in most.items()])
+    show_table(
+        f"anonymous memory with {model}",
+        ["photos", "MB (most of the last 50 photos)"],
+        [[str(n), f"{mb:.0f}"] for n, mb in most.items()],
+    )
     held = most[MANY] <= GROWTH * most[100]
     say(f"{MANY} photos / 100 photos: {most[MANY] / most[100]:.3f}, bound <= {GROWTH}: {'holds' if held else 'missed'}")
     return held

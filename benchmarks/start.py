@@ -85,7 +85,10 @@ def measure(
     images: Annotated[int, typer.Option(help="Training photos; validation has 1,800 more.", min=64)] = 11_058,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    folder: Annotated[Path | None, typer.Option(help="Where the photos and their cache are made and stay.", show_default="a temporary one")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where the photos and their cache are made and stay.", show_default="a temporary one"),
+    ] = None,
 ) -> None:
     """Measure start-up and memory."""
     with contextlib.ExitStack() as stack:
@@ -103,7 +106,9 @@ def measure(
             begun = time.time()
             starts.append(float(python("-c", RUN, "start", "train.py", *flags, "--name", f"start{i}", cwd=cwd)) - begun)
             more.append(starts[-1] - imports[-1])
-        memory = [float(python("-c", RUN, "memory", "train.py", *flags, "--name", f"memory{i}", cwd=cwd)) for i in range(2)]
+        memory = [
+            float(python("-c", RUN, "memory", "train.py", *flags, "--name", f"memory{i}", cwd=cwd)) for i in range(2)
+        ]
         alone = [float(python("-c", ALONE, model, batch_size, cwd=cwd)) for _ in range(2)]
     over = [a - b for a, b in zip(memory, alone)]
     rows = [
@@ -114,7 +119,11 @@ def measure(
         ["the model's own, MB", bench.spread(alone, 0), ""],
         ["more, MB", bench.spread(over, 0), "1000"],
     ]
-    show_table(f"{images + 1800:,} photos, {model}, batch {batch_size}; load {os.getloadavg()[0]:.1f}", ["", "median (least to most)", "at most"], rows)
+    show_table(
+        f"{images + 1800:,} photos, {model}, batch {batch_size}; load {os.getloadavg()[0]:.1f}",
+        ["", "median (least to most)", "at most"],
+        rows,
+    )
     if statistics.median(more) > 4 or statistics.median(over) > 1000:
         raise ValueError("missed")
 

@@ -40,20 +40,51 @@ def compare(
 ) -> None:
     """Time the step of train.py with and without a teacher, and the teacher alone."""
     torch.set_num_threads(1)
-    net, taught_by = build_model(student, CLASSES, size)[0], build_model(teacher, CLASSES, size)[0].eval().requires_grad_(False)
+    net, taught_by = (
+        build_model(student, CLASSES, size)[0],
+        build_model(teacher, CLASSES, size)[0].eval().requires_grad_(False),
+    )
     images = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8)
     targets = {label: torch.randint(n, (batch_size,)) for label, n in CLASSES.items()}
     criteria = {label: (partial(losses.cross_entropy, class_weights=None), None) for label in CLASSES}
-    flags = SimpleNamespace(seed=0, cutmix=None, grad_accum=1, batch_size=batch_size, clip_grad=0, warmup_epochs=0, distill_weight=0.9, distill_temperature=4.0)
+    flags = SimpleNamespace(
+        seed=0,
+        cutmix=None,
+        grad_accum=1,
+        batch_size=batch_size,
+        clip_grad=0,
+        warmup_epochs=0,
+        distill_weight=0.9,
+        distill_temperature=4.0,
+    )
     optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1)
-    parts = {"model": net, "forward": net, "optimizer": optimizer, "schedule": schedule, "scaler": torch.amp.GradScaler("cpu", enabled=False)}
+    parts = {
+        "model": net,
+        "forward": net,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+    }
 
     def step(teach) -> None:
         order = EpochBatches(batch_size, batch_size, 0)
-        train_one_epoch(parts | {"teach": teach}, [(images, targets)], criteria, dict(START), order, flags, None, lambda images: None)
+        train_one_epoch(
+            parts | {"teach": teach},
+            [(images, targets)],
+            criteria,
+            dict(START),
+            order,
+            flags,
+            None,
+            lambda images: None,
+        )
 
-    kinds = {"without": lambda: step(None), "teacher": lambda: torch.no_grad()(taught_by)(images), "with": lambda: step(torch.no_grad()(taught_by))}
+    kinds = {
+        "without": lambda: step(None),
+        "teacher": lambda: torch.no_grad()(taught_by)(images),
+        "with": lambda: step(torch.no_grad()(taught_by)),
+    }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for done in range(rounds + 1):
         for kind, run in kinds.items():
@@ -63,11 +94,15 @@ def compare(
             if done:  # the first round warms up
                 times[kind].append((time.process_time() - start) / 2)
     shown = {kind: f"{1000 * statistics.median(values):.0f} ms" for kind, values in times.items()}
-    ratios = [both / (alone + forward) for both, alone, forward in zip(times["with"], times["without"], times["teacher"])]
+    ratios = [
+        both / (alone + forward) for both, alone, forward in zip(times["with"], times["without"], times["teacher"])
+    ]
     say(
         f"{student} taught by {teacher}, {size} px, {batch_size} images: step without {shown['without']}, teacher {shown['teacher']}, step with {shown['with']}"
     )
-    say(f"step with / (step without + teacher): median {statistics.median(ratios):.3f} of {rounds} rounds, {min(ratios):.3f} to {max(ratios):.3f}")
+    say(
+        f"step with / (step without + teacher): median {statistics.median(ratios):.3f} of {rounds} rounds, {min(ratios):.3f} to {max(ratios):.3f}"
+    )
 
 
 if __name__ == "__main__":

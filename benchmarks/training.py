@@ -76,12 +76,23 @@ def compare(
         net.to(place)
         photos = data.Photos(split.samples, size, "bbox", augment=augment.augmentation("basic"))
         add_cache([photos], [root], None, workers)
-        criteria = {label: (partial(losses.cross_entropy, smoothing=0.1, class_weights=None), None) for label in split.classes}
+        criteria = {
+            label: (partial(losses.cross_entropy, smoothing=0.1, class_weights=None), None) for label in split.classes
+        }
         flags = SimpleNamespace(seed=0, cutmix=None, grad_accum=1, batch_size=batch_size, clip_grad=0, warmup_epochs=0)
-        optimizer = torch.optim.AdamW(parameter_groups(net), lr=5e-6, weight_decay=0.01, fused=place.type in ("cpu", "cuda"))
+        optimizer = torch.optim.AdamW(
+            parameter_groups(net), lr=5e-6, weight_decay=0.01, fused=place.type in ("cpu", "cuda")
+        )
         schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1)
         scaler = torch.amp.GradScaler(place.type, enabled=amp_dtype is torch.float16)
-        parts = {"model": net, "forward": net, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "teach": None}
+        parts = {
+            "model": net,
+            "forward": net,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "scaler": scaler,
+            "teach": None,
+        }
 
         def ours(batches: Iterable, skip: int) -> float:
             times = []
@@ -100,15 +111,28 @@ def compare(
                 return steps * batch_size / (times[-1] - times[skip])
 
         def from_photos() -> float:
-            return ours(data.batches(data.make_loader(photos, batch_size, workers, data.EpochBatches(len(photos), batch_size, 0))), warm)
+            return ours(
+                data.batches(
+                    data.make_loader(photos, batch_size, workers, data.EpochBatches(len(photos), batch_size, 0))
+                ),
+                warm,
+            )
 
         constant = (torch.stack([photos[1, i][0] for i in range(batch_size)]).to(place), {})
         constant[1].update({label: torch.zeros(batch_size, dtype=torch.int64, device=place) for label in split.classes})
 
         def with_timm() -> float:
-            how = {"re_prob": 0.0, "color_jitter": 0.4, "interpolation": "random", "num_workers": workers, "use_prefetcher": place.type == "cuda"}
+            how = {
+                "re_prob": 0.0,
+                "color_jitter": 0.4,
+                "interpolation": "random",
+                "num_workers": workers,
+                "use_prefetcher": place.type == "cuda",
+            }
             own = timm.data.resolve_model_data_config(net.backbone)
-            loader = timm.data.create_loader(Boxed(split.samples), (3, size, size), batch_size, True, mean=own["mean"], std=own["std"], **how)
+            loader = timm.data.create_loader(
+                Boxed(split.samples), (3, size, size), batch_size, True, mean=own["mean"], std=own["std"], **how
+            )
             plain = torch.optim.AdamW(net.parameters(), lr=5e-6, weight_decay=0.01)
             loss_of, begun, net_ = torch.nn.CrossEntropyLoss(label_smoothing=0.1), 0.0, net.train()
             for step, (images, targets) in enumerate(loader):
@@ -134,7 +158,10 @@ def compare(
     ratios = {way: [a / b for a, b in zip(rates[OURS], rates[way])] for way in ways}
     precision, load = amp_dtype or torch.float32, os.getloadavg()[0]
     title = f"{model}, {size} px, batch {batch_size}, {precision}, {place}, {torch.get_num_threads()} threads, {workers} workers; load {load:.1f}"
-    rows = [[way, bench.spread(rates[way]), bench.spread(ratios[way], 3), f"{AT_LEAST[way]:.2f}" if way in AT_LEAST else ""] for way in ways]
+    rows = [
+        [way, bench.spread(rates[way]), bench.spread(ratios[way], 3), f"{AT_LEAST[way]:.2f}" if way in AT_LEAST else ""]
+        for way in ways
+    ]
     show_table(title, ["", "images/s", "train.py over this", "at least"], rows)
     say(f"median of {rounds} rounds, smallest and largest")
     if missed := [way for way in AT_LEAST if statistics.median(ratios[way]) < AT_LEAST[way]]:

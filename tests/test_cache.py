@@ -38,7 +38,9 @@ def decoded(monkeypatch) -> list[str]:
     return paths
 
 
-def photos_of(root: Path, crop_prob: float = 0.5, cache_dir: Path | None = None, workers: int = 0, size: int = 16) -> list[data.Photos]:
+def photos_of(
+    root: Path, crop_prob: float = 0.5, cache_dir: Path | None = None, workers: int = 0, size: int = 16
+) -> list[data.Photos]:
     """Training and validation photos with their cache."""
     train, val = (data.read_split(root, split) for split in ("train", "val"))
     photos = [data.Photos(train.samples, size, "bbox", crop_prob), data.Photos(val.samples, size, "bbox")]
@@ -68,7 +70,12 @@ def edit_csv(root: Path, change) -> None:
 
 def test_runs_have_the_same_bits_with_and_without(run, dataset, tmp_path):
     flags = ["--data", dataset, *TINY, "--crop-prob", 0.5, "--val-view", "full"]
-    for name, more in {"without": ["--no-cache"], "cold": ["--workers", 2], "warm": [], "warm2": ["--workers", 2]}.items():
+    for name, more in {
+        "without": ["--no-cache"],
+        "cold": ["--workers", 2],
+        "warm": [],
+        "warm2": ["--workers", 2],
+    }.items():
         done = run("train", *flags, *more, "--name", name)
         assert done.code == 0, done.err
         assert (dataset / ".cache").exists() == (name != "without")
@@ -102,7 +109,9 @@ def test_a_cache_serves_what_is_the_same_in_every_epoch(dataset, decoded):
     varying = data.Photos(photos[0].samples, 16, "bbox", resize="random-resized-crop")
     add_cache([varying], [dataset], None, 0)
     assert decoded == []
-    assert torch.equal(varying[1, 3][0], data.Photos(photos[0].samples, 16, "bbox", resize="random-resized-crop")[1, 3][0])
+    assert torch.equal(
+        varying[1, 3][0], data.Photos(photos[0].samples, 16, "bbox", resize="random-resized-crop")[1, 3][0]
+    )
 
 
 def test_what_comes_from_the_cache_may_be_changed_in_place(dataset):
@@ -156,7 +165,9 @@ def test_what_nobody_wants_any_more_is_cleared_away(dataset, decoded):
     size = sum(path.stat().st_size for path in (dataset / ".cache").glob("*.pixels"))
     old = photos_of(dataset, crop_prob=1)
     edit_csv(dataset, lambda rows: [[row[0], str(int(row[1]) + 1), *row[2:]] for row in rows])
-    photos_of(dataset, crop_prob=1)  # every box moved: 40 of 60 views are of no use, but now the file holds them beside the new ones
+    photos_of(
+        dataset, crop_prob=1
+    )  # every box moved: 40 of 60 views are of no use, but now the file holds them beside the new ones
     decoded.clear()
     edit_csv(dataset, lambda rows: [[row[0], str(int(row[1]) + 1), *row[2:]] for row in rows])
     photos = photos_of(dataset, crop_prob=1)
@@ -278,7 +289,12 @@ def test_a_full_disk_is_said_beforehand_and_goes_without(run, dataset, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=cache.SPARE + 1000))
     done = run("train", "--data", dataset, *TINY, "--name", "a")
     assert done.code == 0, done.err
-    assert "no cache in" in done.out and "are free" in done.out and "--cache-dir" in done.out and not list((dataset / ".cache").iterdir())
+    assert (
+        "no cache in" in done.out
+        and "are free" in done.out
+        and "--cache-dir" in done.out
+        and not list((dataset / ".cache").iterdir())
+    )
 
 
 def test_a_disk_that_fills_up_while_building_goes_on_without_the_rest(dataset, monkeypatch, capfd):

@@ -38,12 +38,20 @@ def test_encodings_and_line_ends(one, encoding, newline):
     split = read_split(one(newline.join([HEADER, "2COAT 2019/옷 1.jpg,1,2,30,50,5,4,2", "", ""]), encoding), "train")
     (sample,) = split.samples
     assert sample.name == "2COAT 2019/옷 1.jpg" and sample.boxes == {"bbox": (1, 2, 30, 50)}
-    assert sample.labels == {"Daily": 5, "Gender": 4, "Embellishment": 2} and split.classes == {"Daily": 6, "Gender": 5, "Embellishment": 3}
+    assert sample.labels == {"Daily": 5, "Gender": 4, "Embellishment": 2} and split.classes == {
+        "Daily": 6,
+        "Gender": 5,
+        "Embellishment": 3,
+    }
 
 
 def test_columns_are_found_by_name(one):
-    split = read_split(one('Color,image_name,Mask_x\n3,"2COAT 2019/옷 1.jpg",9\n 1.0 ,2COAT 2019/옷 1.jpg,9\n'), "train")
-    assert split.classes == {"Color": 4} and [s.labels["Color"] for s in split.samples] == [3, 1] and not split.has("bbox")
+    split = read_split(
+        one('Color,image_name,Mask_x\n3,"2COAT 2019/옷 1.jpg",9\n 1.0 ,2COAT 2019/옷 1.jpg,9\n'), "train"
+    )
+    assert (
+        split.classes == {"Color": 4} and [s.labels["Color"] for s in split.samples] == [3, 1] and not split.has("bbox")
+    )
 
 
 def test_labels_that_say_nothing_in_test_count_as_absent(one):
@@ -134,7 +142,12 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(tmp_path):
             assert abs(left - (200, 30, 40)).max() < 12 and abs(right - (20, 40, 220)).max() < 12, (name, left, right)
 
 
-TURNS = dict(zip(range(2, 9), ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")))
+TURNS = dict(
+    zip(
+        range(2, 9),
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+    )
+)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -184,7 +197,9 @@ def test_transparency_goes_onto_the_background(tmp_path):
 def test_a_view_is_the_crop_squashed_to_size():
     pixels = to_pixels(checker(), (24, 0, 48, 32), 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
-    assert (pixels.float().mean((1, 2)) - torch.tensor([20.0, 40, 220])).abs().max() < 1  # nothing of the other half leaks in
+    assert (
+        pixels.float().mean((1, 2)) - torch.tensor([20.0, 40, 220])
+    ).abs().max() < 1  # nothing of the other half leaks in
     assert to_pixels(checker(), None, 16).float().mean((1, 2))[0] == pytest.approx(110, abs=3)
 
 
@@ -194,7 +209,10 @@ def test_a_view_is_the_crop_squashed_to_size():
 def test_crop_probability(drawn):
     samples = read_split(drawn, "train").samples[:1]
     photos = Photos(samples, 16, "bbox", crop_prob=0.7)
-    boxed, whole = to_pixels(load_photo(samples[0].path), samples[0].boxes["bbox"], 16), to_pixels(load_photo(samples[0].path), None, 16)
+    boxed, whole = (
+        to_pixels(load_photo(samples[0].path), samples[0].boxes["bbox"], 16),
+        to_pixels(load_photo(samples[0].path), None, 16),
+    )
     seen = [photos[epoch, 0][0] for epoch in range(2000)]
     n = sum(torch.equal(pixels, boxed) for pixels in seen)
     assert n + sum(torch.equal(pixels, whole) for pixels in seen) == 2000
@@ -219,9 +237,14 @@ def test_batches_cover_every_image_once_in_an_order_of_their_own(drawn):
     first = list(order)
     order.epoch = 2
     assert [len(b) for b in first] == [16, 16, 8] == [len(b) for b in order] and len(order) == 3
-    assert sorted(i for b in first for _, i in b) == list(range(40)) and [i for b in first for _, i in b] != [i for b in order for _, i in b]
+    assert sorted(i for b in first for _, i in b) == list(range(40)) and [i for b in first for _, i in b] != [
+        i for b in order for _, i in b
+    ]
     state = torch.random.get_rng_state()
-    loaded = [list(batches(make_loader(Photos(samples, 24, "bbox", 0.5, augmentation("basic")), 16, workers, order))) for workers in (0, 2)]
+    loaded = [
+        list(batches(make_loader(Photos(samples, 24, "bbox", 0.5, augmentation("basic")), 16, workers, order)))
+        for workers in (0, 2)
+    ]
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1]["Daily"], b[1]["Daily"]) for a, b in zip(*loaded))
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -232,14 +255,30 @@ def test_batches_cover_every_image_once_in_an_order_of_their_own(drawn):
 def test_describe(run, drawn):
     done = run("data", drawn)
     assert done.code == 0, done.err
-    for text in ("train: 40 rows, with boxes", "test: 20 rows, without boxes", "loungewear", "JPEG RGB", "nothing wrong"):
+    for text in (
+        "train: 40 rows, with boxes",
+        "test: 20 rows, without boxes",
+        "loungewear",
+        "JPEG RGB",
+        "nothing wrong",
+    ):
         assert text in done.out
 
 
 def test_describe_counts_boxes_beyond_their_photos(one, run):
-    root = one(HEADER + "\n" + "".join(f"2COAT 2019/옷 1.jpg,{box},{label},0,0\n" for label, box in enumerate(("5,10,40,60", "5,10,41,60", "-3,10,400,600"))))
+    root = one(
+        HEADER
+        + "\n"
+        + "".join(
+            f"2COAT 2019/옷 1.jpg,{box},{label},0,0\n"
+            for label, box in enumerate(("5,10,40,60", "5,10,41,60", "-3,10,400,600"))
+        )
+    )
     done = run("data", root)
-    assert "2 boxes reach beyond their photos" in done.out and "no row is of the class Daily 3, Daily 4, Daily 5, Gender 1" in done.out
+    assert (
+        "2 boxes reach beyond their photos" in done.out
+        and "no row is of the class Daily 3, Daily 4, Daily 5, Gender 1" in done.out
+    )
     assert done.code == 1  # there is no val
 
 
@@ -256,10 +295,20 @@ def test_describe_says_what_is_wrong(run, drawn, tmp_path):
     text = train_csv.read_text()
     train_csv.write_text(text.replace("Daily", "Gender"))
     done = run("data", broken)
-    assert done.code == 1 and "train.csv: the column Gender occurs" in done.err and "test.csv" not in done.err and "labels: not looked at" in done.out
+    assert (
+        done.code == 1
+        and "train.csv: the column Gender occurs" in done.err
+        and "test.csv" not in done.err
+        and "labels: not looked at" in done.out
+    )
     train_csv.write_text(text)
     (broken / "Fashion-How24_sub1_val.csv").unlink()
     victim.unlink()
     done = run("data", broken)
-    assert done.code == 1 and "Fashion-How24_sub1_val.csv is missing" in done.err and "no image" in done.err and "test: 20 rows" in done.out
+    assert (
+        done.code == 1
+        and "Fashion-How24_sub1_val.csv is missing" in done.err
+        and "no image" in done.err
+        and "test: 20 rows" in done.out
+    )
     assert run("data", tmp_path / "none").code == 2

@@ -27,7 +27,11 @@ def rows(folder: Path, split: str) -> list[dict[str, str]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def box_of(row: dict[str, str]) -> tuple[int, ...]:
@@ -123,7 +127,9 @@ def test_layout_kinds_and_boxes(which, n, request, tmp_path):
                     assert photo.getchannel("A").getextrema() == (0, 255)
                     cut = photo.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
                     assert cut[0] <= left and cut[1] <= top and cut[2] >= right and cut[3] >= bottom
-            garments.setdefault(row["image_name"].rsplit("-", 1)[0], set()).add((split, *(row[label] for label in demo.LABEL_SHARES)))
+            garments.setdefault(row["image_name"].rsplit("-", 1)[0], set()).add(
+                (split, *(row[label] for label in demo.LABEL_SHARES))
+            )
     assert kinds == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA")}
     assert all(len(seen) == 1 for seen in garments.values())  # a garment has one set of labels and lies in one split
     assert len(garments) == pytest.approx(n * 2 / 3, abs=2)
@@ -156,7 +162,9 @@ def test_colours_and_thumbnails_do_not_tell_the_labels(boxed):
     def closure():
         optimizer.zero_grad()
         # The penalty of scikit-learn's C = 0.01, its best one here on standardised features.
-        value = loss((train_features - mean) / std @ weight + bias, train_labels) + weight.square().sum() / (2 * 0.01 * len(train_labels))
+        value = loss((train_features - mean) / std @ weight + bias, train_labels) + weight.square().sum() / (
+            2 * 0.01 * len(train_labels)
+        )
         value.backward()
         return value
 
@@ -192,7 +200,10 @@ def mean_top1(backbone: torch.nn.Module, images: torch.Tensor, labels: torch.Ten
 def test_the_box_is_worth_20_points(boxed, photos):
     """Probe 2: a small network trained and validated on boxes beats itself validated on whole photos."""
     backbone = probe_network(*boxed["train"])
-    on_boxes, on_photos = mean_top1(backbone, *boxed["val"]), mean_top1(backbone, pictures(photos, "val", False), boxed["val"][1])
+    on_boxes, on_photos = (
+        mean_top1(backbone, *boxed["val"]),
+        mean_top1(backbone, pictures(photos, "val", False), boxed["val"][1]),
+    )
     print(f"probe 2: boxed {on_boxes:.3f}, full {on_photos:.3f}")
     assert on_boxes > 0.70
     assert on_boxes - on_photos > 0.20
@@ -209,9 +220,15 @@ def test_command_line_draws_and_refuses(tmp_path):
     assert len(rows(out, "train")) == 4 and len(rows(out, "val")) == 2 and rows(out, "test") == []
     before = digests(out)
 
-    for arguments, said in (((out,), "not an empty folder"), ((out / "train",), "not an empty folder"), ((tmp_path / "new", "--val", -1), "--val")):
+    for arguments, said in (
+        ((out,), "not an empty folder"),
+        ((out / "train",), "not an empty folder"),
+        ((tmp_path / "new", "--val", -1), "--val"),
+    ):
         refused = run(*arguments)
-        assert refused.returncode == 2 and said in refused.stderr and len(refused.stderr.splitlines()) == 1, refused.stderr
+        assert refused.returncode == 2 and said in refused.stderr and len(refused.stderr.splitlines()) == 1, (
+            refused.stderr
+        )
     assert digests(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b"]
 
@@ -264,7 +281,10 @@ def hard_photos(tmp_path_factory) -> Path:
 def test_the_plain_set_stays_as_it_was(tmp_path):
     """Names, boxes and labels of the first photos, and their mean colours, which other releases of Pillow and libjpeg leave nearly as they are."""
     demo.draw(tmp_path / "demo", 6, 2, 2, processes=1)
-    assert hashlib.sha256((tmp_path / "demo" / "Fashion-How24_sub1_train.csv").read_bytes()).hexdigest()[:16] == "0e920cb8791cc591"
+    assert (
+        hashlib.sha256((tmp_path / "demo" / "Fashion-How24_sub1_train.csv").read_bytes()).hexdigest()[:16]
+        == "0e920cb8791cc591"
+    )
     means = pictures(tmp_path / "demo", "train", False).mean((1, 2, 3)) * 255
     assert means.tolist() == pytest.approx([142.2, 164.7, 75.8, 80.5, 205.7, 56.4], abs=0.5)
 
@@ -275,11 +295,16 @@ def test_the_hard_set_is_drawn_from_its_own_seeds(among, request, tmp_path):
     assert done.returncode == 0, done.stderr
     if among == 10:
         demo.draw(tmp_path / "more", 10, 3, 0, processes=1, kind=demo.HARD_SET)
-    few, more = digests(tmp_path / "hard"), digests(tmp_path / "more" if among == 10 else request.getfixturevalue("hard_photos"))
+    few, more = (
+        digests(tmp_path / "hard"),
+        digests(tmp_path / "more" if among == 10 else request.getfixturevalue("hard_photos")),
+    )
     same = [name for name in few if name.startswith(("train/", "val/"))]
     assert len(same) == 10 and all(few[name] == more[name] for name in same)
     demo.draw(tmp_path / "plain", 8, 2, 1, processes=1)
-    assert [row["Daily"] for row in rows(tmp_path / "plain", "train")] != [row["Daily"] for row in rows(tmp_path / "hard", "train")]
+    assert [row["Daily"] for row in rows(tmp_path / "plain", "train")] != [
+        row["Daily"] for row in rows(tmp_path / "hard", "train")
+    ]
 
 
 @pytest.mark.slow
@@ -293,7 +318,9 @@ def test_hard_garments_take_15_to_60_percent_of_the_height(hard_photos):
                 cut = photo.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
                 assert cut[0] <= left and cut[1] <= top and cut[2] >= right and cut[3] >= bottom
             heights.append((bottom - top) / photo.height)
-    assert 0.14 < min(heights) < 0.17 and 0.56 < max(heights) < 0.61  # a pixel of the edge is hardly covered, or rounded up
+    assert (
+        0.14 < min(heights) < 0.17 and 0.56 < max(heights) < 0.61
+    )  # a pixel of the edge is hardly covered, or rounded up
     assert 0.30 < np.mean(heights) < 0.40
 
 

@@ -23,7 +23,9 @@ def scripts(tmp_path):
         shutil.copy(path, tmp_path)
     for name, diff in DIFFS:
         path, lines = tmp_path / name, diff.splitlines(keepends=True)
-        before, after = ("".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+")  # the last line may go on
+        before, after = (
+            "".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+"
+        )  # the last line may go on
         text = path.read_text(encoding="utf-8")
         assert text.count(before) == 1, f"README's edit of {name} finds its place {text.count(before)} times"
         path.write_text(text.replace(before, after), encoding="utf-8")
@@ -31,13 +33,30 @@ def scripts(tmp_path):
 
 
 def start(scripts, *command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=scripts, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=scripts, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def train(scripts, drawn, *flags):
-    return start(scripts, "train.py", "--data", drawn, *TINY, "--epochs", 1, "--t-0", 1, "--workers", 0, "--name", "edited", *flags)
+    return start(
+        scripts,
+        "train.py",
+        "--data",
+        drawn,
+        *TINY,
+        "--epochs",
+        1,
+        "--t-0",
+        1,
+        "--workers",
+        0,
+        "--name",
+        "edited",
+        *flags,
+    )
 
 
 @pytest.mark.slow
@@ -46,7 +65,13 @@ def test_an_augmentation_a_loss_a_head_and_a_backbone(scripts, drawn):
     assert "RandomGrayscale" in str(runpy.run_path(str(scripts / "augment.py"))["augmentation"]("basic"))
     trained = train(scripts, drawn, "--loss", "poly1", "--model", "my_resnet", "--box-head", "--crop-prob", 0.5)
     mean = re.findall(r"mean +\d\.\d+.*", trained)
-    assert mean and re.findall(r"mean +\d\.\d+.*", start(scripts, "predict.py", "runs/edited/best.pt", "--split", "val", "--workers", 0)) == mean
+    assert (
+        mean
+        and re.findall(
+            r"mean +\d\.\d+.*", start(scripts, "predict.py", "runs/edited/best.pt", "--split", "val", "--workers", 0)
+        )
+        == mean
+    )
     weights = torch.load(scripts / "runs/edited/best.pt", weights_only=True)["weights"]
     assert weights["heads.0.2.weight"].shape == (6, 128) and weights["backbone.conv1.weight"].shape[0] == 64
 

@@ -36,7 +36,9 @@ for cell in json.load(open("task.ipynb", encoding="utf-8"))["cells"]:
 def answers(path: Path) -> dict[str, list]:
     with open(path, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    return {column: [row[column] if column == "image_name" else float(row[column]) for row in rows] for column in rows[0]}
+    return {
+        column: [row[column] if column == "image_name" else float(row[column]) for row in rows] for column in rows[0]
+    }
 
 
 def train(run, data: Path, *args) -> None:
@@ -64,7 +66,9 @@ def competition(place: Path, photos: Path, subtask: int = 1) -> Path:
     os.rename(place / "test" / names[0], place / "test" / "2COAT 2019" / "코트 1.jpg")
     names[0] = "2COAT 2019/코트 1.jpg"
     lines = [f"{name},0,-1,{i * 7}" for i, name in enumerate(names)]
-    (place / csv_name("test", subtask)).write_text("\n".join(["image_name,Daily,Gender,Embellishment", *lines]), encoding="cp949")
+    (place / csv_name("test", subtask)).write_text(
+        "\n".join(["image_name,Daily,Gender,Embellishment", *lines]), encoding="cp949"
+    )
     return place
 
 
@@ -84,7 +88,10 @@ def send_in(entry: Path, place: Path, data: Path, how: str) -> dict:
         (place / "task.py").write_text("\n\n\n".join(cells) + "\n", encoding="utf-8")
         command = ["task.py", "--foo", "bar", "baz"]
     gone = {"PYTHONPATH", "U2NET_HOME", "REMBG_HOME"}
-    env = {key: value for key, value in os.environ.items() if key not in gone} | {"AIFACTORY_KEY": "secret", "HOME": str(place / "nobody")}
+    env = {key: value for key, value in os.environ.items() if key not in gone} | {
+        "AIFACTORY_KEY": "secret",
+        "HOME": str(place / "nobody"),
+    }
     done = subprocess.run([sys.executable, *command], cwd=place, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads((place / "aifactory" / "answer.json").read_text())
@@ -96,9 +103,16 @@ def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path, ho
     assert done.code == 0 and "MB of at most 25 MB" in done.out and "20 ms an image" in done.out, done.err
     entry = tmp_path / "Entry"
     modules = {"augment.py", "cli.py", "data.py", "demo.py", "model.py", "predict.py", "preprocess.py"}
-    assert {str(p.relative_to(entry)) for p in entry.rglob("*")} == modules | {"task.ipynb", "requirements.txt", "model", "model/best.pt"}
+    assert {str(p.relative_to(entry)) for p in entry.rglob("*")} == modules | {
+        "task.ipynb",
+        "requirements.txt",
+        "model",
+        "model/best.pt",
+    }
     packages = (entry / "requirements.txt").read_text()
-    assert all(word in packages for word in ("torch>=", "timm>=", "pillow>=", "pandas")) and not any(word in packages for word in ("rembg", "scipy"))
+    assert all(word in packages for word in ("torch>=", "timm>=", "pillow>=", "pandas")) and not any(
+        word in packages for word in ("rembg", "scipy")
+    )
     assert (entry / "model" / "best.pt").read_bytes() == Path("runs/a/best.pt").read_bytes()
 
     (tmp_path / "there").mkdir()
@@ -122,10 +136,19 @@ def test_an_entry_with_a_remover(run, u2netp, untried, tmp_path):
     assert run("preprocess", "Demo", "Clean", "--rembg-model", "u2netp", "--workers", 1).code == 0
     train(run, Path("Clean"))
     done = run("predict", "runs/a/best.pt", "--entry", "Entry", "--data", "Demo")
-    assert done.code == 0 and "the box round the foreground (mask)" in done.out and "8 photos of Demo" in done.out, done.err
-    assert (tmp_path / "Entry" / "model" / "u2netp.onnx").stat().st_size > 4e6 and "rembg" in (tmp_path / "Entry" / "requirements.txt").read_text()
-    assert run("predict", "runs/a/best.pt", "--data", "Demo", "--split", "test", "--out", "p.csv", "--workers", 0).code == 0
-    assert send_in(tmp_path / "Entry", tmp_path / "there", tmp_path / "Demo", "a plain script")["columns"] == answers(Path("p.csv"))
+    assert done.code == 0 and "the box round the foreground (mask)" in done.out and "8 photos of Demo" in done.out, (
+        done.err
+    )
+    assert (tmp_path / "Entry" / "model" / "u2netp.onnx").stat().st_size > 4e6 and "rembg" in (
+        tmp_path / "Entry" / "requirements.txt"
+    ).read_text()
+    assert (
+        run("predict", "runs/a/best.pt", "--data", "Demo", "--split", "test", "--out", "p.csv", "--workers", 0).code
+        == 0
+    )
+    assert send_in(tmp_path / "Entry", tmp_path / "there", tmp_path / "Demo", "a plain script")["columns"] == answers(
+        Path("p.csv")
+    )
 
 
 @pytest.mark.slow
@@ -141,7 +164,9 @@ def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
         path.unlink()
     train(run, data, "--subtask", 2)
     done = run("predict", "runs/a/best.pt", "--entry", "Entry")
-    assert done.code == 0 and "there are no boxes for Fashion-How24_sub2_test.csv: it sees whole photos" in done.out, done.err
+    assert done.code == 0 and "there are no boxes for Fashion-How24_sub2_test.csv: it sees whole photos" in done.out, (
+        done.err
+    )
     assert "it works by itself" in done.out and f"3 photos of {data}" in done.out
     assert "def etri_task2_submit():" in (tmp_path / "Entry" / "task.ipynb").read_text()
     assert run("predict", "runs/a/best.pt", "--split", "test", "--out", "p.csv", "--workers", 0).code == 0
@@ -153,11 +178,28 @@ def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
 def test_an_entry_of_a_model_that_looks_twice(run, drawn, untried, tmp_path):
     train(run, drawn, "--box-head", "--val-view", "learned", "--crop-prob", 0.5)
     for args in [], ["--no-view-sum"]:
-        assert run("predict", "runs/a/best.pt", "--split", "test", "--probs", "--out", f"{len(args)}.csv", "--workers", 0, *args).code == 0
+        assert (
+            run(
+                "predict",
+                "runs/a/best.pt",
+                "--split",
+                "test",
+                "--probs",
+                "--out",
+                f"{len(args)}.csv",
+                "--workers",
+                0,
+                *args,
+            ).code
+            == 0
+        )
         assert run("predict", "runs/a/best.pt", "--entry", f"Entry{len(args)}", *args).code == 0
     assert "view_weight" not in Path("Entry0/task.ipynb").read_text()
     sent = send_in(tmp_path / "Entry1", tmp_path / "there", drawn, "cells")["columns"]
-    assert sent == {column: values for column, values in answers(Path("1.csv")).items() if column in sent} and len(sent) == 4
+    assert (
+        sent == {column: values for column, values in answers(Path("1.csv")).items() if column in sent}
+        and len(sent) == 4
+    )
 
 
 def test_entries_that_are_refused(run, raw, untried, monkeypatch, tmp_path):
@@ -181,12 +223,19 @@ def test_entries_that_are_refused(run, raw, untried, monkeypatch, tmp_path):
 def test_an_entry_over_the_budget_is_written(run, raw, untried, monkeypatch):
     monkeypatch.setattr(predict_script, "ENTRY_MB", 1)
     done = run("predict", "runs/a/best.pt", "--entry", "Entry")
-    assert done.code == 1 and "over the 1 MB" in done.err and "--export-dtype fp16" in done.err and {p.name for p in Path().iterdir()} == {"runs", "Entry"}
+    assert (
+        done.code == 1
+        and "over the 1 MB" in done.err
+        and "--export-dtype fp16" in done.err
+        and {p.name for p in Path().iterdir()} == {"runs", "Entry"}
+    )
 
 
 def test_an_entry_that_lacks_a_module_is_not_kept(run, raw, monkeypatch, tmp_path):
     """The trial in a process of its own sees it."""
     files, packages = predict_script.modules_of("predict")
-    monkeypatch.setattr(predict_script, "modules_of", lambda module: ([file for file in files if file.name != "data.py"], packages))
+    monkeypatch.setattr(
+        predict_script, "modules_of", lambda module: ([file for file in files if file.name != "data.py"], packages)
+    )
     done = run("predict", "runs/a/best.pt", "--entry", "Entry")
     assert done.code == 1 and "No module named 'data'" in done.err and not Path("Entry").exists()

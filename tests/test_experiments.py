@@ -63,10 +63,38 @@ def test_a_row_is_the_notes(line):
     name, data, loss, smoothing, t_0, t_mult, eta_min, crop_prob, view, score, *more = line.split()
     row = NAMED[name]
     flags = parsed(words_of(merge_flags(row, {})))
-    expected = {"loss": loss, "label_smoothing": float(smoothing), "t_0": int(t_0), "t_mult": int(t_mult), "eta_min": float(eta_min)}
-    expected |= {"crop_prob": float(crop_prob), "val_view": view, "batch_size": 256, "epochs": 300, "lr": 5e-6, "weight_decay": 0.01}
-    expected |= {"monitor": "loss", "patience": 50, "train_view": "bbox", "model": "eva02_tiny_patch14_224.mim_in22k", "pretrained": True, "amp": "auto"}
-    expected |= {"augment": "basic", "resize": "squash", "cutmix": [], "class_weights": False, "focal_gamma": 2, "image_size": None, "grad_accum": 1}
+    expected = {
+        "loss": loss,
+        "label_smoothing": float(smoothing),
+        "t_0": int(t_0),
+        "t_mult": int(t_mult),
+        "eta_min": float(eta_min),
+    }
+    expected |= {
+        "crop_prob": float(crop_prob),
+        "val_view": view,
+        "batch_size": 256,
+        "epochs": 300,
+        "lr": 5e-6,
+        "weight_decay": 0.01,
+    }
+    expected |= {
+        "monitor": "loss",
+        "patience": 50,
+        "train_view": "bbox",
+        "model": "eva02_tiny_patch14_224.mim_in22k",
+        "pretrained": True,
+        "amp": "auto",
+    }
+    expected |= {
+        "augment": "basic",
+        "resize": "squash",
+        "cutmix": [],
+        "class_weights": False,
+        "focal_gamma": 2,
+        "image_size": None,
+        "grad_accum": 1,
+    }
     own = parsed([*words_of(merge_flags(row, {})), *more])  # what the table adds, said once more, changes nothing
     expected |= {key: own[key] for key in ("augment", "resize", "epochs")}
     if "--cutmix" in more:
@@ -79,7 +107,9 @@ def test_a_row_is_the_notes(line):
     assert {key: flags[key] for key in expected} == expected
     for flag in more[::2]:
         assert flag in merge_flags(row, {})
-    assert row.data == data and row.score.startswith("" if score == "-" else score) and bool(row.score) == (score != "-")
+    assert (
+        row.data == data and row.score.startswith("" if score == "-" else score) and bool(row.score) == (score != "-")
+    )
     assert timm.get_pretrained_cfg(flags["model"]).input_size == (3, 224, 224)
 
 
@@ -87,7 +117,14 @@ def test_modern_is_ours():
     row = NAMED["modern"]
     flags = parsed(words_of(merge_flags(row, {})))
     assert "ours" in row.asks and not row.score and row.data == "clean"
-    assert (flags["lr"], flags["layer_decay"], flags["warmup_epochs"], flags["ema"], flags["drop_path"], flags["box_head"]) == (5e-5, 0.9, 5, 0.996, 0.1, True)
+    assert (
+        flags["lr"],
+        flags["layer_decay"],
+        flags["warmup_epochs"],
+        flags["ema"],
+        flags["drop_path"],
+        flags["box_head"],
+    ) == (5e-5, 0.9, 5, 0.996, 0.1, True)
 
 
 def test_every_row_is_there_once_and_listed(run):
@@ -99,9 +136,16 @@ def test_every_row_is_there_once_and_listed(run):
 
 
 def test_what_follows_the_dashes_wins_but_not_over_the_subject():
-    more = parse_flags(shlex.split("--model test_vit --weights w.pt --no-pretrained --epochs 30 --lr=1e-3 --crop-prob 0.2"))
+    more = parse_flags(
+        shlex.split("--model test_vit --weights w.pt --no-pretrained --epochs 30 --lr=1e-3 --crop-prob 0.2")
+    )
     base = merge_flags(NAMED[BASE], more)
-    assert base["--model"] == ["test_vit"] and base["--weights"] == ["w.pt"] and base["--epochs"] == ["30"] and base["--lr"] == ["1e-3"]
+    assert (
+        base["--model"] == ["test_vit"]
+        and base["--weights"] == ["w.pt"]
+        and base["--epochs"] == ["30"]
+        and base["--lr"] == ["1e-3"]
+    )
     assert base["--crop-prob"] == ["0.2"] and base["--no-pretrained"] == []
     convnext = merge_flags(NAMED["backbone_convnext"], more)
     assert "convnext" in convnext["--model"][0] and "--weights" not in convnext and convnext["--epochs"] == ["30"]
@@ -122,7 +166,11 @@ def stub(monkeypatch):
     def start(command):
         stub.commands.append(command)
         resumed = "--resume" in command
-        folder = Path(command[command.index("--resume") + 1]) if resumed else Path("runs") / command[command.index("--name") + 1]
+        folder = (
+            Path(command[command.index("--resume") + 1])
+            if resumed
+            else Path("runs") / command[command.index("--name") + 1]
+        )
         if any(name in folder.name for name in stub.fails):
             return 1
         assert folder.exists() == resumed
@@ -134,7 +182,9 @@ def stub(monkeypatch):
     return stub
 
 
-def leave(name, right=None, more=None, row=None, seed=1103, images=None, labels=("Daily", "Gender"), last=None, code="c"):
+def leave(
+    name, right=None, more=None, row=None, seed=1103, images=None, labels=("Daily", "Gender"), last=None, code="c"
+):
     """A run's files, and experiment.json where `row` is given. `right`: bool (images, labels); a wrong prediction is 9."""
     folder = Path("runs") / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,14 +196,29 @@ def leave(name, right=None, more=None, row=None, seed=1103, images=None, labels=
     with open(folder / "metrics.csv", "w") as f:
         out = csv.DictWriter(f, ["epoch", "val_loss", *best])
         out.writeheader()
-        out.writerows([{"epoch": 1, "val_loss": 2.5, **end}, {"epoch": 2, "val_loss": 0.5, **best}, {"epoch": 3, "val_loss": 0.75, **end}])
+        out.writerows(
+            [
+                {"epoch": 1, "val_loss": 2.5, **end},
+                {"epoch": 2, "val_loss": 0.5, **best},
+                {"epoch": 3, "val_loss": 0.75, **end},
+            ]
+        )
     with open(folder / "val_predictions.csv", "w") as f:
         out = csv.writer(f)
-        out.writerow(["image_name", *(column for label in labels for column in (label, f"{label}_predicted", f"{label}_p0"))])
+        out.writerow(
+            ["image_name", *(column for label in labels for column in (label, f"{label}_predicted", f"{label}_p0"))]
+        )
         for image, correct in zip(images, right):
             out.writerow([image, *(cell for ok in correct for cell in (1, 1 if ok else 9, 0.5))])
     if row:
-        record = {"row": row, "more": more or {}, "flags": merge_flags(NAMED[row], more or {}), "seed": seed, "code": code, "data": []}
+        record = {
+            "row": row,
+            "more": more or {},
+            "flags": merge_flags(NAMED[row], more or {}),
+            "seed": seed,
+            "code": code,
+            "data": [],
+        }
         (folder / "experiment.json").write_text(json.dumps(record))
     return folder
 
@@ -224,7 +289,11 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
     assert shlex.split(lines[0])[2:] == ["--resume", str(failed)]
     stub.commands.clear()
     assert run("experiments", "run", *args).code == 0
-    assert len(stub.commands) == 1 and stub.commands[0][2:] == ["--resume", str(failed)] and (failed / "experiment.json").exists()
+    assert (
+        len(stub.commands) == 1
+        and stub.commands[0][2:] == ["--resume", str(failed)]
+        and (failed / "experiment.json").exists()
+    )
     empty = failed.with_name(failed.name)
     shutil.rmtree(empty)
     empty.mkdir()  # killed before anything was in it
@@ -275,15 +344,27 @@ def reference(d):
     component_u, component_s = (ms_u - ms_r) / seeds, (ms_s - ms_r) / units
     variance = max(component_u, 0) / units + max(component_s, 0) / seeds + ms_r / units / seeds
     share = units * seeds
-    df = variance**2 / ((ms_u / share) ** 2 / (units - 1) + (ms_s / share) ** 2 / (seeds - 1) + (ms_r / share) ** 2 / df_r)
+    df = variance**2 / (
+        (ms_u / share) ** 2 / (units - 1) + (ms_s / share) ** 2 / (seeds - 1) + (ms_r / share) ** 2 / df_r
+    )
     return mean, scipy.stats.t.ppf(0.975, df) * math.sqrt(variance), df
 
 
 @settings(deadline=None, max_examples=150)
-@given(units=st.integers(2, 30), seeds=st.integers(3, 6), scales=st.tuples(*[st.sampled_from([0.0, 0.2, 1.0, 5.0])] * 2), seed=st.integers(0, 10**6))
+@given(
+    units=st.integers(2, 30),
+    seeds=st.integers(3, 6),
+    scales=st.tuples(*[st.sampled_from([0.0, 0.2, 1.0, 5.0])] * 2),
+    seed=st.integers(0, 10**6),
+)
 def test_the_interval_is_the_formula(units, seeds, scales, seed):
     rng = np.random.default_rng(seed)
-    d = rng.normal(size=(units, seeds)) + scales[0] * rng.normal(size=(units, 1)) + scales[1] * rng.normal(size=(1, seeds)) + 0.3
+    d = (
+        rng.normal(size=(units, seeds))
+        + scales[0] * rng.normal(size=(units, 1))
+        + scales[1] * rng.normal(size=(1, seeds))
+        + 0.3
+    )
     assert interval(d) == pytest.approx(reference(d.tolist()), rel=1e-6)
     mean, half, _ = interval(d)
     assert interval(-2 * d)[:2] == pytest.approx((-2 * mean, 2 * half))
@@ -292,7 +373,9 @@ def test_the_interval_is_the_formula(units, seeds, scales, seed):
 
 def test_the_interval_in_the_cases_that_have_a_name():
     rng = np.random.default_rng(3)
-    only_images = np.repeat(rng.normal(size=(40, 1)), 3, axis=1)  # seeds change nothing: a paired t-test over the images
+    only_images = np.repeat(
+        rng.normal(size=(40, 1)), 3, axis=1
+    )  # seeds change nothing: a paired t-test over the images
     mean, half, df = interval(only_images)
     low, high = scipy.stats.ttest_1samp(only_images[:, 0], 0).confidence_interval(0.95)
     assert (mean - half, mean + half, df) == pytest.approx((low, high, 39))
@@ -305,7 +388,9 @@ def test_the_interval_in_the_cases_that_have_a_name():
 
 def test_photos_of_a_garment_are_one_unit():
     assert garment("1209/BO00001-1.jpg") == garment("1209/BO00001-2.jpg") == "1209/BO00001"
-    assert garment("2COAT 2019/co0036-1.png") == "2COAT 2019/co0036" and garment("1906/BO00001-1.jpg") != garment("1209/BO00001-1.jpg")
+    assert garment("2COAT 2019/co0036-1.png") == "2COAT 2019/co0036" and garment("1906/BO00001-1.jpg") != garment(
+        "1209/BO00001-1.jpg"
+    )
     for name in ("00012.png", "2019-05-12.jpg", "IMG-1234.jpg", "a-1/b.jpg"):
         assert garment(name) == name
     images = ["a1-1.jpg", "b2-1.jpg", "a1-2.jpg", "c3.jpg"]
@@ -320,7 +405,9 @@ def test_photos_of_a_garment_are_one_unit():
 
 def found_rows(run, *args):
     done = run("experiments", "table", "--csv", *args)
-    return {(row["row"], row["flags"]): row for row in csv.DictReader(io.StringIO(done.out[done.out.find("row,flags") :]))}, done
+    return {
+        (row["row"], row["flags"]): row for row in csv.DictReader(io.StringIO(done.out[done.out.find("row,flags") :]))
+    }, done
 
 
 def draws(rng, n, share):
@@ -334,10 +421,25 @@ def test_verdicts(run):
         right = base ^ (rng.random(base.shape) < 0.1)
         leave(f"{BASE}-seed{seed}-00000000", right, row=BASE, seed=seed)
         leave(f"repeat-seed{seed}-00000000", right, row="repeat", seed=seed)
-        leave(f"20240813_212817-seed{seed}-00000000", right ^ (rng.random(base.shape) < 0.1), row="20240813_212817", seed=seed)
-        leave(f"20240815_182900-seed{seed}-00000000", right | (rng.random(base.shape) < 0.4), row="20240815_182900", seed=seed)
+        leave(
+            f"20240813_212817-seed{seed}-00000000",
+            right ^ (rng.random(base.shape) < 0.1),
+            row="20240813_212817",
+            seed=seed,
+        )
+        leave(
+            f"20240815_182900-seed{seed}-00000000",
+            right | (rng.random(base.shape) < 0.4),
+            row="20240815_182900",
+            seed=seed,
+        )
         if seed < 1105:
-            leave(f"20240814_crop-seed{seed}-00000000", right | (rng.random(base.shape) < 0.4), row="20240814_crop", seed=seed)
+            leave(
+                f"20240814_crop-seed{seed}-00000000",
+                right | (rng.random(base.shape) < 0.4),
+                row="20240814_crop",
+                seed=seed,
+            )
     rows, done = found_rows(run)
     assert done.code == 0, done.err
     verdicts = {row: found["verdict"] for (row, _), found in rows.items()}
@@ -349,7 +451,10 @@ def test_verdicts(run):
         "20240814_crop": "too few seeds",
     }
     same, better = rows["repeat", ""], rows["20240815_182900", ""]
-    assert float(same["difference"]) == float(same["low"]) == float(same["high"]) == 0 and "every prediction is the same" in same["note"]
+    assert (
+        float(same["difference"]) == float(same["low"]) == float(same["high"]) == 0
+        and "every prediction is the same" in same["note"]
+    )
     assert f"the same as {BASE}" in same["note"] and same["garments"] == "150"
     assert float(better["low"]) > 0 and float(better["low"]) < float(better["difference"]) < float(better["high"])
     shown = run("experiments", "table").out
@@ -364,25 +469,45 @@ def test_accuracies_are_over_seeds_at_the_best_and_the_last_epoch(run):
         leave(f"{BASE}-seed{1103 + i}-00000000", right, row=BASE, seed=1103 + i, last=last)
     rows, _ = found_rows(run)
     row = rows[BASE, ""]
-    assert float(row["best_Daily"]) == pytest.approx(np.mean(shares)) and float(row["best_Daily_sd"]) == pytest.approx(np.std(shares, ddof=1))
+    assert float(row["best_Daily"]) == pytest.approx(np.mean(shares)) and float(row["best_Daily_sd"]) == pytest.approx(
+        np.std(shares, ddof=1)
+    )
     assert float(row["best_mean"]) == pytest.approx((np.mean(shares) + 0.5) / 2) and float(row["best_Gender_sd"]) == 0
-    assert float(row["last_mean"]) == pytest.approx(0.3) and float(row["last_mean_sd"]) == pytest.approx(np.std(lasts, ddof=1)) and row["seeds"] == "3"
+    assert (
+        float(row["last_mean"]) == pytest.approx(0.3)
+        and float(row["last_mean_sd"]) == pytest.approx(np.std(lasts, ddof=1))
+        and row["seeds"] == "3"
+    )
     markdown = run("experiments", "table", "--markdown").out
-    assert "| row | seeds | best mean | best Daily | best Gender | last mean |" in markdown and f"| {BASE} | 3 | 0.542 ±0.191 | 0.583 ±0.382 |" in markdown
+    assert (
+        "| row | seeds | best mean | best Daily | best Gender | last mean |" in markdown
+        and f"| {BASE} | 3 | 0.542 ±0.191 | 0.583 ±0.382 |" in markdown
+    )
     assert run("experiments", "table", "--markdown", "--csv").code == 2
 
 
 def test_runs_on_different_images_are_not_compared(run):
     for seed in (1103, 1104, 1105):
         leave(f"{BASE}-seed{seed}-00000000", row=BASE, seed=seed)
-        leave(f"repeat-seed{seed}-00000000", row="repeat", seed=seed, images=["a", "b", "c", "d"] if seed == 1104 else None)
+        leave(
+            f"repeat-seed{seed}-00000000",
+            row="repeat",
+            seed=seed,
+            images=["a", "b", "c", "d"] if seed == 1104 else None,
+        )
         leave(f"20240814_crop-seed{seed}-00000000", row="20240814_crop", seed=seed, labels=("Daily", "Color"))
         leave(f"20240815_182900-seed{seed}-00000000", row="20240815_182900", seed=seed)
     rows, done = found_rows(run)
     assert done.code == 1 and "Traceback" not in done.err
-    assert f"runs/repeat-seed1104-00000000 and runs/{BASE}-seed1103-00000000 were validated on different images" in done.err
+    assert (
+        f"runs/repeat-seed1104-00000000 and runs/{BASE}-seed1103-00000000 were validated on different images"
+        in done.err
+    )
     assert f"runs/20240814_crop-seed1103-00000000 and runs/{BASE}-seed1103-00000000" in done.err
-    assert rows["repeat", ""]["verdict"] == rows["20240814_crop", ""]["verdict"] == "refused" and rows["repeat", ""]["difference"] == ""
+    assert (
+        rows["repeat", ""]["verdict"] == rows["20240814_crop", ""]["verdict"] == "refused"
+        and rows["repeat", ""]["difference"] == ""
+    )
     assert rows["20240815_182900", ""]["verdict"] == "not told apart"
 
 
@@ -412,10 +537,15 @@ def test_the_base_is_the_one_with_the_same_flags(run):
     rows, done = found_rows(run)
     assert done.code == 0 and len(rows) == 7
     assert rows[BASE, ""]["verdict"] == "the base"
-    assert rows[BASE, "--epochs 4 --lr 1e-3"]["note"] == "every prediction is the same; against the base without --epochs 4 --lr 1e-3"
+    assert (
+        rows[BASE, "--epochs 4 --lr 1e-3"]["note"]
+        == "every prediction is the same; against the base without --epochs 4 --lr 1e-3"
+    )
     assert rows[BASE, "--cutmix joint --epochs 4 --lr 1e-3"]["note"].endswith("against the base without --cutmix joint")
     assert rows["20240815_182900", "--epochs 8"]["verdict"] == "no base run with these flags"
-    assert "the same as 20240910_221015: no restart in 4 epochs" in rows["20240911_091050", "--epochs 4 --lr 1e-3"]["note"]
+    assert (
+        "the same as 20240910_221015: no restart in 4 epochs" in rows["20240911_091050", "--epochs 4 --lr 1e-3"]["note"]
+    )
     alone = rows["20240911_091050", ""]["note"]
     assert "same as" not in alone and "the scripts changed between these runs" in alone
     assert "same as" not in rows["20240910_221015", "--epochs 4 --lr 1e-3"]["note"]
@@ -440,11 +570,16 @@ def test_half_written_runs_are_left_aside(run):
     gone = leave("20240814_crop-seed8-00000000", row="20240814_crop", seed=8)
     (gone / "val_predictions.csv").unlink()
     other = leave("20240814_crop-seed9-00000000", row="20240814_crop", seed=9)
-    (other / "val_predictions.csv").write_text((other / "val_predictions.csv").read_text().replace(",1,1,", ",1,2,", 1))  # of another epoch
+    (other / "val_predictions.csv").write_text(
+        (other / "val_predictions.csv").read_text().replace(",1,1,", ",1,2,", 1)
+    )  # of another epoch
     rows, done = found_rows(run)
     assert done.code == 0, done.err
     assert {row for row, _ in rows} == {BASE, "repeat"} and rows["repeat", ""]["seeds"] == "3"
-    assert "unfinished: runs/repeat-seed1106-00000000, runs/repeat-seed1107-00000000;" in done.out and "20240811_120000" not in done.out
+    assert (
+        "unfinished: runs/repeat-seed1106-00000000, runs/repeat-seed1107-00000000;" in done.out
+        and "20240811_120000" not in done.out
+    )
     for i in (0, 1, 2, 3, 8, 9):
         assert f"left aside: runs/20240814_crop-seed{i}-00000000" in done.out
 
@@ -459,13 +594,18 @@ def test_a_row_run_twice_by_the_real_script_is_the_same_exactly(run, drawn, tmp_
     args = ["experiments", "run", BASE, "repeat", "--data", drawn, "--seeds", 1]
     dry = run(*args, "--dry-run", "--", *more)
     assert dry.code == 0 and not Path("runs").exists()
-    pasted = subprocess.run(dry.out.splitlines()[0], shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    pasted = subprocess.run(
+        dry.out.splitlines()[0], shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
     assert pasted.returncode == 0, pasted.stderr
     done = run(*args, "--", *more)
     assert done.code == 0 and "is finished after 2 epochs; nothing was changed" in done.out, done.err
     assert "2 runs are finished" in done.out and "2 of them before" in run(*args, "--", *more).out
     out = run("experiments", "table").out
-    assert re.search(r"repeat +1 +\d+ +0\.\d+ +0\.000 exactly +too few seeds .*every prediction is the same; the same as 20240811_200032", out), out
+    assert re.search(
+        r"repeat +1 +\d+ +0\.\d+ +0\.000 exactly +too few seeds .*every prediction is the same; the same as 20240811_200032",
+        out,
+    ), out
 
 
 def test_an_interrupted_run_ends_its_training(tmp_path):

@@ -22,7 +22,11 @@ ALL = [
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(0)
-    return torch.randn(N, C, generator=g, dtype=torch.float64) * 3, torch.randint(C, (N,), generator=g), torch.rand(C, generator=g, dtype=torch.float64) + 0.1
+    return (
+        torch.randn(N, C, generator=g, dtype=torch.float64) * 3,
+        torch.randint(C, (N,), generator=g),
+        torch.rand(C, generator=g, dtype=torch.float64) + 0.1,
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.2])
@@ -32,7 +36,9 @@ def test_cross_entropy_is_torchs(batch, smoothing, weighted):
     w = w if weighted else None
     for reduction in ("mean", "sum", "none"):
         ours = cross_entropy(logits, y, smoothing=smoothing, class_weights=w, reduction=reduction)
-        torch.testing.assert_close(ours, F.cross_entropy(logits, y, weight=w, label_smoothing=smoothing, reduction=reduction))
+        torch.testing.assert_close(
+            ours, F.cross_entropy(logits, y, weight=w, label_smoothing=smoothing, reduction=reduction)
+        )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -64,7 +70,10 @@ def test_an_index_and_its_one_hot_agree(batch, loss, weighted):
     w = w if weighted else None
     one_hot = F.one_hot(y, C).double()
     for reduction in ("mean", "sum", "none"):
-        torch.testing.assert_close(loss(logits, y, class_weights=w, reduction=reduction), loss(logits, one_hot, class_weights=w, reduction=reduction))
+        torch.testing.assert_close(
+            loss(logits, y, class_weights=w, reduction=reduction),
+            loss(logits, one_hot, class_weights=w, reduction=reduction),
+        )
 
 
 @pytest.mark.parametrize("loss", ALL)
@@ -72,7 +81,9 @@ def test_mixed_targets_mix_the_losses(batch, loss):
     logits, y, w = batch
     other = y.roll(1)
     mixed = 0.3 * F.one_hot(y, C).double() + 0.7 * F.one_hot(other, C).double()
-    expected = 0.3 * loss(logits, y, class_weights=w, reduction="sum") + 0.7 * loss(logits, other, class_weights=w, reduction="sum")
+    expected = 0.3 * loss(logits, y, class_weights=w, reduction="sum") + 0.7 * loss(
+        logits, other, class_weights=w, reduction="sum"
+    )
     torch.testing.assert_close(loss(logits, mixed, class_weights=w, reduction="sum"), expected)
 
 
@@ -82,7 +93,9 @@ def test_mixed_targets_mix_the_losses(batch, loss):
 def test_gradients(batch, loss, soft, weighted):
     logits, y, w = (t[:5].clone() if t.ndim == 2 or t.dtype == torch.int64 else t for t in batch)
     targets = torch.softmax(torch.arange(5 * C, dtype=torch.float64).reshape(5, C).cos(), -1) if soft else y
-    assert torch.autograd.gradcheck(lambda x: loss(x, targets, class_weights=w if weighted else None), logits.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, targets, class_weights=w if weighted else None), logits.requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("loss", ALL)

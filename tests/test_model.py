@@ -16,18 +16,31 @@ def images(n=3, size=64):
     return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@mark.parametrize("name", ["test_vit", "test_efficientnet", "mobilenetv4_conv_small_050", "test_convnext", "eva02_tiny_patch14_224.mim_in22k"])
+@mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        "test_efficientnet",
+        "mobilenetv4_conv_small_050",
+        "test_convnext",
+        "eva02_tiny_patch14_224.mim_in22k",
+    ],
+)
 def test_backbones(name):
     model, size = build_model(name, CLASSES, 112)
     logits = model.eval()(images(size=112))
-    assert size == 112 and {label: tuple(v.shape) for label, v in logits.items()} == {label: (3, n) for label, n in CLASSES.items()}
+    assert size == 112 and {label: tuple(v.shape) for label, v in logits.items()} == {
+        label: (3, n) for label, n in CLASSES.items()
+    }
 
 
 def test_the_model_normalises_with_its_backbones_own_mean_and_std():
     model, size = build_model("eva02_tiny_patch14_224.mim_in22k", {"a": 2})
     config = timm.data.resolve_model_data_config(model.backbone)
     assert size == config["input_size"][-1]
-    assert model.mean.flatten().tolist() == approx(config["mean"]) and model.std.flatten().tolist() == approx(config["std"])
+    assert model.mean.flatten().tolist() == approx(config["mean"]) and model.std.flatten().tolist() == approx(
+        config["std"]
+    )
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model.eval()(torch.full((1, 3, 224, 224), 255, dtype=torch.uint8))
@@ -35,7 +48,9 @@ def test_the_model_normalises_with_its_backbones_own_mean_and_std():
 
 
 def test_weights_of_timm_from_a_file(tmp_path):
-    source = timm.create_model("test_vit", num_classes=10, img_size=96)  # position embeddings of another size are resampled
+    source = timm.create_model(
+        "test_vit", num_classes=10, img_size=96
+    )  # position embeddings of another size are resampled
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
     for file in ("w.safetensors", "w.pth"):
@@ -75,7 +90,10 @@ def test_scores_against_a_count_by_hand():
 def test_every_image_counts_once_at_any_batch_size():
     model, _ = build_model("test_vit", CLASSES, 32)
     x, labels = images(17, 32), torch.arange(17) % 2
-    results = [predict_logits(model, [(a, {"type": b}) for a, b in zip(x.split(n), labels.split(n))], torch.device("cpu")) for n in (1, 5, 17)]
+    results = [
+        predict_logits(model, [(a, {"type": b}) for a, b in zip(x.split(n), labels.split(n))], torch.device("cpu"))
+        for n in (1, 5, 17)
+    ]
     assert all(torch.equal(targets["type"], labels) and len(logits["Daily"]) == 17 for logits, targets in results)
     assert all((logits["Daily"] - results[0][0]["Daily"]).abs().max() < 1e-4 for logits, _ in results)
 

@@ -27,7 +27,10 @@ def photographs() -> dict[str, Image.Image]:
     from skimage import data
 
     pixels = {name: getattr(data, name)() for name in BOXES}
-    return {name: Image.fromarray(255 * array.astype(np.uint8) if array.dtype == bool else array).convert("RGB") for name, array in pixels.items()}
+    return {
+        name: Image.fromarray(255 * array.astype(np.uint8) if array.dtype == bool else array).convert("RGB")
+        for name, array in pixels.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def cuttings(tmp_path_factory) -> Path:
         (out / split).mkdir(parents=True)
         with (out / f"Fashion-How24_sub1_{split}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["image_name", "BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax", "Daily", "Gender", "Embellishment"])
+            writer.writerow(
+                ["image_name", "BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax", "Daily", "Gender", "Embellishment"]
+            )
             for i in range(count):
                 kind = i % len(BOXES)
                 name = list(BOXES)[kind]
@@ -55,12 +60,28 @@ def cuttings(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_box_head_finds_what_was_drawn_by_hand_round_it(run, cuttings, tmp_path):
-    flags = ["--no-pretrained", "--model", "test_resnet", "--image-size", 64, "--batch-size", 8, "--workers", 0, "--amp", "off", "--threads", 1]
+    flags = [
+        "--no-pretrained",
+        "--model",
+        "test_resnet",
+        "--image-size",
+        64,
+        "--batch-size",
+        8,
+        "--workers",
+        0,
+        "--amp",
+        "off",
+        "--threads",
+        1,
+    ]
     flags += ["--augment", "none", "--box-head", "--crop-prob", 0, "--epochs", 8, "--t-0", 8, "--lr", 4e-3]
     done = run("train", "--data", cuttings, "--name", "a", *flags)
     assert done.code == 0, done.err
     with (tmp_path / "runs" / "a" / "metrics.csv").open(encoding="utf-8") as file:
-        found = [float(row["val_iou"]) for row in csv.DictReader(file)][-1]  # the last epoch's: Top-1 is 1 from the first on
+        found = [float(row["val_iou"]) for row in csv.DictReader(file)][
+            -1
+        ]  # the last epoch's: Top-1 is 1 from the first on
     truth = relative_boxes(read_split(cuttings, "val").samples, "bbox")
     middle = score_boxes(torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(len(truth), 4), truth)["iou"]
     print(f"mean IoU {found:.3f}; of the photo's middle {middle:.3f}")

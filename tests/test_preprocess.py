@@ -30,7 +30,13 @@ from preprocess import Remover, foreground_box, move_into, prepare_photo, replac
 
 HEADER = "image_name,BBox_xmin,BBox_ymin,BBox_xmax,BBox_ymax,Daily,Gender,Embellishment"
 MASK = list(BOX_COLUMNS["mask"])
-PLAIN = {"rembg_model": "u2netp", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}
+PLAIN = {
+    "rembg_model": "u2netp",
+    "background_color": [0, 0, 0],
+    "keep_background": False,
+    "crop": "none",
+    "box_margin": 0.0,
+}
 QUICK = [*TINY, "--epochs", 1, "--t-0", 1, "--patience", 1, "--name", "a"]
 
 
@@ -48,7 +54,9 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -110,7 +118,9 @@ def garments(photo, tmp_path_factory) -> Path:
             path = folder / split / name
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path, **options)
-        csv_of(folder, split).write_bytes("\r\n".join([header, *(f"{name},{cells}" for name, cells, *_ in photos)]).encode("cp949"))
+        csv_of(folder, split).write_bytes(
+            "\r\n".join([header, *(f"{name},{cells}" for name, cells, *_ in photos)]).encode("cp949")
+        )
     return folder
 
 
@@ -118,7 +128,16 @@ def garments(photo, tmp_path_factory) -> Path:
 def processed(u2netp, garments, tmp_path_factory) -> Path:
     """What one undisturbed run of the script makes of them; tests do not change it."""
     out = tmp_path_factory.mktemp("processed") / "out"
-    command = [sys.executable, str(ROOT / "preprocess.py"), str(garments), str(out), "--rembg-model", "u2netp", "--workers", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "preprocess.py"),
+        str(garments),
+        str(out),
+        "--rembg-model",
+        "u2netp",
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("left ") == 1 and "11 photos, 1 of them left" in done.stdout, done.stdout
@@ -154,7 +173,9 @@ def test_the_same_layout_with_four_more_columns(garments, processed):
         assert list(new[0]) == [*old[0], *MASK] and len(new) == len(old)
         for before, after in zip(old, new):
             assert after["image_name"] == before["image_name"].replace("cat.gif", "cat.gif.png")
-            assert all(after[column] == cell.strip() for column, cell in before.items() if column != "image_name")  # labels and boxes as they stood
+            assert all(
+                after[column] == cell.strip() for column, cell in before.items() if column != "image_name"
+            )  # labels and boxes as they stood
 
 
 def test_boxes_of_every_split_lie_in_their_photos(processed):
@@ -175,7 +196,10 @@ def test_the_astronaut_is_found_and_her_background_is_gone(photo, processed):
 
 
 def test_kinds_of_files(processed):
-    kinds = {row["image_name"]: Image.open(processed / "train" / row["image_name"]) for row in rows(csv_of(processed, "train"))}
+    kinds = {
+        row["image_name"]: Image.open(processed / "train" / row["image_name"])
+        for row in rows(csv_of(processed, "train"))
+    }
     assert {name: image.format for name, image in kinds.items()} == {
         "1209/BO 1.png": "PNG", "2COAT 2019/고양이.jpg": "JPEG", "cup.webp": "WEBP", "turned.JPG": "JPEG",
         "clear.png": "PNG", "cat.gif.png": "PNG", "blank.png": "PNG",
@@ -200,7 +224,10 @@ def test_transparency_goes_onto_the_background_colour(u2netp, run, photo, tmp_pa
 
 def test_the_record_of_what_was_done(processed):
     record = json.loads((processed / "preprocess.json").read_text("utf-8"))
-    assert record["preparation"] == PLAIN | {"checksum": "md5:8e83ca70e441ab06c318d82300c84806", "weights_bytes": 4_574_861}
+    assert record["preparation"] == PLAIN | {
+        "checksum": "md5:8e83ca70e441ab06c318d82300c84806",
+        "weights_bytes": 4_574_861,
+    }
     assert record["unfinished"] == [] and {"rembg", "onnxruntime", "pillow"} < set(record["versions"])
     assert record["counts"]["Fashion-How24_sub1_train.csv"] == {"photos": 7, "without foreground": 1}
 
@@ -225,7 +252,9 @@ def test_soft_edges_hold_none_of_the_old_background(size, blur):
     assert (clean[..., 0] - GARMENT[0]).max() <= 12
     alpha = np.asarray(mask)
     assert (clean[alpha == 255] == np.asarray(photo)[alpha == 255]).all() and (clean[alpha == 0] == 0).all()
-    assert np.abs(clean - alpha[..., None] / 255 * GARMENT).max() <= 12  # the garment's own colour, as much as the mask says
+    assert (
+        np.abs(clean - alpha[..., None] / 255 * GARMENT).max() <= 12
+    )  # the garment's own colour, as much as the mask says
 
 
 def test_the_inside_of_a_garment_stays_as_it_was(u2netp, photo):
@@ -244,7 +273,9 @@ def drawn_mask(*boxes, size=(200, 300)) -> Image.Image:
     return mask
 
 
-@pytest.mark.parametrize("others", [[], [(0, 0, 3, 3)], [(150, 10, 190, 60)], [(0, 298, 2, 300), (198, 0, 200, 2), (150, 10, 190, 100)]])
+@pytest.mark.parametrize(
+    "others", [[], [(0, 0, 3, 3)], [(150, 10, 190, 60)], [(0, 298, 2, 300), (198, 0, 200, 2), (150, 10, 190, 100)]]
+)
 def test_other_things_do_not_stretch_the_box(others):
     assert foreground_box(drawn_mask((40, 50, 120, 250), *others)) == (40, 50, 120, 250)
 
@@ -317,7 +348,16 @@ def test_a_blank_photo_stays_whole(garments, processed):
 @pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bytes(u2netp, run, garments, processed, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "preprocess.py"), str(garments), str(out), "--rembg-model", "u2netp", "--workers", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "preprocess.py"),
+        str(garments),
+        str(out),
+        "--rembg-model",
+        "u2netp",
+        "--workers",
+        "1",
+    ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log, deadline = out / "preprocess.csv", time.monotonic() + 200
     try:
@@ -357,7 +397,9 @@ def test_finished_and_started_again_it_touches_nothing(run, garments, processed,
 )  # fmt: skip
 def test_other_settings_into_the_same_folder_are_refused(run, garments, processed, args):
     before = times(processed)
-    done = run("preprocess", garments, processed, *([] if args[0] == "--rembg-model" else ["--rembg-model", "u2netp"]), *args)
+    done = run(
+        "preprocess", garments, processed, *([] if args[0] == "--rembg-model" else ["--rembg-model", "u2netp"]), *args
+    )
     assert done.code in (1, 2) and args[0] in done.err and len(done.err.strip().splitlines()) == 1
     assert times(processed) == before
 
@@ -368,20 +410,28 @@ def test_one_split_first_and_the_rest_later(u2netp, run, photo, tmp_path):
     small(folder, {"a.png": photo}, "train")
     (tmp_path / "apart").mkdir()
     (tmp_path / "apart" / "preprocess.csv").touch()
-    assert preprocess(run, folder, "apart", "--splits", "val").code == 0 and not csv_of(tmp_path / "apart", "train").exists()
+    assert (
+        preprocess(run, folder, "apart", "--splits", "val").code == 0
+        and not csv_of(tmp_path / "apart", "train").exists()
+    )
     assert preprocess(run, folder, "apart").code == 0 and preprocess(run, folder, "at_once").code == 0
     assert contents(tmp_path / "apart") == contents(tmp_path / "at_once")
 
 
 def test_bad_photos_are_reported_together_and_the_rest_is_made(u2netp, run, photo, tmp_path):
-    folder = small(tmp_path / "d", dict.fromkeys(("good.png", "text.png", "cut.png", "gone.png", "box.png", "tall.jpg"), photo))
+    folder = small(
+        tmp_path / "d", dict.fromkeys(("good.png", "text.png", "cut.png", "gone.png", "box.png", "tall.jpg"), photo)
+    )
     (folder / "val" / "text.png").write_text("no photo")
     cut = folder / "val" / "cut.png"
     cut.write_bytes(cut.read_bytes()[:5000])
     (folder / "val" / "gone.png").unlink()
     Image.new("RGB", (2, 70_000)).save(folder / "val" / "tall.jpg", format="PNG")  # more than a JPEG holds
     csv_of(folder, "val").write_text(
-        csv_of(folder, "val").read_text().replace("box.png,10,20,60,90", "box.png,500,500,600,600").replace("tall.jpg,10,20,60,90", "tall.jpg,0,0,2,9")
+        csv_of(folder, "val")
+        .read_text()
+        .replace("box.png,10,20,60,90", "box.png,500,500,600,600")
+        .replace("tall.jpg,10,20,60,90", "tall.jpg,0,0,2,9")
     )
     done = preprocess(run, folder, "out")
     assert done.code == 1 and done.err.count("error:") == 1 and "Traceback" not in done.err
@@ -395,7 +445,12 @@ def test_bad_photos_are_reported_together_and_the_rest_is_made(u2netp, run, phot
     before = (tmp_path / "out" / "val" / "good.png").stat().st_mtime_ns
     done = preprocess(run, folder, "out")
     assert done.code == 1 and "text.png" not in done.err and "box.png" in done.err
-    assert [row["image_name"] for row in rows(csv_of(tmp_path / "out", "val"))] == ["good.png", "text.png", "cut.png", "gone.png"]
+    assert [row["image_name"] for row in rows(csv_of(tmp_path / "out", "val"))] == [
+        "good.png",
+        "text.png",
+        "cut.png",
+        "gone.png",
+    ]
     assert (tmp_path / "out" / "val" / "good.png").stat().st_mtime_ns == before
 
 
@@ -451,12 +506,28 @@ def test_folders_that_are_something_else(run, garments, processed, tmp_path):
 
 
 @pytest.mark.parametrize(("crop", "margin"), [("bbox", 0.1), ("mask", 0.0)])
-def test_crops_are_parts_of_the_whole_photos_and_boxes_move_along(u2netp, run, garments, processed, tmp_path, crop, margin):
-    done = preprocess(run, garments, "out", "--splits", "val", "--splits", "test", "--crop", crop, *(["--box-margin", margin] if margin else []))
+def test_crops_are_parts_of_the_whole_photos_and_boxes_move_along(
+    u2netp, run, garments, processed, tmp_path, crop, margin
+):
+    done = preprocess(
+        run,
+        garments,
+        "out",
+        "--splits",
+        "val",
+        "--splits",
+        "test",
+        "--crop",
+        crop,
+        *(["--box-margin", margin] if margin else []),
+    )
     assert done.code == 0, done.err
     for split in ("val", "test"):
         for whole, cut in zip(rows(csv_of(processed, split)), rows(csv_of(tmp_path / "out", split))):
-            before, after = pixels(processed / split / whole["image_name"]), pixels(tmp_path / "out" / split / cut["image_name"])
+            before, after = (
+                pixels(processed / split / whole["image_name"]),
+                pixels(tmp_path / "out" / split / cut["image_name"]),
+            )
             boxes = {"mask": mask_box(whole)}
             if split == "val":
                 boxes["bbox"] = tuple(int(whole[column]) for column in BOX_COLUMNS["bbox"])
@@ -485,7 +556,9 @@ def test_a_box_beside_the_foreground_gives_a_usable_dataset(u2netp, run, photo, 
 
 def test_the_background_stays_if_asked(u2netp, run, garments, processed, tmp_path):
     assert preprocess(run, garments, "out", "--splits", "val", "--keep-background").code == 0
-    assert [mask_box(row) for row in rows(csv_of(tmp_path / "out", "val"))] == [mask_box(row) for row in rows(csv_of(processed, "val"))]
+    assert [mask_box(row) for row in rows(csv_of(tmp_path / "out", "val"))] == [
+        mask_box(row) for row in rows(csv_of(processed, "val"))
+    ]
     for name in ("a.png", "b.png"):
         assert (pixels(tmp_path / "out" / "val" / name) == pixels(garments / "val" / name)).all()
 
@@ -524,14 +597,28 @@ def test_weights_with_a_flipped_bit(u2netp, run, garments, tmp_path, monkeypatch
     (tmp_path / "u2netp.onnx").write_bytes(weights)
     monkeypatch.setenv("U2NET_HOME", str(tmp_path))
     done = preprocess(run, garments, "out")
-    assert done.code == 1 and "md5:8e83ca70e441ab06c318d82300c84806" in done.err and "u2netp.onnx" in done.err and not Path("out").exists()
+    assert (
+        done.code == 1
+        and "md5:8e83ca70e441ab06c318d82300c84806" in done.err
+        and "u2netp.onnx" in done.err
+        and not Path("out").exists()
+    )
     assert len(done.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("model", "says"), [("u2nett", "u2netp"), ("sam", "where the garment is"), ("withoutbg", "another machine"), ("u2net_custom", "own")])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [("u2nett", "u2netp"), ("sam", "where the garment is"), ("withoutbg", "another machine"), ("u2net_custom", "own")],
+)
 def test_models_that_do_not_fit(run, garments, model, says):
     done = preprocess(run, garments, "out", model=model)
-    assert done.code == 2 and "--rembg-model" in done.err and model in done.err and says in done.err and not Path("out").exists()
+    assert (
+        done.code == 2
+        and "--rembg-model" in done.err
+        and model in done.err
+        and says in done.err
+        and not Path("out").exists()
+    )
 
 
 # ---------------------------------------------------------------- training
@@ -558,22 +645,42 @@ def test_processed_photos_need_no_rembg(trained, processed, shell, tmp_path):
 def test_raw_photos_without_rembg(run, trained, garments, monkeypatch):
     monkeypatch.setitem(sys.modules, "rembg", None)
     done = run("predict", trained.best, garments / "test" / "a.png", "--out", "p.csv", "--workers", 0)
-    assert done.code in (1, 2) and "pip install" in done.err and "rembg" in done.err and len(done.err.strip().splitlines()) == 1
+    assert (
+        done.code in (1, 2)
+        and "pip install" in done.err
+        and "rembg" in done.err
+        and len(done.err.strip().splitlines()) == 1
+    )
 
 
 def test_the_budget_counts_the_remover(trained):
     """Its 4.57 MB and best.pt's are over the 5 MB that the fixture allows; either alone is not."""
-    assert "u2netp (4.57 MB)" in trained.out and "--max-mb 5 together" in trained.out and "--export-dtype fp16" in trained.out
+    assert (
+        "u2netp (4.57 MB)" in trained.out
+        and "--max-mb 5 together" in trained.out
+        and "--export-dtype fp16" in trained.out
+    )
     assert trained.best.stat().st_size < 5e6
 
 
 def test_several_datasets_are_trained_on_and_the_last_validates(run, garments, processed):
     done = run("train", "--data", garments, "--data", processed, *QUICK, "--val-view", "mask", "--train-view", "mask")
     assert done.code == 0, done.err
-    assert "14 training photos" in done.out and "2 validation photos (mask)" in done.out and "7 of 14 training photos have no mask box" in done.out
+    assert (
+        "14 training photos" in done.out
+        and "2 validation photos (mask)" in done.out
+        and "7 of 14 training photos have no mask box" in done.out
+    )
     saved = read_checkpoint("runs/a/best.pt")["data"]
-    assert saved["path"] == str(processed.resolve()) and saved["preparation"]["rembg_model"] == "u2netp" and saved["view"] == "mask"
-    assert [Path(path) for path in json.loads(Path("runs/a/config.json").read_text())["settings"]["data"]] == [garments, processed]
+    assert (
+        saved["path"] == str(processed.resolve())
+        and saved["preparation"]["rembg_model"] == "u2netp"
+        and saved["view"] == "mask"
+    )
+    assert [Path(path) for path in json.loads(Path("runs/a/config.json").read_text())["settings"]["data"]] == [
+        garments,
+        processed,
+    ]
     shutil.rmtree("runs")
     assert run("train", "--data", processed, "--data", garments, *QUICK).code == 0
     assert read_checkpoint("runs/a/best.pt")["data"]["preparation"] is None
@@ -581,7 +688,9 @@ def test_several_datasets_are_trained_on_and_the_last_validates(run, garments, p
 
 def test_datasets_of_other_labels_are_refused(run, garments, processed, tmp_path):
     shutil.copytree(garments, tmp_path / "other")
-    csv_of(tmp_path / "other", "train").write_text(csv_of(garments, "train").read_text("cp949").replace("Gender", "Color"), "utf-8")
+    csv_of(tmp_path / "other", "train").write_text(
+        csv_of(garments, "train").read_text("cp949").replace("Gender", "Color"), "utf-8"
+    )
     done = run("train", "--data", tmp_path / "other", "--data", processed, *QUICK)
     assert done.code == 1 and "Color" in done.err and "Gender" in done.err and not Path("runs").exists()
 
@@ -596,7 +705,11 @@ def test_the_training_view_is_what_the_model_sees(processed):
     """By mask, a photo of the processed set is cut to its Mask_ box."""
     split = read_split(processed, "val")
     sample = split.samples[0]
-    image = Image.open(sample.path).crop(mask_box(rows(csv_of(processed, "val"))[0])).resize((32, 32), Image.Resampling.BICUBIC)
+    image = (
+        Image.open(sample.path)
+        .crop(mask_box(rows(csv_of(processed, "val"))[0]))
+        .resize((32, 32), Image.Resampling.BICUBIC)
+    )
     seen, _ = Photos(split.samples, 32, "mask")[0]
     assert (seen.permute(1, 2, 0).numpy() == np.asarray(image)).all()
 
@@ -606,12 +719,16 @@ def test_half_precision_halves_the_file_and_repeats_its_table(run, trained, proc
     assert done.code == 0, done.err
     best = Path("runs/a/best.pt")
     assert best.stat().st_size < 0.55 * trained.best.stat().st_size
-    assert {tensor.dtype for tensor in read_checkpoint(best)["weights"].values() if tensor.is_floating_point()} == {torch.float16}
+    assert {tensor.dtype for tensor in read_checkpoint(best)["weights"].values() if tensor.is_floating_point()} == {
+        torch.float16
+    }
     whole, half = (done.out.index(words) for words in ("in float32", "as saved in fp16"))
     assert whole < half and done.out.count("  mean  ") == 2
     table = [line for line in done.out[half:].splitlines() if line.startswith("  ") and "." in line]
     again = run("predict", best, "--split", "val", "--workers", 0)
-    assert again.code == 0 and [line for line in again.out.splitlines() if line.startswith("  ") and "." in line] == table
+    assert (
+        again.code == 0 and [line for line in again.out.splitlines() if line.startswith("  ") and "." in line] == table
+    )
     said = done.out.split("best.pt ")[1].split(" MB")[0]
     assert said == f"{best.stat().st_size / 1e6:.2f}"
 
@@ -621,7 +738,10 @@ def test_the_table_of_half_precision_is_of_the_weights_that_are_saved(run, proce
     exported = train_script.exported_weights
 
     def biased(net, dtype):
-        weights = {name: torch.zeros_like(tensor) if name.startswith("heads.") else tensor for name, tensor in exported(net, dtype).items()}
+        weights = {
+            name: torch.zeros_like(tensor) if name.startswith("heads.") else tensor
+            for name, tensor in exported(net, dtype).items()
+        }
         for head in range(3):
             weights[f"heads.{head}.bias"][1] = 1
         return weights
@@ -629,7 +749,9 @@ def test_the_table_of_half_precision_is_of_the_weights_that_are_saved(run, proce
     monkeypatch.setattr(train_script, "exported_weights", biased)
     assert run("train", "--data", processed, *QUICK, "--export-dtype", "fp16").code == 0
     saved = read_checkpoint("runs/a/best.pt")
-    assert {saved["scores"][f"top1_{label}"] for label in saved["classes"]} == {0.5} and saved["scores_fp32"] != saved["scores"]
+    assert {saved["scores"][f"top1_{label}"] for label in saved["classes"]} == {0.5} and saved["scores_fp32"] != saved[
+        "scores"
+    ]
 
 
 # ---------------------------------------------------------------- predicting raw photos
@@ -647,11 +769,27 @@ def test_on_the_fly_pixels_are_the_stored_ones(u2netp, garments, processed):
 
 def test_raw_photos_are_treated_as_in_training(run, trained, garments, processed):
     stored = run("predict", trained.best, "--split", "val", "--probs", "--out", "stored.csv", "--workers", 0)
-    raw = run("predict", trained.best, "--data", garments, "--split", "val", "--probs", "--out", "raw.csv", "--workers", 0)
+    raw = run(
+        "predict", trained.best, "--data", garments, "--split", "val", "--probs", "--out", "raw.csv", "--workers", 0
+    )
     assert stored.code == raw.code == 0, stored.err + raw.err
     assert "on the fly" in raw.out and "u2netp" in raw.out and "#000000" in raw.out and "on the fly" not in stored.out
     assert Path("raw.csv").read_text() == Path("stored.csv").read_text()
-    kept = run("predict", trained.best, "--data", garments, "--split", "val", "--probs", "--out", "kept.csv", "--workers", 0, "--background", "keep")
+    kept = run(
+        "predict",
+        trained.best,
+        "--data",
+        garments,
+        "--split",
+        "val",
+        "--probs",
+        "--out",
+        "kept.csv",
+        "--workers",
+        0,
+        "--background",
+        "keep",
+    )
     assert kept.code == 0 and Path("kept.csv").read_text() != Path("raw.csv").read_text()
 
 
@@ -661,12 +799,27 @@ def test_photos_without_boxes_are_seen_by_their_masks(run, trained, garments, pr
     raw = run("predict", trained.best, garments / "test", "--probs", "--out", "raw.csv", "--workers", 1)
     assert stored.code == raw.code == 0, raw.err
     assert "the box round the foreground (mask)" in stored.out and "the box round the foreground (mask)" in raw.out
-    assert [list(row.values())[1:] for row in rows(Path("raw.csv"))] == [list(row.values())[1:] for row in rows(Path("stored.csv"))]
+    assert [list(row.values())[1:] for row in rows(Path("raw.csv"))] == [
+        list(row.values())[1:] for row in rows(Path("stored.csv"))
+    ]
 
 
 def test_the_notes_own_way_of_testing(run, trained, garments, monkeypatch):
     monkeypatch.setitem(sys.modules, "rembg", None)
-    done = run("predict", trained.best, "--data", garments, "--background", "keep", "--view", "full", "--workers", 0, "--out", "p.csv")
+    done = run(
+        "predict",
+        trained.best,
+        "--data",
+        garments,
+        "--background",
+        "keep",
+        "--view",
+        "full",
+        "--workers",
+        0,
+        "--out",
+        "p.csv",
+    )
     assert done.code == 0 and "on the fly" not in done.out and "(full)" in done.out, done.err
     done = run("predict", trained.best, "--data", garments, "--background", "keep", "--workers", 0, "--out", "p.csv")
     assert done.code == 0 and "(full)" in done.out and "--view mask" in done.out
@@ -677,10 +830,36 @@ def test_the_notes_own_way_of_testing(run, trained, garments, monkeypatch):
 def test_a_model_that_was_trained_raw(u2netp, run, raw_trained, garments, processed, offline):
     whole = run("predict", raw_trained, "--split", "test", "--workers", 0, "--out", "p.csv")
     assert whole.code == 0 and "(full)" in whole.out and "--view mask" in whole.out and "on the fly" not in whole.out
-    found = run("predict", raw_trained, "--split", "test", "--view", "mask", "--rembg-model", "u2netp", "--workers", 0, "--out", "p.csv")
+    found = run(
+        "predict",
+        raw_trained,
+        "--split",
+        "test",
+        "--view",
+        "mask",
+        "--rembg-model",
+        "u2netp",
+        "--workers",
+        0,
+        "--out",
+        "p.csv",
+    )
     assert found.code == 0 and "(mask)" in found.out and "found with u2netp" in found.out, found.err
     gone = run(
-        "predict", raw_trained, "--split", "test", "--background", "remove", "--view", "full", "--rembg-model", "u2netp", "--workers", 0, "--out", "p.csv"
+        "predict",
+        raw_trained,
+        "--split",
+        "test",
+        "--background",
+        "remove",
+        "--view",
+        "full",
+        "--rembg-model",
+        "u2netp",
+        "--workers",
+        0,
+        "--out",
+        "p.csv",
     )
     assert gone.code == 0 and "on the fly" in gone.out and "#000000" in gone.out
     default = run("predict", raw_trained, "--split", "test", "--view", "mask", "--workers", 0, "--out", "p.csv")
@@ -693,12 +872,40 @@ def test_a_raw_models_mask_view_is_the_masks_box(u2netp, run, raw_trained, garme
     """Cut to Mask_ with its background left: what --keep-background --crop mask stores."""
     assert preprocess(run, garments, "cut", "--splits", "test", "--keep-background", "--crop", "mask").code == 0
     for out, *args in (("raw.csv", garments, "--view", "mask"), ("cut.csv", "cut", "--view", "full")):
-        assert run("predict", raw_trained, "--data", *args, "--split", "test", "--probs", "--rembg-model", "u2netp", "--workers", 0, "--out", out).code == 0
+        assert (
+            run(
+                "predict",
+                raw_trained,
+                "--data",
+                *args,
+                "--split",
+                "test",
+                "--probs",
+                "--rembg-model",
+                "u2netp",
+                "--workers",
+                0,
+                "--out",
+                out,
+            ).code
+            == 0
+        )
     assert Path("raw.csv").read_text() == Path("cut.csv").read_text()
 
 
 def test_a_remover_that_is_not_trainings(run, trained, garments, processed, tmp_path):
-    done = run("predict", trained.best, "--split", "test", "--rembg-model", "isnet-general-use", "--workers", 0, "--out", "p.csv")
+    done = run(
+        "predict",
+        trained.best,
+        "--split",
+        "test",
+        "--rembg-model",
+        "isnet-general-use",
+        "--workers",
+        0,
+        "--out",
+        "p.csv",
+    )
     assert done.code == 2 and "--rembg-model" in done.err and not Path("p.csv").exists()
     done = run("predict", trained.best, "--data", garments, "--rembg-model", "sam", "--workers", 0, "--out", "p.csv")
     assert done.code == 2 and "--rembg-model" in done.err
@@ -751,5 +958,11 @@ def test_a_sample_alone(u2netp, garments):
 @pytest.mark.slow
 def test_importing_rembg_leaves_the_number_of_threads():
     code = "import torch, preprocess; preprocess.import_rembg(); print(torch.get_num_threads())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.stdout.split() == ["1"], done.stderr

@@ -21,7 +21,15 @@ import predict
 import preprocess
 
 TEXTS = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))]
-ELSEWHERE = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--help"}  # torchrun's, and everyone's
+ELSEWHERE = {
+    "--standalone",
+    "--nproc-per-node",
+    "--nnodes",
+    "--node-rank",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--help",
+}  # torchrun's, and everyone's
 SERVICES = {"task.py"}  # scripts named that are not ours
 SHRUNK = {
     "train": [*TINY, "--epochs", "1", "--t-0", "1", "--warmup-epochs", "0"],
@@ -59,9 +67,18 @@ def commands(lines: list[str]) -> list[tuple[str, list[str]]]:
 
 
 NAMED = sorted(
-    {(script, *args) for text in TEXTS for script, args in commands(blocks(text.read_text(encoding="utf-8")) + spans(text.read_text(encoding="utf-8")))}
+    {
+        (script, *args)
+        for text in TEXTS
+        for script, args in commands(blocks(text.read_text(encoding="utf-8")) + spans(text.read_text(encoding="utf-8")))
+    }
 )
-RUN = dict.fromkeys((script, *args) for text in TEXTS for script, args in commands(blocks(text.read_text(encoding="utf-8"))) if script in SHRUNK)
+RUN = dict.fromkeys(
+    (script, *args)
+    for text in TEXTS
+    for script, args in commands(blocks(text.read_text(encoding="utf-8")))
+    if script in SHRUNK
+)
 
 
 @cache
@@ -89,7 +106,9 @@ def parse(command, args: list[str]) -> None:
 
 def test_the_commands_are_found():
     assert {"train", "predict", "preprocess", "data", "experiments"} <= {script for script, *_ in NAMED}
-    assert commands(['R="-x y"', "pip install x && python a.py $R --b 'c d' <more> [e ...]   # f"]) == [("a", ["-x", "y", "--b", "c d"])]
+    assert commands(['R="-x y"', "pip install x && python a.py $R --b 'c d' <more> [e ...]   # f"]) == [
+        ("a", ["-x", "y", "--b", "c d"])
+    ]
     with pytest.raises(Exception, match="--nonsense"):
         parse(command_of("train"), ["--nonsense"])
 
@@ -104,21 +123,33 @@ def test_each_command_parses(command):
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.stem)
 def test_each_flag_script_and_link_exists(text):
     words = text.read_text(encoding="utf-8")
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "tests" / "torture.py", ROOT / "tests" / "readme_demo.py"]
+    paths = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        ROOT / "tests" / "torture.py",
+        ROOT / "tests" / "readme_demo.py",
+    ]
     scripts = [path.relative_to(ROOT).with_suffix("").as_posix() for path in paths]
     known = set(ELSEWHERE)
-    for script in (script for script in scripts if "typer.Typer(" in (ROOT / f"{script}.py").read_text(encoding="utf-8")):
+    for script in (
+        script for script in scripts if "typer.Typer(" in (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    ):
         top = command_of(script)
         for command in getattr(top, "commands", {"": top}).values():
             known |= {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     named = {flag for span in spans(words) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert not named - known, f"no script takes {named - known}"
     files = {span for span in spans(words) if re.fullmatch(r"[\w./]+\.py", span)} - SERVICES
-    assert not [file for file in files if not any((ROOT / folder / file).is_file() for folder in (".", "tests", "benchmarks"))]
+    assert not [
+        file for file in files if not any((ROOT / folder / file).is_file() for folder in (".", "tests", "benchmarks"))
+    ]
     for file, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", words):
         assert "://" not in file and (text.parent / file).exists(), file
         there = (text.parent / file if file else text).read_text(encoding="utf-8") if heading else ""
-        assert not heading or heading in {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", there, flags=re.M)}
+        assert not heading or heading in {
+            re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-")
+            for line in re.findall(r"^#+ (.*)$", there, flags=re.M)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +185,9 @@ def fill(args: list[str], drawn: Path, script: str) -> None:
         elif match := re.match(r"(runs/\w+)", word):
             if not Path(match[1]).exists():
                 shutil.copytree("runs/NAME", match[1])
-        elif script == "predict" and not before.startswith("--") and not word.startswith("-") and not Path(word).exists():
+        elif (
+            script == "predict" and not before.startswith("--") and not word.startswith("-") and not Path(word).exists()
+        ):
             target = Path(word) if Path(word).suffix else Path(word) / "a.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 50)).save(target)

@@ -84,7 +84,23 @@ def teacher(drawn, tmp_path_factory):
 
 def test_every_group_has_its_rate_at_every_step(go, steps):
     lr, low, t_0 = 1e-3, 1e-4, 3
-    go("a", "--epochs", 5, "--lr", lr, "--eta-min", low, "--t-0", t_0, "--t-mult", 1, "--layer-decay", 0.5, "--warmup-epochs", 1.5)
+    go(
+        "a",
+        "--epochs",
+        5,
+        "--lr",
+        lr,
+        "--eta-min",
+        low,
+        "--t-0",
+        t_0,
+        "--t-mult",
+        1,
+        "--layer-decay",
+        0.5,
+        "--warmup-epochs",
+        1.5,
+    )
     assert len(steps) == 15
     for step, (groups, _) in enumerate(steps, start=1):
         cosine = low + (lr - low) * (1 + math.cos(math.pi * ((step - 1) // 3 % t_0) / t_0)) / 2
@@ -103,7 +119,12 @@ def test_layers_decay_from_the_heads_down_and_none_is_left_out():
     of = {name: scale[id(p)] for name, p in net.named_parameters()}
     assert len(scale) == len(of) == sum(len(group["params"]) for group in parameter_groups(net, 0.5))
     assert of["heads.0.weight"] == of["heads.2.bias"] == 1
-    assert of["backbone.patch_embed.proj.weight"] < of["backbone.blocks.0.attn.qkv.weight"] < of["backbone.blocks.5.attn.qkv.weight"] <= 1
+    assert (
+        of["backbone.patch_embed.proj.weight"]
+        < of["backbone.blocks.0.attn.qkv.weight"]
+        < of["backbone.blocks.5.attn.qkv.weight"]
+        <= 1
+    )
     (group,) = parameter_groups(net)
     assert [id(p) for p in group["params"]] == [id(p) for p in net.parameters()] and group["lr_scale"] == 1
 
@@ -128,19 +149,36 @@ def test_the_average_is_the_formulas_and_is_what_is_scored_and_saved(go, run, mo
     for step, weights in enumerate(after, start=1):
         decay = min(0.6, (1 + step) / (10 + step))
         for key, value in weights.items():
-            expected[key] = value if key.endswith("num_batches_tracked") else decay * expected[key] + (1 - decay) * value
+            expected[key] = (
+                value if key.endswith("num_batches_tracked") else decay * expected[key] + (1 - decay) * value
+            )
     assert decay < 0.6  # of nine steps none reaches it
     best, last = read_checkpoint("runs/a/best.pt")["weights"], read_checkpoint("runs/a/last.pt")
     for key, value in expected.items():
         torch.testing.assert_close(best[key].double(), value, rtol=1e-5, atol=1e-6)
         assert torch.equal(best[key], last["average"][key]) and torch.equal(last["model"][key].double(), after[-1][key])
-    assert (best["backbone.layer4.0.bn1.running_mean"] - last["model"]["backbone.layer4.0.bn1.running_mean"]).abs().max() > 1e-4
+    assert (
+        best["backbone.layer4.0.bn1.running_mean"] - last["model"]["backbone.layer4.0.bn1.running_mean"]
+    ).abs().max() > 1e-4
     done = run("predict", "runs/a/best.pt", "--split", "val", "--workers", 0)
     assert f"mean           {float(rows('runs/a/metrics.csv')[-1]['val_top1_mean']):.4f}" in done.out
 
 
 def test_a_run_with_everything_on_killed_in_mid_epoch_ends_with_the_same_bits(go, run, teacher, monkeypatch):
-    flags = ["--epochs", 2, "--ema", 0.9, "--layer-decay", 0.7, "--warmup-epochs", 2, "--clip-grad", 1, "--drop-path", 0.3]
+    flags = [
+        "--epochs",
+        2,
+        "--ema",
+        0.9,
+        "--layer-decay",
+        0.7,
+        "--warmup-epochs",
+        2,
+        "--clip-grad",
+        1,
+        "--drop-path",
+        0.3,
+    ]
     flags += ["--model", "test_efficientnet", "--teacher", teacher, "--cutmix", "joint", "--save-every", 0]
     go("whole", *flags)
 
@@ -216,12 +254,21 @@ def test_the_teacher_sees_the_students_pixels_and_has_its_share_of_the_loss(go, 
             student, pixels = net, images
         elif images.shape[-1] == 48 and len(images) > 1:
             assert not gradient and not any(p.requires_grad for p in net.parameters())
-            assert torch.equal(images, v2.functional.resize(pixels, [48, 48], v2.InterpolationMode.BICUBIC, antialias=True))
+            assert torch.equal(
+                images, v2.functional.resize(pixels, [48, 48], v2.InterpolationMode.BICUBIC, antialias=True)
+            )
             with torch.no_grad():
-                ours, theirs = student(pixels), net(images)  # the student stands still, and has neither dropout nor batch norm
-            soft.append([sum(losses.distillation(ours[label], theirs[label], 2).item() for label in CLASSES), len(images)])
+                ours, theirs = (
+                    student(pixels),
+                    net(images),
+                )  # the student stands still, and has neither dropout nor batch norm
+            soft.append(
+                [sum(losses.distillation(ours[label], theirs[label], 2).item() for label in CLASSES), len(images)]
+            )
     assert [n for _, n in soft] == [15, 15, 10]
-    assert loss_of("soft") == pytest.approx(sum(loss * n for loss, n in soft) / 40, rel=0.01)  # the classes' weights weigh the batches
+    assert loss_of("soft") == pytest.approx(
+        sum(loss * n for loss, n in soft) / 40, rel=0.01
+    )  # the classes' weights weigh the batches
     go("both", *flags, "--teacher", teacher, "--distill-weight", 0.3)
     assert loss_of("both") == pytest.approx(0.7 * loss_of("hard") + 0.3 * loss_of("soft"), rel=1e-5)
     go("pieces", *flags, "--teacher", teacher, "--distill-weight", 0.3, "--grad-accum", 4)
@@ -234,12 +281,19 @@ def test_the_teacher_sees_the_students_pixels_and_has_its_share_of_the_loss(go, 
 def test_other_teachers_are_refused(go, run, teacher, tmp_path):
     other = torch.load(teacher)
     other["classes"] = {"Color": 3, "Daily": 6, "Gender": 5}
-    other["weights"] |= {f"heads.{i}.{kind}": other["weights"][f"heads.{j}.{kind}"].clone() for i, j in enumerate((2, 0, 1)) for kind in ("weight", "bias")}
+    other["weights"] |= {
+        f"heads.{i}.{kind}": other["weights"][f"heads.{j}.{kind}"].clone()
+        for i, j in enumerate((2, 0, 1))
+        for kind in ("weight", "bias")
+    }
     shutil.copy(teacher, "t.pt")
     go("a", "--epochs", 1, "--teacher", "t.pt")
     torch.save(other, "other.pt")
     refused = go("b", "--teacher", "other.pt", code=2)
-    assert "Embellishment has no classes there and 3 here" in refused.err and "Color has 3 classes there and none here" in refused.err
+    assert (
+        "Embellishment has no classes there and 3 here" in refused.err
+        and "Color has 3 classes there and none here" in refused.err
+    )
     assert "no such" in go("b", "--teacher", "none.pt", code=2).err
     assert "no complete best.pt" in go("b", "--teacher", "runs/a/last.pt", code=1).err
     assert "--distill-temperature" in go("b", "--teacher", "t.pt", "--distill-temperature", 0, code=2).err
@@ -264,20 +318,38 @@ def test_a_teacher_that_is_not_there_has_no_settings(go):
 
 def test_fit_all_trains_on_every_row_and_keeps_the_last_epoch(go, run, drawn, monkeypatch):
     plain, seen = Photos.__getitem__, []
-    monkeypatch.setattr(Photos, "__getitem__", lambda self, key: seen.append(self.samples[key if isinstance(key, int) else key[1]].name) or plain(self, key))
+    monkeypatch.setattr(
+        Photos,
+        "__getitem__",
+        lambda self, key: seen.append(self.samples[key if isinstance(key, int) else key[1]].name) or plain(self, key),
+    )
     done = go("a", "--fit-all", "--epochs", 2, "--patience", 1, "--lr", 1e-12, "--eta-min", 0, "--export-dtype", "fp16")
-    everything = sorted(row["image_name"] for split in ("train", "val") for row in rows(drawn / f"Fashion-How24_sub1_{split}.csv"))
+    everything = sorted(
+        row["image_name"] for split in ("train", "val") for row in rows(drawn / f"Fashion-How24_sub1_{split}.csv")
+    )
     assert sorted(seen[:60]) == sorted(seen[60:]) == everything  # and none is read for validation
-    assert "--patience and --monitor do not act" in done.out and "nothing was held out" in done.out and "Top-1" not in done.out
+    assert (
+        "--patience and --monitor do not act" in done.out
+        and "nothing was held out" in done.out
+        and "Top-1" not in done.out
+    )
     best, last = read_checkpoint("runs/a/best.pt"), read_checkpoint("runs/a/last.pt")
-    assert best["epoch"] == 2 and all(torch.equal(best["weights"][key], value.to(best["weights"][key].dtype)) for key, value in last["model"].items())
+    assert best["epoch"] == 2 and all(
+        torch.equal(best["weights"][key], value.to(best["weights"][key].dtype)) for key, value in last["model"].items()
+    )
     written = rows("runs/a/metrics.csv")
-    scores = [f"val_{kind}_{label}" for label in ("Daily", "Gender", "Embellishment", "mean") for kind in ("top1", "acsa")]
+    scores = [
+        f"val_{kind}_{label}" for label in ("Daily", "Gender", "Embellishment", "mean") for kind in ("top1", "acsa")
+    ]
     assert list(written[0]) == ["epoch", "lr", "train_loss", "val_loss", *scores]  # as of any run
     assert len(written) == 2 and math.isnan(float(written[0]["val_top1_mean"])) and float(written[0]["train_loss"]) > 0
     again = run("train", "--resume", "runs/a", "--epochs", 3)
     assert again.code == 0 and read_checkpoint("runs/a/best.pt")["epoch"] == 3, again.err
-    assert "not at its lowest" not in done.out and "not at its lowest, as it is after 6 epochs" in again.out  # two, then four more
-    assert not (last.keys() & {"average"}) and not any(path.name == "val_predictions.csv" for path in drawn.parent.rglob("runs/a/*"))
+    assert (
+        "not at its lowest" not in done.out and "not at its lowest, as it is after 6 epochs" in again.out
+    )  # two, then four more
+    assert not (last.keys() & {"average"}) and not any(
+        path.name == "val_predictions.csv" for path in drawn.parent.rglob("runs/a/*")
+    )
     done = run("predict", "runs/a/best.pt", "--workers", 0)
     assert done.code == 0 and "nan" not in done.out, done.err

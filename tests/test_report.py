@@ -70,13 +70,29 @@ def nothing_overlaps(figure):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FigureCanvasAgg(figure).draw()
-    ticks = {t for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_major_ticks() for t in (tick.label1, tick.label2)}
-    drawn = {t for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis._update_ticks() for t in (tick.label1, tick.label2)}
-    texts = {t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn)}
+    ticks = {
+        t
+        for ax in figure.axes
+        for axis in (ax.xaxis, ax.yaxis)
+        for tick in axis.get_major_ticks()
+        for t in (tick.label1, tick.label2)
+    }
+    drawn = {
+        t
+        for ax in figure.axes
+        for axis in (ax.xaxis, ax.yaxis)
+        for tick in axis._update_ticks()
+        for t in (tick.label1, tick.label2)
+    }
+    texts = {
+        t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn)
+    }
     boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
     assert len(boxes) > 5
     for text, box in boxes:
-        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, text
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, (
+            text
+        )
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         across, up = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
         assert across <= 1 or up <= 1.5, (one, other)
@@ -88,15 +104,23 @@ def test_a_run_ends_with_its_pictures(pictured):
         with Image.open(pictured.folder / name) as picture:
             assert picture.format == "PNG" and 300 < picture.width < 2000 and 300 < picture.height < 2500
             rgba = np.asarray(picture.convert("RGBA"))
-        assert (rgba[..., 3] == 255).all() and (rgba[0] == 255).all() and rgba[..., :3].min() < 60  # white, opaque, with something on it
-    assert any("heat inside the garment's box: 0." in line for line in pictured.said) and any(report.PICTURES[4] in line for line in pictured.said)
+        assert (
+            (rgba[..., 3] == 255).all() and (rgba[0] == 255).all() and rgba[..., :3].min() < 60
+        )  # white, opaque, with something on it
+    assert any("heat inside the garment's box: 0." in line for line in pictured.said) and any(
+        report.PICTURES[4] in line for line in pictured.said
+    )
 
 
 def test_every_column_and_key_is_described(pictured):
     text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
     columns = {column for name in ("metrics.csv", "val_predictions.csv") for column in rows(pictured.folder / name)[0]}
     columns = {re.sub(r"_p\d+$", "_p0", re.sub("Daily|Gender|Embellishment", "LABEL", column)) for column in columns}
-    assert {name for name in {*columns, *json.loads((pictured.folder / "config.json").read_text())} if f"`{name}`" not in text} == set()
+    assert {
+        name
+        for name in {*columns, *json.loads((pictured.folder / "config.json").read_text())}
+        if f"`{name}`" not in text
+    } == set()
 
 
 def test_the_inputs_are_the_pixels_that_the_model_received(pictured, drawn):
@@ -106,7 +130,9 @@ def test_the_inputs_are_the_pixels_that_the_model_received(pictured, drawn):
     tall = side + 2 + report.LINE * 4 + report.GAP
     for i, image in enumerate(pictured.received[:24]):
         x, y = report.GAP + i % 6 * (side + report.GAP), 40 + i // 6 * tall
-        shown.append(np.array_equal(sheet[y : y + side, x : x + side], image.permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1)))
+        shown.append(
+            np.array_equal(sheet[y : y + side, x : x + side], image.permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1))
+        )
     assert len(shown) == 24 and all(shown)
 
 
@@ -125,7 +151,9 @@ def test_mistakes_are_the_surest_errors(pictured, drawn):
     for label in CLASSES:
         errors = report.surest_errors(answers, label)
         assert [sure for _, sure in errors] == sorted((sure for _, sure in errors), reverse=True)
-        assert {i for i, _ in errors} == {i for i, row in enumerate(written) if row[label] != row[f"{label}_predicted"]} and errors
+        assert {i for i, _ in errors} == {
+            i for i, row in enumerate(written) if row[label] != row[f"{label}_predicted"]
+        } and errors
         for i, sure in errors:
             assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in range(CLASSES[label])))
     answers.learned = [(5, 5, 60, 70)] * len(written)
@@ -145,7 +173,9 @@ def test_confusion_counts_rows_and_scores(pictured):
         counts = [text.get_text().split("\n") for text in ax.texts]
         assert sum(int(count) for count, _ in counts) == len(answers.names) == 20
         title = f"{label}\nTop-1 {float(best[f'val_top1_{label}']):.4f}, ACSA {float(best[f'val_acsa_{label}']):.4f}"
-        assert ax.get_title(loc="left") == title and [t.get_text() for t in ax.get_yticklabels()] == list(data.CLASS_NAMES[label])
+        assert ax.get_title(loc="left") == title and [t.get_text() for t in ax.get_yticklabels()] == list(
+            data.CLASS_NAMES[label]
+        )
 
 
 @pytest.mark.parametrize("kind", ["class token", "averaged tokens", "convolutional"])
@@ -154,7 +184,9 @@ def test_the_heat_is_where_the_garment_is(kind):
     torch.manual_seed(0)
     backbone = timm.create_model("test_resnet", num_classes=0)
     if kind != "convolutional":
-        backbone = timm.create_model("test_vit", num_classes=0, img_size=96, global_pool="token" if kind == "class token" else "avg")
+        backbone = timm.create_model(
+            "test_vit", num_classes=0, img_size=96, global_pool="token" if kind == "class token" else "avg"
+        )
     net = FashionModel(backbone, backbone.num_features, {"Daily": 3, "Gender": 3}, (0.5,) * 3, (0.25,) * 3)
     size, side = 96, 48 if kind == "convolutional" else 32  # pixels
 
@@ -190,7 +222,14 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
     long = tuple(f"a class with quite a long name $_{c}" for c in range(6))
     monkeypatch.setitem(data.CLASS_NAMES, "Daily", long)
     monkeypatch.setitem(data.CLASS_NAMES, "Gender", ("한글 이름",) * 5)
-    odd = ["봄 코트 2019/한글이름-1.jpg", "$x^2$_{.jpg", "\udcff\n.jpg", "a" * 300 + ".jpg", "_hidden.png", "\U0001f457.jpg"]
+    odd = [
+        "봄 코트 2019/한글이름-1.jpg",
+        "$x^2$_{.jpg",
+        "\udcff\n.jpg",
+        "a" * 300 + ".jpg",
+        "_hidden.png",
+        "\U0001f457.jpg",
+    ]
     split = data.read_split(drawn, "val", CLASSES)
     samples = [data.replace(sample, name=odd[i % len(odd)]) for i, sample in enumerate(split.samples)]
     split = data.replace(split, samples=samples)
@@ -198,8 +237,16 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
     settings = {"batch_size": 8, "seed": 1, "cutmix": ["joint"], "t_0": 2, "t_mult": 2}
     photos = data.Photos(samples, 48, "bbox", 0.5)
     net = FashionModel(timm.create_model("test_resnet", num_classes=0), 96, CLASSES, (0.5,) * 3, (0.25,) * 3)
-    metrics = {key: np.linspace(0.2, 0.9, 9) for key in ("lr", "train_loss", "val_loss", *(f"val_top1_{label}" for label in (*CLASSES, "스타일", "mean")))}
-    runs = [SimpleNamespace(folder="runs/" + name, settings=settings, metrics=metrics | {"epoch": np.arange(1.0, 10)}, best=4) for name in odd[1:]]
+    metrics = {
+        key: np.linspace(0.2, 0.9, 9)
+        for key in ("lr", "train_loss", "val_loss", *(f"val_top1_{label}" for label in (*CLASSES, "스타일", "mean")))
+    }
+    runs = [
+        SimpleNamespace(
+            folder="runs/" + name, settings=settings, metrics=metrics | {"epoch": np.arange(1.0, 10)}, best=4
+        )
+        for name in odd[1:]
+    ]
     with report.drawing():
         nothing_overlaps(report.mistakes(answers, split))
         nothing_overlaps(report.inputs(photos, settings, CLASSES))
@@ -220,7 +267,9 @@ def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
         loss, accuracy, rate = figure.axes
         assert [line.get_label() for line in accuracy.lines[:4]] == [" Daily", " Gender", " Embellishment", " mean"]
         for ax in (loss, accuracy, rate):
-            assert {3, 7, read.best} <= {line.get_xdata()[0] for line in ax.lines} and 15 not in {line.get_xdata()[0] for line in ax.lines}
+            assert {3, 7, read.best} <= {line.get_xdata()[0] for line in ax.lines} and 15 not in {
+                line.get_xdata()[0] for line in ax.lines
+            }
     done = run("report", pictured.folder, copy)
     assert done.code == 0 and "compare.png" in done.out, done.err
     assert {p.name for p in copy.iterdir()} == RUN_FILES | set(report.PICTURES)
@@ -229,7 +278,11 @@ def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
 
 def test_a_run_without_validation_has_the_other_pictures(copy, run):
     table = rows(copy / "metrics.csv")
-    cli.write_csv(copy / "metrics.csv", list(table[0]), [["" if key.startswith("val_") else value for key, value in row.items()] for row in table])
+    cli.write_csv(
+        copy / "metrics.csv",
+        list(table[0]),
+        [["" if key.startswith("val_") else value for key, value in row.items()] for row in table],
+    )
     for name in ("val_predictions.csv", *report.PICTURES):
         (copy / name).unlink()
     done = run("report", copy)
@@ -245,7 +298,9 @@ def test_a_damaged_run_is_one_line(copy, run, tmp_path):
         whole = (copy / name).read_bytes()
         (copy / name).write_text(text)
         done = run("report", copy)
-        assert done.code == 1 and done.err.count("\n") == 1 and name in done.err and "Traceback" not in done.err, done.err
+        assert done.code == 1 and done.err.count("\n") == 1 and name in done.err and "Traceback" not in done.err, (
+            done.err
+        )
         (copy / name).unlink()
         if name != "val_predictions.csv":
             assert run("report", copy).code == 2

@@ -35,7 +35,20 @@ def test_workers_and_evaluations_change_nothing(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_see_what_one_sees(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", "test_vit", "--amp", "off", "--cutmix", "Daily", "--cutmix", "Gender", "--grad-accum", "2", "--batch-size", "7"]
+    flags = [
+        "--model",
+        "test_vit",
+        "--amp",
+        "off",
+        "--cutmix",
+        "Daily",
+        "--cutmix",
+        "Gender",
+        "--grad-accum",
+        "2",
+        "--batch-size",
+        "7",
+    ]
     flags += ["--layer-decay", "0.8", "--warmup-epochs", "1", "--clip-grad", "1", "--ema", "0.9"]
     ((images, difference, table),) = torture.processes_agree(tmp_path, flags, [2]).values()
     assert images and table and difference < 1e-5
@@ -58,7 +71,21 @@ def test_an_interrupted_epoch_goes_on_without_what_was_used():
 
 
 def started(tmp_path, *flags: str) -> torture.Run:
-    run = torture.Run(["--data", str(torture.dataset(tmp_path)), "--workers", "1", *torture.BASE, *FLAGS, "--epochs", "60", "--name", "stopped", *flags])
+    run = torture.Run(
+        [
+            "--data",
+            str(torture.dataset(tmp_path)),
+            "--workers",
+            "1",
+            *torture.BASE,
+            *FLAGS,
+            "--epochs",
+            "60",
+            "--name",
+            "stopped",
+            *flags,
+        ]
+    )
     while run.phase() == "start" and run.wait(0.01) is None:
         pass
     return run
@@ -114,9 +141,18 @@ def test_what_cannot_be_deterministic_is_said(run, drawn, monkeypatch):
                 raise RuntimeError("wild_backward does not have a deterministic implementation")
             return gradient
 
-    monkeypatch.setattr(model.FashionModel, "forward", lambda self, images: {k: Refusing.apply(v) for k, v in plain(self, images).items()})
+    monkeypatch.setattr(
+        model.FashionModel,
+        "forward",
+        lambda self, images: {k: Refusing.apply(v) for k, v in plain(self, images).items()},
+    )
     done = run("train", "--data", drawn, *TINY, "--epochs", "1")
-    assert done.code == 0 and "not everything here can be deterministic (wild_backward)" in done.out and calls[0] is False and calls[-1] is True
+    assert (
+        done.code == 0
+        and "not everything here can be deterministic (wild_backward)" in done.out
+        and calls[0] is False
+        and calls[-1] is True
+    )
     done = run("train", "--data", drawn, *TINY, "--epochs", "1", "--no-deterministic", "--name", "wild")
     assert done.code == 0 and "deterministic (" not in done.out and not torch.are_deterministic_algorithms_enabled()
 
@@ -124,7 +160,11 @@ def test_what_cannot_be_deterministic_is_said(run, drawn, monkeypatch):
 def test_config_says_what_decides_the_bits(run, drawn):
     assert run("train", "--data", drawn, *TINY, "--epochs", "1", "--name", "a").code == 0
     config = json.loads(Path("runs/a/config.json").read_text())
-    assert config["settings"]["deterministic"] is True and config["processes"] == 1 and {"threads", "device", "commit", "versions", "data"} <= set(config)
+    assert (
+        config["settings"]["deterministic"] is True
+        and config["processes"] == 1
+        and {"threads", "device", "commit", "versions", "data"} <= set(config)
+    )
 
 
 def test_a_second_stop_signal_stops_at_once():

@@ -73,14 +73,20 @@ def test_a_run_writes_its_files_and_prints_its_table(trained):
     assert f"best.pt: {size / 1e6:.2f} MB of at most 25 MB" in out
     assert len(re.findall(r"^epoch \d/2 .*images/s", out, re.M)) == 2
     config = json.loads((run_folder / "config.json").read_text())
-    assert config["settings"]["lr"] == 1e-3 and config["settings"]["seed"] == 1103 and config["versions"]["torch"] == torch.__version__
+    assert (
+        config["settings"]["lr"] == 1e-3
+        and config["settings"]["seed"] == 1103
+        and config["versions"]["torch"] == torch.__version__
+    )
 
 
 def test_val_predictions_hold_the_best_epochs_numbers(trained, drawn):
     run_folder, _ = trained
     written = rows(run_folder / "val_predictions.csv")
     truth = rows(drawn / "Fashion-How24_sub1_val.csv")
-    assert [r["image_name"] for r in written] == [r["image_name"] for r in truth] and [r["Daily"] for r in written] == [r["Daily"] for r in truth]
+    assert [r["image_name"] for r in written] == [r["image_name"] for r in truth] and [r["Daily"] for r in written] == [
+        r["Daily"] for r in truth
+    ]
     top1 = sum(r["Daily"] == r["Daily_predicted"] for r in written) / len(written)
     best = max(rows(run_folder / "metrics.csv"), key=lambda r: float(r["val_top1_mean"]))
     assert float(best["val_top1_Daily"]) == top1
@@ -93,14 +99,30 @@ def test_predicting_the_validation_split_repeats_trainings_numbers(trained, run)
     assert done.code == 0, done.err
     assert table(done.out) == table(out)
     _, saved = load_model(run_folder / "best.pt")
-    assert [r["daily"] for r in rows("p.csv")] == [r["Daily_predicted"] for r in rows(run_folder / "val_predictions.csv")]
+    assert [r["daily"] for r in rows("p.csv")] == [
+        r["Daily_predicted"] for r in rows(run_folder / "val_predictions.csv")
+    ]
     assert saved["scores"]["top1_mean"] == max(float(r["val_top1_mean"]) for r in rows(run_folder / "metrics.csv"))
 
 
 @pytest.mark.parametrize("model", [pytest.param("tiny_vit_5m_224", marks=pytest.mark.slow), "test_resnet"])
 def test_prediction_repeats_the_table_in_trainings_precision(run, drawn, tmp_path, model):
     """TinyViT keeps attention biases between calls: a stale copy of them would show here."""
-    args = ["--data", drawn, *TINY, "--model", model, "--image-size", 64, "--augment", "none", "--amp", "bf16", "--name", "a"]
+    args = [
+        "--data",
+        drawn,
+        *TINY,
+        "--model",
+        model,
+        "--image-size",
+        64,
+        "--augment",
+        "none",
+        "--amp",
+        "bf16",
+        "--name",
+        "a",
+    ]
     done = run("train", *args)
     assert done.code == 0, done.err
     again = run("predict", "runs/a/best.pt", "--split", "val", "--probs", "--workers", 0)
@@ -121,7 +143,9 @@ def test_predicting_by_the_checkpoint_alone(trained, run, drawn, tmp_path):
 
 
 def test_probabilities_and_names(trained, run, drawn):
-    done = run("predict", trained[0] / "best.pt", "--data", drawn, "--split", "test", "--out", "p.csv", "--probs", "--names")
+    done = run(
+        "predict", trained[0] / "best.pt", "--data", drawn, "--split", "test", "--out", "p.csv", "--probs", "--names"
+    )
     assert done.code == 0, done.err
     for row in rows("p.csv"):
         p = [float(row[f"embel_p{c}"]) for c in range(3)]
@@ -134,7 +158,16 @@ def test_a_photo_whose_name_is_no_utf8(trained, shell, tmp_path):
     """As from a zip file made in Korea, on a strict terminal."""
     name = "옷.png".encode("cp949")
     Image.new("RGB", (60, 80)).save(os.fsencode(tmp_path) + b"/" + name)
-    done = shell("predict", trained[0] / "best.pt", os.fsdecode(name), "--out", "p.csv", "--workers", 0, PYTHONIOENCODING="utf-8:strict")
+    done = shell(
+        "predict",
+        trained[0] / "best.pt",
+        os.fsdecode(name),
+        "--out",
+        "p.csv",
+        "--workers",
+        0,
+        PYTHONIOENCODING="utf-8:strict",
+    )
     assert done.returncode == 0 and "answers" in done.stdout, done.stderr
 
 
@@ -169,7 +202,23 @@ def test_the_same_bits_again_with_other_workers(trained, run, drawn, tmp_path):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(run, drawn, tmp_path, monkeypatch):
-    args = ["--data", drawn, *TINY, "--epochs", 4, "--patience", 9, "--crop-prob", 0.5, "--val-view", "full", "--amp", "off", "--model", "test_resnet"]
+    args = [
+        "--data",
+        drawn,
+        *TINY,
+        "--epochs",
+        4,
+        "--patience",
+        9,
+        "--crop-prob",
+        0.5,
+        "--val-view",
+        "full",
+        "--amp",
+        "off",
+        "--model",
+        "test_resnet",
+    ]
     assert run("train", *args, "--name", "whole").code == 0
     save, count = train_script.save_checkpoint, 0
 
@@ -242,7 +291,14 @@ def test_a_resumed_run_is_the_run_that_was_started(run, drawn, tmp_path):
         (tmp_path / "runs" / "a" / "config.json").write_text(config.replace(old, new))
         refused = run("train", "--resume", "runs/a", "--epochs", 2)
         assert refused.code == 1 and "config.json was changed" in refused.err
-    for broken in ("", "[]", "{}", '{"settings": 3}', config.replace('"t_0": 2', '"t_0": 0'), config.replace('"epochs": 1', '"epochs": Infinity')):
+    for broken in (
+        "",
+        "[]",
+        "{}",
+        '{"settings": 3}',
+        config.replace('"t_0": 2', '"t_0": 0'),
+        config.replace('"epochs": 1', '"epochs": Infinity'),
+    ):
         (tmp_path / "runs" / "a" / "config.json").write_text(broken)
         assert "config.json is damaged" in run("train", "--resume", "runs/a", "--epochs", 2).err
     (tmp_path / "runs" / "a" / "config.json").write_text(config.replace('\n  "threads": ', '\n  "threads": 9'))
@@ -268,7 +324,21 @@ def test_grad_accum_takes_the_same_step(run, drawn, tmp_path):
 
 @pytest.mark.parametrize("loss", ["ce", "focal", "asymmetric"])
 def test_cutmix_trains_with_every_loss_and_does_not_see_the_pieces(run, drawn, tmp_path, loss):
-    args = ["--data", drawn, *TINY, "--epochs", 1, "--amp", "off", "--augment", "none", "--loss", loss, "--class-weights", "--cutmix"]
+    args = [
+        "--data",
+        drawn,
+        *TINY,
+        "--epochs",
+        1,
+        "--amp",
+        "off",
+        "--augment",
+        "none",
+        "--loss",
+        loss,
+        "--class-weights",
+        "--cutmix",
+    ]
     losses = {}
     for name, more in {
         "joint": ["joint"],
@@ -278,7 +348,9 @@ def test_cutmix_trains_with_every_loss_and_does_not_see_the_pieces(run, drawn, t
         done = run("train", *args, *more, "--name", name)
         assert done.code == 0, done.err
         losses[name] = float(metrics(tmp_path / "runs" / name)[0]["train_loss"])
-    assert losses["joint"] == pytest.approx(losses["pieces"], rel=1e-5) and losses["three"] != pytest.approx(losses["joint"], rel=1e-3)
+    assert losses["joint"] == pytest.approx(losses["pieces"], rel=1e-5) and losses["three"] != pytest.approx(
+        losses["joint"], rel=1e-3
+    )
     assert run("train", *args[:-1], "--name", "plain").code == 0
     assert float(metrics(tmp_path / "runs" / "plain")[0]["train_loss"]) != pytest.approx(losses["joint"], rel=1e-3)
 
@@ -289,16 +361,37 @@ def test_the_learning_rate_is_a_cosine_with_restarts_at_30_and_90(run, drawn, tm
     empty[1].update({label: torch.zeros(20, dtype=torch.int64) for label in empty[0]})
     monkeypatch.setattr(train_script, "train_one_epoch", lambda parts, *args: parts["optimizer"].step() or 0.0)
     monkeypatch.setattr(train_script, "predict_logits", lambda *args: empty)
-    monkeypatch.setattr(train_script, "save_checkpoint", lambda state, path: None if path.name == "last.pt" else torch.save(state, path))
-    flags = ["--epochs", 150, "--patience", 150, "--lr", 5e-6, "--t-0", 30, "--t-mult", 2, "--eta-min", 5e-8, "--name", "lr"]
+    monkeypatch.setattr(
+        train_script, "save_checkpoint", lambda state, path: None if path.name == "last.pt" else torch.save(state, path)
+    )
+    flags = [
+        "--epochs",
+        150,
+        "--patience",
+        150,
+        "--lr",
+        5e-6,
+        "--t-0",
+        30,
+        "--t-mult",
+        2,
+        "--eta-min",
+        5e-8,
+        "--name",
+        "lr",
+    ]
     done = run("train", "--data", drawn, *TINY, *flags)
     assert done.code == 0, done.err
     rates = [float(row["lr"]) for row in metrics(tmp_path / "runs" / "lr")]
     assert len(rates) == 150
     for epoch, lr in enumerate(rates):
         start, length = (0, 30) if epoch < 30 else (30, 60) if epoch < 90 else (90, 120)
-        assert lr == pytest.approx(5e-8 + (5e-6 - 5e-8) * (1 + math.cos(math.pi * (epoch - start) / length)) / 2, rel=1e-9)
-    assert rates[0] == rates[30] == rates[90] == 5e-6 and min(rates) == rates[89] == pytest.approx(5e-8 + 4.95e-6 * 6.852e-4, rel=1e-3)
+        assert lr == pytest.approx(
+            5e-8 + (5e-6 - 5e-8) * (1 + math.cos(math.pi * (epoch - start) / length)) / 2, rel=1e-9
+        )
+    assert rates[0] == rates[30] == rates[90] == 5e-6 and min(rates) == rates[89] == pytest.approx(
+        5e-8 + 4.95e-6 * 6.852e-4, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("loss", ["focal", "asymmetric"])
@@ -309,7 +402,9 @@ def test_every_loss_trains_and_any_label_column_works(run, drawn, tmp_path, loss
         path = folder / f"Fashion-How24_sub1_{split}.csv"
         kept = [row | {"fit.type": str((i * 7) % 4)} for i, row in enumerate(rows(path))]
         header = [k for k in kept[0] if k not in ("Daily", "Gender", "Embellishment")]
-        path.write_text("\n".join([",".join(header), *(",".join(r[k] for k in header) for r in kept)]), encoding="utf-8-sig")
+        path.write_text(
+            "\n".join([",".join(header), *(",".join(r[k] for k in header) for r in kept)]), encoding="utf-8-sig"
+        )
     done = run("train", "--data", folder, *TINY, "--epochs", 1, "--loss", loss, "--name", "c")
     assert done.code == 0, done.err
     assert "val_top1_fit.type" in metrics(tmp_path / "runs" / "c")[0]
@@ -328,8 +423,28 @@ def test_weights_of_a_best_pt_bring_backbone_and_heads(trained, run, drawn, tmp_
 
 
 def test_settings_that_cannot_act_are_said(run, drawn):
-    done = run("train", "--data", drawn, *TINY, "--epochs", 1, "--t-0", 5, "--loss", "focal", "--label-smoothing", 0.2, "--lr", 1e-5)
-    for flag in ("--t-0 5", "--patience 1", "--label-smoothing cannot act with --loss focal", "a model from scratch hardly learns"):
+    done = run(
+        "train",
+        "--data",
+        drawn,
+        *TINY,
+        "--epochs",
+        1,
+        "--t-0",
+        5,
+        "--loss",
+        "focal",
+        "--label-smoothing",
+        0.2,
+        "--lr",
+        1e-5,
+    )
+    for flag in (
+        "--t-0 5",
+        "--patience 1",
+        "--label-smoothing cannot act with --loss focal",
+        "a model from scratch hardly learns",
+    ):
         assert flag in done.out
     assert done.code == 0
 
@@ -341,7 +456,9 @@ def test_a_dataset_without_boxes_trains_on_whole_photos(run, drawn, tmp_path):
         path = folder / f"Fashion-How24_sub1_{split}.csv"
         kept = rows(path)
         header = [k for k in kept[0] if not k.startswith("BBox")]
-        path.write_text("\n".join([",".join(header), *(",".join(r[k] for k in header) for r in kept)]), encoding="cp949")
+        path.write_text(
+            "\n".join([",".join(header), *(",".join(r[k] for k in header) for r in kept)]), encoding="cp949"
+        )
     done = run("train", "--data", folder, *TINY, "--epochs", 1)
     assert done.code == 0, done.err
     assert "validation has no boxes" in done.out and "training has no boxes" in done.out and "(full)" in done.out
@@ -354,9 +471,28 @@ def test_threads_subtask_and_monitor(run, drawn, tmp_path):
         path.rename(path.with_name(path.name.replace("sub1", "sub2")))
     before = torch.get_num_threads()
     try:
-        done = run("train", "--data", folder, *TINY, "--epochs", 4, "--subtask", 2, "--threads", 2, "--monitor", "loss", "--lr", 0.03, "--name", "s")
+        done = run(
+            "train",
+            "--data",
+            folder,
+            *TINY,
+            "--epochs",
+            4,
+            "--subtask",
+            2,
+            "--threads",
+            2,
+            "--monitor",
+            "loss",
+            "--lr",
+            0.03,
+            "--name",
+            "s",
+        )
         assert done.code == 0, done.err
-        assert torch.get_num_threads() == 2 == json.loads((tmp_path / "runs" / "s" / "config.json").read_text())["threads"]
+        assert (
+            torch.get_num_threads() == 2 == json.loads((tmp_path / "runs" / "s" / "config.json").read_text())["threads"]
+        )
     finally:
         torch.set_num_threads(before)
     lowest = min(metrics(tmp_path / "runs" / "s"), key=lambda row: float(row["val_loss"]))
@@ -366,7 +502,9 @@ def test_threads_subtask_and_monitor(run, drawn, tmp_path):
 
 
 def test_early_stopping(run, drawn, tmp_path):
-    done = run("train", "--data", drawn, *TINY, "--epochs", 30, "--lr", 1e-12, "--eta-min", 0, "--patience", 2, "--name", "e")
+    done = run(
+        "train", "--data", drawn, *TINY, "--epochs", 30, "--lr", 1e-12, "--eta-min", 0, "--patience", 2, "--name", "e"
+    )
     assert done.code == 0, done.err
     assert "stopped early" in done.out and len(metrics(tmp_path / "runs" / "e")) == 3
 
@@ -374,7 +512,15 @@ def test_early_stopping(run, drawn, tmp_path):
 def test_help_has_panels_and_defaults(run, monkeypatch):
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
     done = run("train", "--help")
-    for word in ("Data", "Model", "Loss", "Optimisation", "Run", "[default: 5e-06]", "[default: eva02_tiny_patch14_224.mim_in22k]"):
+    for word in (
+        "Data",
+        "Model",
+        "Loss",
+        "Optimisation",
+        "Run",
+        "[default: 5e-06]",
+        "[default: eva02_tiny_patch14_224.mim_in22k]",
+    ):
         assert word in done.out, word
     for script in ("predict", "data", "demo"):
         assert run(script, "--help").code == 0

@@ -39,12 +39,46 @@ import model
 import train
 
 PHASES = ("start", "step", "validation", "checkpoint write", "CSV write", "end")
-BASE = ["--no-pretrained", "--image-size", "32", "--batch-size", "10", "--epochs", "3", "--t-0", "2", "--lr", "1e-3", "--save-every", "0.02", "--threads", "1"]
+BASE = [
+    "--no-pretrained",
+    "--image-size",
+    "32",
+    "--batch-size",
+    "10",
+    "--epochs",
+    "3",
+    "--t-0",
+    "2",
+    "--lr",
+    "1e-3",
+    "--save-every",
+    "0.02",
+    "--threads",
+    "1",
+]
 BASE += ["--no-pictures"]
 SETTINGS = {  # 36 training photos: the last batch is short
-    "dropout and drop path, bf16, CutMix": ["--model", "test_vit", "--amp", "bf16", "--cutmix", "Daily", "--cutmix", "Gender"],
+    "dropout and drop path, bf16, CutMix": [
+        "--model",
+        "test_vit",
+        "--amp",
+        "bf16",
+        "--cutmix",
+        "Daily",
+        "--cutmix",
+        "Gender",
+    ],
     "batch norm, float32, RandAugment": ["--model", "test_resnet", "--amp", "off", "--augment", "randaugment"],
-    "dropout and drop path, float32, grad-accum": ["--model", "test_vit", "--amp", "off", "--grad-accum", "3", "--workers", "1"],
+    "dropout and drop path, float32, grad-accum": [
+        "--model",
+        "test_vit",
+        "--amp",
+        "off",
+        "--grad-accum",
+        "3",
+        "--workers",
+        "1",
+    ],
     "batch norm, bf16, joint CutMix, RandomResizedCrop": [
         *("--model", "test_efficientnet", "--amp", "bf16"),
         *("--cutmix", "joint", "--resize", "random-resized-crop"),
@@ -106,7 +140,10 @@ class Run:
             try:
                 os.dup2(self.output.fileno(), 1)
                 os.dup2(self.output.fileno(), 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # pytest's are other files
+                sys.stdout, sys.stderr = (
+                    os.fdopen(1, "w", closefd=False),
+                    os.fdopen(2, "w", closefd=False),
+                )  # pytest's are other files
                 if script == "train":
                     child(arguments, self.status.fileno(), **hooks)
                 sys.argv = [f"{script}.py", *arguments]
@@ -156,7 +193,9 @@ def dataset(folder: Path) -> Path:
 # ---------------------------------------------------------------- kills
 
 
-def killed_runs(work: Path, name: str, flags: list[str], kills: int, seed: int, per_run: int = 5) -> tuple[Counter, int, int]:
+def killed_runs(
+    work: Path, name: str, flags: list[str], kills: int, seed: int, per_run: int = 5
+) -> tuple[Counter, int, int]:
     """Kill runs of one setting `kills` times, `per_run` times each, and resume them to the end. Returns kills by phase, runs, runs that agree.
 
     Every fourth kill or more is forced inside a write: half of these with the temporary file cut in two.
@@ -212,7 +251,12 @@ def killed_runs(work: Path, name: str, flags: list[str], kills: int, seed: int, 
 def one_hash(work: Path, flags: list[str]) -> dict[str, str]:
     """The results of one setting: twice, at 1 and 3 workers, and with an evaluation in the middle of each epoch."""
     os.chdir(work)
-    variants = {"workers 0": ["--workers", "0"], "again": ["--workers", "0"], "workers 1": ["--workers", "1"], "workers 3": ["--workers", "3"]}
+    variants = {
+        "workers 0": ["--workers", "0"],
+        "again": ["--workers", "0"],
+        "workers 1": ["--workers", "1"],
+        "workers 3": ["--workers", "3"],
+    }
     hashes = {}
     for i, (variant, more) in enumerate(variants.items()):
         run = Run(["--data", str(dataset(work)), *BASE, *flags, *more, "--name", f"same{i}"])
@@ -257,7 +301,9 @@ def watched(out: str, arguments: list[str]) -> None:
 
     def forward(self, images):
         if self.training:  # blank images stand in where a process has none
-            shown.extend(hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in images.cpu() if image.any())
+            shown.extend(
+                hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16] for image in images.cpu() if image.any()
+            )
         return plain_forward(self, images)
 
     def epoch(parts, batches, criteria, state, order, flags, amp_dtype, after_step):
@@ -287,13 +333,29 @@ def processes_agree(work: Path, flags: list[str], counts: list[int]) -> dict[int
     os.chdir(work)
     steps, tables = {}, {}
     for count in [1, *counts]:
-        arguments = ["watched", f"steps{count}", "--data", str(dataset(work)), "--workers", "0", *BASE, *flags, "--name", f"processes{count}"]
+        arguments = [
+            "watched",
+            f"steps{count}",
+            "--data",
+            str(dataset(work)),
+            "--workers",
+            "0",
+            *BASE,
+            *flags,
+            "--name",
+            f"processes{count}",
+        ]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-        done = subprocess.run([sys.executable, *launcher, __file__, *arguments], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *launcher, __file__, *arguments], capture_output=True, text=True, timeout=300
+        )
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
         ranks = [json.loads((work / f"steps{count}.{rank}").read_text()) for rank in range(count)]
-        steps[count] = [([image for rank in ranks for image in rank[i]["images"]], ranks[0][i]["loss"]) for i in range(len(ranks[0]))]
+        steps[count] = [
+            ([image for rank in ranks for image in rank[i]["images"]], ranks[0][i]["loss"])
+            for i in range(len(ranks[0]))
+        ]
         tables[count] = (work / f"runs/processes{count}/metrics.csv").read_text().splitlines()[-1].split(",")[4:-1]
     shutil.rmtree(work / "runs")
     outcome = {}
@@ -322,11 +384,31 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
         table = data.read_table(clean, split, {})
         rows = [[*cells, "10", "10", "90", "90"] for cells, _ in table.rows]
         cli.write_csv(processed / table.csv.name, [*table.header, *data.BOX_COLUMNS["mask"]], rows)
-    treatment = {"rembg_model": "u2netp", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0}
-    record = {"preparation": treatment | {"checksum": "md5:0", "weights_bytes": 4574861}, "subtask": 1, "unfinished": []}
+    treatment = {
+        "rembg_model": "u2netp",
+        "background_color": [0, 0, 0],
+        "keep_background": False,
+        "crop": "none",
+        "box_margin": 0.0,
+    }
+    record = {
+        "preparation": treatment | {"checksum": "md5:0", "weights_bytes": 4574861},
+        "subtask": 1,
+        "unfinished": [],
+    }
     (processed / "preprocess.json").write_text(json.dumps(record, indent=2))
     photo = f"val/{data.read_split(clean, 'val').samples[3].name}"
-    predict = ["trial/run/best.pt", "--data", "trial/data", "--split", "val", "--workers", "0", "--out", "trial/out.csv"]
+    predict = [
+        "trial/run/best.pt",
+        "--data",
+        "trial/data",
+        "--split",
+        "val",
+        "--workers",
+        "0",
+        "--out",
+        "trial/out.csv",
+    ]
     targets = {  # which file, and what reads it
         "CSV": ("data/Fashion-How24_sub1_val.csv", "predict", predict),
         "training CSV": ("data/Fashion-How24_sub1_train.csv", "data", ["trial/data"]),
@@ -334,11 +416,17 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
         "checkpoint": ("run/best.pt", "predict", predict),
         "last.pt": ("run/last.pt", "train", ["--resume", "trial/run", "--epochs", "2"]),
         "config.json": ("run/config.json", "train", ["--resume", "trial/run", "--epochs", "2"]),
-        "preprocess.json": ("processed/preprocess.json", "predict", [*predict[:2], "trial/processed", *predict[3:], "--view", "mask"]),
+        "preprocess.json": (
+            "processed/preprocess.json",
+            "predict",
+            [*predict[:2], "trial/processed", *predict[3:], "--view", "mask"],
+        ),
     }
     outside = set(work.rglob("*"))
 
-    @settings(max_examples=inputs, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=inputs, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(draw=st.data())
     def damage(draw) -> None:
         kind = draw.draw(st.sampled_from(list(targets)))
@@ -350,7 +438,10 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
         path = work / "trial" / name
         content = bytearray(path.read_bytes())
         path.unlink()  # a hard link
-        place, how = draw.draw(st.integers(0, len(content) - 1)), draw.draw(st.sampled_from(["flip", "cut", "insert", "text", "number", "empty"]))
+        place, how = (
+            draw.draw(st.integers(0, len(content) - 1)),
+            draw.draw(st.sampled_from(["flip", "cut", "insert", "text", "number", "empty"])),
+        )
         if how == "flip":
             content[place] ^= 1 << draw.draw(st.integers(0, 7))
         elif how == "cut":
@@ -366,8 +457,12 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
             content.clear()
         path.write_bytes(content)
         run = None
-        if sum(outcomes.values()) % 25 == 24:  # now and then through the real command, whose imports take most of the time
-            done = subprocess.run([sys.executable, ROOT / f"{script}.py", *arguments], capture_output=True, text=True, timeout=60)
+        if (
+            sum(outcomes.values()) % 25 == 24
+        ):  # now and then through the real command, whose imports take most of the time
+            done = subprocess.run(
+                [sys.executable, ROOT / f"{script}.py", *arguments], capture_output=True, text=True, timeout=60
+            )
             code, said = done.returncode, done.stdout + done.stderr
         else:
             run = Run(arguments, script)
@@ -377,8 +472,12 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
             assert "Traceback" not in said, f"{kind} ({how}):\n{said}"
             assert code == 0 or "error:" in said, f"{kind} ({how}): no message\n{said}"
             if code == 0 and script == "predict":
-                assert len((work / "trial/out.csv").read_text().splitlines()) == 17, f"{kind} ({how}): not all photos predicted"
-            assert {path for path in work.rglob("*") if not path.is_relative_to(work / "trial")} == outside, f"{kind}: written outside"
+                assert len((work / "trial/out.csv").read_text().splitlines()) == 17, (
+                    f"{kind} ({how}): not all photos predicted"
+                )
+            assert {path for path in work.rglob("*") if not path.is_relative_to(work / "trial")} == outside, (
+                f"{kind}: written outside"
+            )
         finally:
             if code is None and run:
                 os.kill(run.pid, signal.SIGKILL)
@@ -403,7 +502,9 @@ def kills(kills: Annotated[int, typer.Option(help="Kills in each setting.")] = 2
         with tempfile.TemporaryDirectory() as work:
             phases, runs, agreeing = killed_runs(Path(work), name, flags, kills, seed)
         wrong += runs - agreeing
-        print(f"{name}: {sum(phases.values())} kills of {runs} runs, {agreeing} runs end with the undisturbed run's bits ({time.monotonic() - began:.0f} s)")
+        print(
+            f"{name}: {sum(phases.values())} kills of {runs} runs, {agreeing} runs end with the undisturbed run's bits ({time.monotonic() - began:.0f} s)"
+        )
         for phase, n in phases.most_common():
             print(f"  {phase:28s} {n:3d} {'#' * n}", flush=True)
     raise SystemExit(int(wrong > 0))
@@ -415,7 +516,9 @@ def same() -> None:
     wrong = 0
     for name, flags in SETTINGS.items():
         with tempfile.TemporaryDirectory() as work:
-            hashes = one_hash(Path(work), [flag for i, flag in enumerate(flags) if "--workers" not in flags[max(i - 1, 0) : i + 1]])
+            hashes = one_hash(
+                Path(work), [flag for i, flag in enumerate(flags) if "--workers" not in flags[max(i - 1, 0) : i + 1]]
+            )
         wrong += len(set(hashes.values())) > 1
         print(name, *(f"  {value[:16]}  {variant}" for variant, value in hashes.items()), sep="\n", flush=True)
     raise SystemExit(int(wrong > 0))
@@ -424,12 +527,27 @@ def same() -> None:
 @app.command()
 def processes() -> None:
     """torchrun with 2 and 3 processes against one; exit code 1 where the images differ or the losses by more than 1e-5."""
-    flags = ["--model", "test_vit", "--amp", "off", "--cutmix", "Daily", "--cutmix", "Gender", "--epochs", "6", "--grad-accum", "2"]
+    flags = [
+        "--model",
+        "test_vit",
+        "--amp",
+        "off",
+        "--cutmix",
+        "Daily",
+        "--cutmix",
+        "Gender",
+        "--epochs",
+        "6",
+        "--grad-accum",
+        "2",
+    ]
     with tempfile.TemporaryDirectory() as work:
         outcome = processes_agree(Path(work), flags, [2, 3])
     for count, (images, difference, table) in outcome.items():
         shown, end = ("equal" if images else "DIFFER"), ("equal" if table else "differs")
-        print(f"{count} processes: images {shown} in every step, losses of 20 steps within {difference:.1e}, last validation {end}")
+        print(
+            f"{count} processes: images {shown} in every step, losses of 20 steps within {difference:.1e}, last validation {end}"
+        )
     raise SystemExit(int(any(not images or difference > 1e-5 for images, difference, _ in outcome.values())))
 
 
@@ -450,7 +568,16 @@ def memory() -> None:
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)
         for epochs in (5, 50):
-            flags = ["--data", str(dataset(Path(work))), "--workers", "0", *BASE, *next(iter(SETTINGS.values())), "--epochs", str(epochs)]
+            flags = [
+                "--data",
+                str(dataset(Path(work))),
+                "--workers",
+                "0",
+                *BASE,
+                *next(iter(SETTINGS.values())),
+                "--epochs",
+                str(epochs),
+            ]
             run = Run([*flags, "--name", f"run{epochs}", "--save-every", "1000"])
             assert run.wait(600) == 0, run.said()
             peaks[epochs] = run.usage.ru_maxrss / 1024
