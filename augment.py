@@ -5,7 +5,7 @@ pixels takes boxes too, for `--box-head`, and moves them alike.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -349,3 +349,32 @@ def _hole(side: int) -> tuple[int, int]:
     """Start and length of a hole along a side."""
     length = min(int(torch.randint(4, max(4, int(0.1 * side)) + 1, ())), side)
     return int(torch.randint(side - length + 1, ())), length
+
+
+def cutmix(
+    images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], labels: Sequence[str] | None, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """CutMix (Yun et al. 2019) over a whole batch, images (N, 3, H, W) and targets {label: int64 (N,)}, drawn from `seed` alone.
+
+    Each of `labels` has a paste of its own, one after another onto the same images, each cut from the unmixed ones: a box that is the
+    same in the batch, from another image of it. That label's targets become probabilities, float32 (N, classes), mixed by the box's
+    share of the image. `["joint"]`: one paste, by whose share all labels are mixed.
+    """
+    if not labels or len(images) < 2:
+        return images, targets
+    generator, mixed, targets = torch.Generator().manual_seed(seed), images.clone(), dict(targets)
+    for pasted in [list(targets)] if "joint" in labels else [[label] for label in labels]:
+        partner = int(
+            torch.randint(1, len(images), (), generator=generator)
+        )  # so many places further, never the image itself
+        area, *middle = torch.rand(3, generator=generator).tolist()
+        rows, columns = (
+            slice(*(round(min(max(m + end * area**0.5 / 2, 0), 1) * side) for end in (-1, 1)))
+            for m, side in zip(middle, images.shape[-2:])
+        )
+        mixed[..., rows, columns] = images[..., rows, columns].roll(partner, 0)
+        share = (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
+        for label in pasted:
+            own = F.one_hot(targets[label], classes[label]).float()
+            targets[label] = torch.lerp(own, own.roll(partner, 0), share)
+    return mixed, targets

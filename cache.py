@@ -24,13 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import data
+import loading
+import photos
 from cli import console, locked, note, progress, remove_leftovers, say, whole_file
 
 CHUNK = 32  # views that a process decodes in a row
 NOTED_EVERY = 2.0  # seconds between two writings of what is decoded
 SPARE = 500_000_000  # bytes that are left free on the disk
 
-Key = tuple[str, data.Box | None]  # path of a photo, and what is cut from it
+Key = tuple[str, photos.Box | None]  # path of a photo, and what is cut from it
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _mapped(path: str, size: int, slots: int) -> np.ndarray:
     return np.memmap(path, np.uint8, "r", shape=(slots, 3, size, size))
 
 
-def add_cache(photos: Sequence[data.Photos], roots: Sequence[Path], cache_dir: Path | None, workers: int) -> None:
+def add_cache(photos: Sequence[loading.Photos], roots: Sequence[Path], cache_dir: Path | None, workers: int) -> None:
     """Let these photos of the datasets `roots` come from a cache, which is built or completed first where need be.
 
     Raises ValueError with all images that cannot be decoded. Says so where the cache cannot be written; then they come from the files.
@@ -118,7 +120,7 @@ def folder_of(root: Path, cache_dir: Path | None) -> Path:
 @lru_cache
 def decoding() -> str:
     """What decides the pixels of a view but the photo: the functions that make them, Pillow and its JPEG library."""
-    functions = (data.open_image, data._orientation, data.load_photo, data.to_pixels)
+    functions = (photos.open_image, photos._orientation, photos.load_photo, photos.to_pixels)
     parts = [*map(inspect.getsource, functions), PIL.__version__, str(PIL.features.version("jpg"))]
     return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
 
@@ -141,7 +143,7 @@ class Shelf:
         self.index, self.bytes = folder / f"{self.stem}.index", 3 * size * size
         self.wanted: dict[Key, str] = {}
 
-    def name(self, path: str, box: data.Box | None) -> tuple:
+    def name(self, path: str, box: photos.Box | None) -> tuple:
         return (path[self.start :], *(box or ()))
 
     def read(self) -> None:
@@ -204,7 +206,7 @@ class Shelf:
             CHUNK,
             num_workers=workers,
             collate_fn=decoded,
-            worker_init_fn=data.start_worker,
+            worker_init_fn=loading.start_worker,
             generator=torch.Generator(),
         )
         problems, lines, since, done = [], [], time.monotonic(), 0
@@ -241,7 +243,7 @@ def decode(size: int, known: dict[tuple, int], views: list[Key]) -> tuple[list[t
             digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
             slot = known.get((digest, *(box or ())))
             if slot is None:
-                pixels.append(data.to_pixels(data.load_photo(path), box, size))
+                pixels.append(photos.to_pixels(photos.load_photo(path), box, size))
             found.append((digest, slot))
         except (ValueError, OSError) as error:
             found.append((None, str(error)))

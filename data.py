@@ -7,37 +7,28 @@ image_name, BBox_* and Mask_* have their meaning; every other column is a label.
 """
 
 import csv
-import gc
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import signal
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes
 
 import demo
-from augment import augmentation
 from cli import note, progress, run_app, say, show_table
+from photos import SUFFIXES, Box, clip_box, load_photo, open_image, upright_size
 
 SPLITS = ("train", "val", "test")
 CLASS_NAMES = {  # the organisers' labels; any other label column has the classes 0..max of the training CSV
@@ -51,30 +42,8 @@ BOX_COLUMNS = {  # the views that are boxes: the organisers', and the foreground
 }
 BOX = "(box)"  # where the garment is, beside the labels: a box head's output, and what it should be
 MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
-MAX_PIXELS = 100_000_000
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-)  # none that starts another program; a camera's MPO counts as JPEG
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
 LAYOUT = "Fashion-How24_sub{subtask}_train.csv, ..._val.csv and ..._test.csv beside the folders train/, val/ and test/ with the images"
-
-TURNS = {  # what makes an image of this EXIF orientation upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-Box = tuple[int, int, int, int]
 
 
 # ---------------------------------------------------------------- from a CSV to samples
@@ -462,76 +431,7 @@ def check_header(sample: Sample) -> Sample | ValueError:
     return replace(sample, boxes=boxes, size=(width, height))
 
 
-def clip_box(box: Box, width: int, height: int) -> Box:
-    """The part of a box that lies inside a photo of this size. Raises ValueError where nothing does."""
-    clipped = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
-    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-        raise ValueError(f"the box {box} lies outside the photo of {width} x {height} pixels")
-    return clipped
-
-
 # ---------------------------------------------------------------- from a file to pixels
-
-
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """Open an image without decoding it. Raises ValueError where it is no image, or larger than MAX_PIXELS."""
-    try:
-        Image.init()  # Pillow loads its rarer formats only then
-        Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is another one, and warns; ours follows
-        image = Image.open(path, formats=FORMATS)
-    except Exception as error:
-        raise ValueError(f"{path} is no image that can be read ({error.__class__.__name__})") from None
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; scale it down")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where there is none or the EXIF block makes no sense."""
-    try:
-        return image.getexif().get(0x0112, 1) if "exif" in image.info else 1
-    except Exception:
-        return 1
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the EXIF orientation, from the header."""
-    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
-
-
-def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
-    """Decode an image to upright RGB, 8 bits a channel; transparency goes onto `background`. Raises ValueError."""
-    with open_image(path) as image:
-        try:
-            image.load()
-            if _orientation(image) in TURNS:
-                image = image.transpose(TURNS[_orientation(image)])
-            if image.mode == "F":
-                raise ValueError(
-                    "its pixels are floating-point numbers, whose range is not known; save it with 8 bits a channel"
-                )
-            if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
-                pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-                rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
-                if "transparency" in image.info:  # one grey that stands for nothing
-                    rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
-                return rgb
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
-
-
-def crop_box(crop: Sequence[float], size: tuple[int, int]) -> Box:
-    """The box nearest to `crop`, xmin, ymin, xmax, ymax in 0..1, in pixels of a photo of this width and height; one pixel at least."""
-    left, top = (min(round(at * side), side - 1) for at, side in zip(crop[:2], size))
-    right, bottom = (max(round(at * side), start + 1) for at, side, start in zip(crop[2:], size, (left, top)))
-    return left, top, right, bottom
 
 
 def relative_boxes(samples: Sequence[Sample], view: str) -> Tensor:
@@ -544,274 +444,7 @@ def relative_boxes(samples: Sequence[Sample], view: str) -> Tensor:
     )
 
 
-def to_pixels(photo: Image.Image, box: Box | None, size: int) -> Tensor:
-    """The one preparation of training, validation and prediction: a view of a photo (None: all of it) squashed to uint8 (3, size, size)."""
-    if box is not None:
-        photo = photo.crop(box)
-    photo = photo.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()
-
-
 # ---------------------------------------------------------------- batches
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts: (seed, "sample", epoch, index), (seed, "step", number), ..."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
-
-
-def as_it_is(sample: Sample) -> tuple[Image.Image, dict[str, Box]]:
-    """The photo of a sample and the boxes in it."""
-    return load_photo(sample.path), sample.boxes
-
-
-def jittered(box: Box, share: float, size: tuple[int, int]) -> Box:
-    """The box with each side off by a normal error of `share` of its width or height, within a photo of this size; from torch's generator."""
-    errors = (share * torch.randn(4)).clamp(-0.4, 0.4).tolist()  # so that something is left of it
-    sides = (box[2] - box[0], box[3] - box[1]) * 2
-    moved = [(side + error * length) / whole for side, error, length, whole in zip(box, errors, sides, size * 2)]
-    return crop_box([min(max(at, 0), 1) for at in moved], size)
-
-
-class Photos(Dataset):
-    """The samples of a split as uint8 tensors (3, size, size) with their labels.
-
-    An item is asked for by its index (its view is `view`, squashed to size, nothing is augmented), or in training by (epoch, index): then
-    the view is `view` with probability `crop_prob`, else the full photo; it is resized as `resize` says ("squash", or
-    "random-resized-crop": a random part of 8 to 100 % of the view, of a side ratio between 3/4 and 4/3) and goes through `augment`.
-    All of that depends on (seed, epoch, index) alone. With `box_head` the labels of a training item have BOX beside them: the box of `view` in
-    a whole photo, float32 (4,), xmin, ymin, xmax, ymax in 0..1 of the augmented image, NaN where it is not to be learned: in a photo that is
-    cut to it. With `box_jitter` the sides of these cuts are off by a normal error, in shares of the box's sides.
-
-    `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at prediction). `crops` (N, 4), in 0..1 of each photo, is what is
-    seen instead of a view. A photo that cannot be decoded comes as the ValueError that says so (see `batches`). `cache` (cache.py) holds the
-    views that are the same whenever they are drawn.
-    """
-
-    def __init__(
-        self,
-        samples: list[Sample],
-        size: int,
-        view: str = "full",
-        crop_prob: float = 1.0,
-        augment: Callable = v2.Identity(),
-        seed: int = 0,
-        prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] = as_it_is,
-        resize: str = "squash",
-        box_head: bool = False,
-        box_jitter: float = 0.0,
-        crops: Tensor | None = None,
-    ):
-        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = (
-            samples,
-            size,
-            view,
-            crop_prob,
-            augment,
-            seed,
-            prepare,
-        )
-        self.box_head, self.box_jitter, self.crops = box_head, box_jitter, crops
-        # as tensors, so that a loading process whose photos are cached touches no row: it would get a copy of each that it does
-        self.labels = {
-            label: torch.tensor([sample.labels[label] for sample in samples])
-            for label in (samples[0].labels if samples else ())
-        }
-        self.boxed = torch.tensor([view in sample.boxes for sample in samples])
-        self.boxes = relative_boxes(samples, view) if box_head else None
-        self.random_crop = (
-            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
-            if resize == "random-resized-crop"
-            else None
-        )
-        self.cache = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, int | Tensor]] | ValueError:
-        if not isinstance(key, tuple):
-            return self._item(key, crop=True)
-        epoch, index = key
-        state, threads = torch.get_rng_state(), torch.get_num_threads()
-        try:
-            # not torch.manual_seed: without CUDA it keeps a note of each call, for a GPU that never comes
-            torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
-            torch.set_num_threads(1)  # as in a worker process: more might add floats in another order
-            crop = torch.rand(()).item() < self.crop_prob
-            item = self._item(index, crop, self.random_crop, self.box_jitter)
-            if isinstance(item, ValueError):
-                return item
-            image, labels = item
-            if not self.box_head:
-                return self.augment(image), labels
-            image, (box,) = self.augment(image, self._box_to_find(index, crop))
-            return image, labels | {BOX: torch.where((box[2:] - box[:2]).amin() > 0, box / self.size, math.nan)}
-        finally:
-            torch.set_rng_state(state)
-            torch.set_num_threads(threads)
-
-    def _box_to_find(self, index: int, crop: bool) -> BoundingBoxes:
-        """The box of `view` in a whole photo that is squashed to size, (1, 4); of one that is cut to it or has none, an empty box."""
-        box = torch.zeros(1, 4) if crop else self.boxes[index : index + 1].nan_to_num() * self.size
-        return BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
-
-    def view_in(self, epoch: int, index: int) -> str:
-        """The view that this photo is seen in: the first that `__getitem__` draws."""
-        drawn = torch.rand(
-            (), generator=torch.Generator().manual_seed(derive_seed(self.seed, "sample", epoch, index))
-        ).item()
-        return self.view if drawn < self.crop_prob and self.boxed[index] else "full"
-
-    def _item(
-        self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0
-    ) -> tuple[Tensor, dict[str, int]] | ValueError:
-        try:
-            return self._pixels(index, crop, random_crop, jitter), {
-                label: values[index].item() for label, values in self.labels.items()
-            }
-        except (ValueError, OSError) as error:
-            return ValueError(f"{self.samples[index].where}: {error}")
-
-    def _pixels(self, index: int, crop: bool, random_crop: Callable | None, jitter: float) -> Tensor:
-        boxed = crop and self.boxed[index].item()
-        if self.cache and not random_crop and self.crops is None and not (jitter and boxed):
-            stored = self.cache.pixels(index, boxed)
-            if stored is not None:
-                return stored
-        photo, boxes = self.prepare(self.samples[index])
-        box = boxes.get(self.view) if crop else None
-        if self.crops is not None:
-            box = crop_box(self.crops[index].tolist(), photo.size)
-        elif jitter and box is not None:
-            box = jittered(box, jitter, photo.size)
-        if random_crop:
-            photo, box = random_crop(photo if box is None else photo.crop(box)), None
-        return to_pixels(photo, box, self.size)
-
-    def fixed_boxes(self, sample: Sample) -> set[Box | None]:
-        """The views of a sample that are the same whenever they are drawn, and so can be decoded once: boxes, None the whole photo."""
-        if self.random_crop:
-            return set()
-        boxes = ({sample.boxes.get(self.view)} if self.crop_prob > 0 else set()) | (
-            {None} if self.crop_prob < 1 else set()
-        )
-        return boxes & {None} if self.box_jitter else boxes
-
-
-def training_photos(samples: list[Sample], size: int, settings: SimpleNamespace) -> Photos:
-    """The training photos as a run with these settings (train.py's flags) sees them."""
-    how = {"resize": settings.resize, "box_head": settings.box_head, "box_jitter": settings.box_jitter}
-    return Photos(
-        samples, size, settings.train_view, settings.crop_prob, augmentation(settings.augment), settings.seed, **how
-    )
-
-
-def share_of(n: int, rank: int, world: int) -> slice:
-    """Which of `n` things in a row the process `rank` of `world` takes: an even part, maybe none."""
-    each, more = divmod(n, world)
-    start = rank * each + min(rank, more)
-    return slice(start, start + each + (rank < more))
-
-
-class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone; a short last batch is kept.
-
-    Before each pass set `epoch`, and `done`: how many batches of it were used before an interruption. Of each batch the process `rank`
-    of `world` gets its share; an empty one where there are more processes than images.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
-        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
-        self.epoch = self.done = 0
-
-    def __len__(self) -> int:
-        return math.ceil(self.n / self.batch_size) - self.done
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(
-            self.n, generator=torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        ).tolist()
-        for start in range(self.done * self.batch_size, self.n, self.batch_size):
-            batch = order[start : start + self.batch_size]
-            yield [(self.epoch, index) for index in batch[share_of(len(batch), self.rank, self.world)]]
-
-
-def _collate(photos: Photos, items: list) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
-    if bad := [item for item in items if isinstance(item, ValueError)]:
-        return ValueError("\n".join(map(str, bad)))
-    if not items:
-        none = {label: torch.zeros(0, dtype=torch.int64) for label in photos.samples[0].labels} | (
-            {BOX: torch.zeros(0, 4)} if photos.box_head else {}
-        )
-        return torch.zeros(0, 3, photos.size, photos.size, dtype=torch.uint8), none
-    return torch.utils.data.default_collate(items)
-
-
-def start_worker(worker: int) -> None:
-    """Ctrl-C reaches the loading processes too; the training process decides when they end. The rows are no garbage: looking through them would copy them."""
-    gc.freeze()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def make_loader(photos: Photos, batch_size: int, workers: int, epochs: Iterable[list] | None = None) -> DataLoader:
-    """A loader of (images uint8 (N, 3, H, W), {label: int64 (N,)}): in order, or by `epochs`. Read it through `batches`."""
-    order = {"batch_sampler": epochs} if epochs is not None else {"batch_size": batch_size}
-    return DataLoader(
-        photos,
-        num_workers=workers,
-        collate_fn=partial(_collate, photos),
-        worker_init_fn=start_worker,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
-        **order,
-    )
-
-
-def default_workers(workers: int | None) -> int:
-    """`workers`, or where it is None a process for each CPU core that this one may use, at most 8."""
-    if workers is not None:
-        return workers
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def batches(loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """The batches of a loader. Raises the ValueError of a photo that could not be decoded, with its row and without a worker's traceback."""
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
-
-
-def cutmix(
-    images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], labels: Sequence[str] | None, seed: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """CutMix (Yun et al. 2019) over a whole batch, images (N, 3, H, W) and targets {label: int64 (N,)}, drawn from `seed` alone.
-
-    Each of `labels` has a paste of its own, one after another onto the same images, each cut from the unmixed ones: a box that is the
-    same in the batch, from another image of it. That label's targets become probabilities, float32 (N, classes), mixed by the box's
-    share of the image. `["joint"]`: one paste, by whose share all labels are mixed.
-    """
-    if not labels or len(images) < 2:
-        return images, targets
-    generator, mixed, targets = torch.Generator().manual_seed(seed), images.clone(), dict(targets)
-    for pasted in [list(targets)] if "joint" in labels else [[label] for label in labels]:
-        partner = int(
-            torch.randint(1, len(images), (), generator=generator)
-        )  # so many places further, never the image itself
-        area, *middle = torch.rand(3, generator=generator).tolist()
-        rows, columns = (
-            slice(*(round(min(max(m + end * area**0.5 / 2, 0), 1) * side) for end in (-1, 1)))
-            for m, side in zip(middle, images.shape[-2:])
-        )
-        mixed[..., rows, columns] = images[..., rows, columns].roll(partner, 0)
-        share = (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
-        for label in pasted:
-            own = F.one_hot(targets[label], classes[label]).float()
-            targets[label] = torch.lerp(own, own.roll(partner, 0), share)
-    return mixed, targets
 
 
 # ---------------------------------------------------------------- python data.py DATASET

@@ -37,27 +37,22 @@ import demo
 from cli import blaming, misuse, note, progress, run_app, say, say_boxes, show_scores, show_table, write_csv
 from data import (
     BOX,
-    SUFFIXES,
-    Photos,
     Sample,
     Split,
-    as_it_is,
-    batches,
     check_preparation,
     class_name,
     csv_name,
-    default_workers,
     find_dataset,
     image_samples,
-    load_photo,
-    make_loader,
     needs_remover,
     read_preparation,
     read_split,
     relative_boxes,
     submission_column,
 )
+from loading import Photos, as_it_is, batches, default_workers, make_loader
 from model import FashionModel, choose_amp, choose_device, load_model, look_twice, predict_logits, score, score_boxes
+from photos import SUFFIXES, load_photo
 from preprocess import Remover, find_weights, prepare_photo
 
 UNTRAINED = {

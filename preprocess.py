@@ -36,19 +36,17 @@ from data import (
     BOX_COLUMNS,
     PREPARED,
     SPLITS,
-    Box,
     Sample,
     Table,
     check_header,
     check_preparation,
-    clip_box,
     csv_name,
-    default_workers,
     find_dataset,
-    load_photo,
     read_table,
     report,
 )
+from loading import default_workers
+from photos import Box, clip_box, load_photo
 
 LOG = "preprocess.csv"
 LOG_COLUMNS = ("split", "image_name", "bytes", "blake2b", "cut_to", *BOX_COLUMNS["mask"], "found", *BOX_COLUMNS["bbox"])

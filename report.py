@@ -25,26 +25,12 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from augment import cutmix
 from cli import misuse, note, run_app, say, whole_file
-from data import (
-    BOX_COLUMNS,
-    Box,
-    EpochBatches,
-    Photos,
-    Sample,
-    Split,
-    batches,
-    class_name,
-    cutmix,
-    derive_seed,
-    find_dataset,
-    load_photo,
-    make_loader,
-    read_splits,
-    to_pixels,
-    training_photos,
-)
+from data import BOX_COLUMNS, Sample, Split, class_name, find_dataset, read_splits
+from loading import EpochBatches, Photos, batches, derive_seed, make_loader, training_photos
 from model import FashionModel, load_model, read_checkpoint, score
+from photos import Box, load_photo, to_pixels
 
 PICTURES = ("curves.png", "confusion.png", "inputs.png", "mistakes.png", "looks.png")
 HANGUL_FONTS = (

@@ -39,6 +39,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 import losses
+from augment import cutmix
 from cache import add_cache
 from cli import (
     Stopped,
@@ -57,26 +58,8 @@ from cli import (
     whole_file,
     write_csv,
 )
-from data import (
-    BOX,
-    EpochBatches,
-    Photos,
-    Split,
-    batches,
-    crop_box,
-    cutmix,
-    dataset_path,
-    default_workers,
-    derive_seed,
-    find_dataset,
-    make_loader,
-    needs_remover,
-    read_preparation,
-    read_splits,
-    relative_boxes,
-    share_of,
-    training_photos,
-)
+from data import BOX, Split, dataset_path, find_dataset, needs_remover, read_preparation, read_splits, relative_boxes
+from loading import EpochBatches, Photos, batches, default_workers, derive_seed, make_loader, share_of, training_photos
 from model import (
     BOX_SCORES,
     FIXED_LOOK,
@@ -101,6 +84,7 @@ from model import (
     score_boxes,
     update_average,
 )
+from photos import crop_box
 from report import draw_pictures, restarts
 
 CHANGEABLE_ON_RESUME = {  # of data and teacher: where the same ones lie

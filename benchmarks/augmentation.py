@@ -33,6 +33,7 @@ from torchvision.transforms import v2
 
 import augment
 import data
+import photos
 from cli import progress, run_app, say, show_table
 
 warnings.filterwarnings("ignore", message="ShiftScaleRotate")  # another of its transforms does the same
@@ -115,10 +116,10 @@ def changes(images: list[Tensor]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def photos(dataset: str, n: int) -> list[Tensor]:
+def sample_photos(dataset: str, n: int) -> list[Tensor]:
     samples = data.read_split(data.find_dataset(dataset), "train").samples
     chosen = random.Random(0).sample(samples, min(n, len(samples)))
-    return [data.to_pixels(data.load_photo(sample.path), sample.boxes.get("bbox"), 224) for sample in chosen]
+    return [photos.to_pixels(photos.load_photo(sample.path), sample.boxes.get("bbox"), 224) for sample in chosen]
 
 
 def draw(images: list[Tensor], path: Path, side: int = 112) -> None:
@@ -151,7 +152,7 @@ def compare(
     """Compare the kinds of `basic` with Albumentations' own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shown = photos(dataset, images)
+    shown = sample_photos(dataset, images)
     if picture:
         draw(shown[:2], picture)
     draws, wrong, rows = 10_000, [], []

@@ -29,18 +29,8 @@ import typer
 from PIL import Image, ImageDraw, ImageOps
 
 from cli import misuse, run_app, say, show_table
-from data import (
-    BOX,
-    Photos,
-    Split,
-    batches,
-    find_dataset,
-    image_samples,
-    make_loader,
-    read_split,
-    relative_boxes,
-    submission_column,
-)
+from data import BOX, Split, find_dataset, image_samples, read_split, relative_boxes, submission_column
+from loading import Photos, batches, make_loader
 from model import box_of, choose_margin, crops_of, load_model, overlaps, predict_logits, score
 from predict import predict_rows
 

@@ -26,7 +26,6 @@ from typing import Annotated
 import albumentations as A
 import cv2
 import numpy as np
-import photos as bench  # finds the scripts, and tells Albumentations not to ask the network
 import torch
 import typer
 from albumentations.pytorch import ToTensorV2
@@ -34,6 +33,8 @@ from torch.utils.data import DataLoader
 
 import augment
 import data
+import loading
+import bench  # finds the scripts, and tells Albumentations not to ask the network
 from cache import add_cache
 from cli import run_app, say, show_table
 
@@ -110,7 +111,7 @@ def two_epochs(loader: DataLoader) -> tuple[float, float]:
     """CPU time of each, the start of the loader's processes in the first."""
 
     def epoch() -> None:
-        for images, _ in data.batches(loader):
+        for images, _ in loading.batches(loader):
             assert len(images)
 
     times = cpu_seconds(epoch), cpu_seconds(epoch)
@@ -131,7 +132,7 @@ def compare(
 ) -> None:
     """Time the loaders."""
     torch.set_num_threads(1)
-    workers = data.default_workers(workers)
+    workers = loading.default_workers(workers)
     with tempfile.TemporaryDirectory() as folder:
         if grow:
             return growth(Path(folder), workers)
@@ -139,13 +140,13 @@ def compare(
         samples = data.read_split(root, "train").samples
         basic = augment.augmentation("basic")
         cached, varying = (
-            data.Photos(samples, size, "bbox", augment=basic, resize=resize)
+            loading.Photos(samples, size, "bbox", augment=basic, resize=resize)
             for resize in ("squash", "random-resized-crop")
         )
         building = cpu_seconds(lambda: add_cache([cached], [root], None, workers)) / images
 
-        def ours(photos: data.Photos) -> DataLoader:
-            return data.make_loader(photos, 64, workers, data.EpochBatches(images, 64, 0))
+        def ours(photos: loading.Photos) -> DataLoader:
+            return loading.make_loader(photos, 64, workers, loading.EpochBatches(images, 64, 0))
 
         ways = {
             OURS: lambda: ours(cached),
@@ -219,19 +220,19 @@ def growth(folder: Path, workers: int) -> None:
 def measured(root: Path, n: int, workers: int, images: int = 4_096) -> tuple[float, ...]:
     """Seconds to build and to open the cache, CPU ms an image (least of epochs 2 to 6), anonymous MB: of the rows, the loader, it later."""
     before = bench.anonymous_mb()
-    photos = data.Photos(data.read_split(root, "train").samples, 64, "bbox", augment=augment.augmentation("basic"))
+    photos = loading.Photos(data.read_split(root, "train").samples, 64, "bbox", augment=augment.augmentation("basic"))
     rows = bench.anonymous_mb() - before
     seconds = []
     for _ in range(2):
         start = time.monotonic()
         add_cache([photos], [root], None, workers)
         seconds.append(time.monotonic() - start)
-    order, times, memory = data.EpochBatches(n, 64, 0), [], []
+    order, times, memory = loading.EpochBatches(n, 64, 0), [], []
     order.done = max(0, len(order) - images // 64)
-    loader, before = data.make_loader(photos, 64, workers, order), bench.anonymous_mb()
+    loader, before = loading.make_loader(photos, 64, workers, order), bench.anonymous_mb()
     for epoch in range(6):
         order.epoch = epoch
-        times.append(1e3 * cpu_seconds(lambda: [None for _ in data.batches(loader)]) / min(n, images))
+        times.append(1e3 * cpu_seconds(lambda: [None for _ in loading.batches(loader)]) / min(n, images))
         memory.append(bench.anonymous_mb() - before)
     loader._iterator._shutdown_workers()
     return *seconds, min(times[1:]), rows, memory[0], memory[-1]

@@ -29,8 +29,9 @@ from torch import Tensor
 
 import data
 from cli import note, run_app, say, show_table
-from data import SPLITS, Sample, Split, load_photo, read_split, to_pixels
+from data import SPLITS, Sample, Split, read_split
 from model import FIXED_LOOK, PIECE, FashionModel, build_model, choose_amp, load_model, score
+from photos import load_photo, to_pixels
 from predict import predict_rows
 
 CLASSES = {"Daily": 6, "Gender": 5, "Embellishment": 3}

@@ -39,7 +39,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import preprocess
 from cli import misuse, note, run_app, say, show_table
-from data import csv_name, default_workers, read_table
+from data import csv_name, read_table
+from loading import default_workers
 
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 SIZE = 600, 800

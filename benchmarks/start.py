@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import photos as bench
 import typer
 
+import bench
 from cli import run_app, show_table
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 RUN = f"""
 import itertools, os, sys, time
 sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]
-import photos as bench
+import bench
 mode, *sys.argv = sys.argv[1:]
 import cli, train
 real = train.train_one_epoch
@@ -50,7 +50,7 @@ cli.run_app(train.app)
 ALONE = f"""
 import itertools, os, sys
 sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]
-import photos as bench
+import bench
 import torch, losses, data
 from functools import partial
 from types import SimpleNamespace
@@ -66,7 +66,7 @@ parts = {{"model": net, "forward": net, "optimizer": optimizer, "schedule": sche
 criteria = {{label: (partial(losses.cross_entropy, class_weights=None), None) for label in classes}}
 amp = choose_amp("auto", torch.device("cpu"))
 flags = SimpleNamespace(seed=0, cutmix=None, grad_accum=1, batch_size=batch, clip_grad=0, warmup_epochs=0)
-train_one_epoch(parts, itertools.repeat(images, 3), criteria, dict(START), data.EpochBatches(batch, batch, 0), flags, amp, lambda n: None)
+train_one_epoch(parts, itertools.repeat(images, 3), criteria, dict(START), loading.EpochBatches(batch, batch, 0), flags, amp, lambda n: None)
 print(bench.anonymous_mb())
 """
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -22,7 +22,7 @@ import typer
 
 import losses
 from cli import run_app, say
-from data import EpochBatches
+from loading import EpochBatches
 from model import build_model, parameter_groups
 from train import START, train_one_epoch
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import photos as bench
 import timm
 import torch
 import typer
@@ -28,7 +27,9 @@ from PIL import Image
 
 import augment
 import data
+import loading
 import losses
+import bench
 from cache import add_cache
 from cli import Stopped, run_app, say, show_table
 from model import build_model, choose_amp, choose_device, parameter_groups
@@ -66,7 +67,7 @@ def compare(
 ) -> None:
     """Time a step of train.py fed by its loader, by a constant batch, and of a plain loop fed by timm's loader."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    place, workers = choose_device(device), data.default_workers(workers)
+    place, workers = choose_device(device), loading.default_workers(workers)
     amp_dtype = choose_amp(amp, place)
     warm = 2 + workers * 2 * (workers > 0)  # until the queue is full
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +75,7 @@ def compare(
         split = data.read_split(root, "train")
         net, size = build_model(model, split.classes)
         net.to(place)
-        photos = data.Photos(split.samples, size, "bbox", augment=augment.augmentation("basic"))
+        photos = loading.Photos(split.samples, size, "bbox", augment=augment.augmentation("basic"))
         add_cache([photos], [root], None, workers)
         criteria = {
             label: (partial(losses.cross_entropy, smoothing=0.1, class_weights=None), None) for label in split.classes
@@ -104,7 +105,7 @@ def compare(
                 if len(times) > skip + steps:
                     raise Stopped
 
-            order = data.EpochBatches(len(photos), batch_size, 0)
+            order = loading.EpochBatches(len(photos), batch_size, 0)
             try:
                 train_one_epoch(parts, batches, criteria, dict(START), order, flags, amp_dtype, after_step)
             except Stopped:
@@ -112,8 +113,8 @@ def compare(
 
         def from_photos() -> float:
             return ours(
-                data.batches(
-                    data.make_loader(photos, batch_size, workers, data.EpochBatches(len(photos), batch_size, 0))
+                loading.batches(
+                    loading.make_loader(photos, batch_size, workers, loading.EpochBatches(len(photos), batch_size, 0))
                 ),
                 warm,
             )

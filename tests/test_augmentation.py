@@ -12,10 +12,11 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 import augment
-import data
 from augment import CLAHE, Warp, augmentation
 from benchmarks.augmentation import FACTOR, KINDS, changes, rates
-from data import EpochBatches, Photos, Sample, batches, load_photo, make_loader, read_split, to_pixels
+from data import Sample, read_split
+from loading import EpochBatches, Photos, batches, make_loader
+from photos import load_photo, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +361,7 @@ def numbered(n, height=24, width=40):
 def test_cutmix_mixes_targets_by_the_area_that_it_pastes(n, labels, several, seed):
     images, targets = numbered(n)
     before, chosen = images.clone(), labels[:several]
-    mixed, soft = data.cutmix(images, targets, CLASSES, chosen, seed)
+    mixed, soft = augment.cutmix(images, targets, CLASSES, chosen, seed)
     assert torch.equal(images, before) and all(targets[label].ndim == 1 for label in CLASSES)
     assert mixed.dtype == torch.uint8 and torch.equal(
         mixed[:, 1:], images[:, 1:]
@@ -384,7 +385,7 @@ def test_cutmix_mixes_targets_by_the_area_that_it_pastes(n, labels, several, see
 @given(n=st.integers(2, 9), seed=st.integers(0, 10**9))
 def test_joint_cutmix_is_one_paste_for_all_labels(n, seed):
     images, targets = numbered(n)
-    mixed, soft = data.cutmix(images, targets, CLASSES, ["joint"], seed)
+    mixed, soft = augment.cutmix(images, targets, CLASSES, ["joint"], seed)
     for i in range(n):
         sources = mixed[i, 0].flatten().bincount(minlength=n) / mixed[i, 0].numel()
         for label, c in CLASSES.items():
@@ -404,7 +405,7 @@ def test_each_labels_paste_is_its_own_and_counts_as_it_was_pasted(monkeypatch):
     partners, areas, three = set(), [], 0
     for seed in range(300):
         pasted.clear()
-        mixed, soft = data.cutmix(images, targets, CLASSES, ["Gender", "Daily"], seed)
+        mixed, soft = augment.cutmix(images, targets, CLASSES, ["Gender", "Daily"], seed)
         for (by, pixels), label in zip(pasted, ("Gender", "Daily"), strict=True):
             own = torch.nn.functional.one_hot(targets[label], CLASSES[label]).float()
             torch.testing.assert_close(soft[label], own + pixels / 960 * (own.roll(by, 0) - own))
@@ -420,9 +421,10 @@ def test_each_labels_paste_is_its_own_and_counts_as_it_was_pasted(monkeypatch):
 def test_cutmix_of_nothing_changes_nothing():
     images, targets = numbered(1)
     for labels in (None, [], ["Gender"], ["joint"]):
-        same, kept = data.cutmix(images, targets, CLASSES, labels, 1)
+        same, kept = augment.cutmix(images, targets, CLASSES, labels, 1)
         assert same is images and kept is targets
     images, targets = numbered(4)
     assert not torch.equal(
-        data.cutmix(images, targets, CLASSES, ["joint"], 1)[0], data.cutmix(images, targets, CLASSES, ["joint"], 2)[0]
+        augment.cutmix(images, targets, CLASSES, ["joint"], 1)[0],
+        augment.cutmix(images, targets, CLASSES, ["joint"], 2)[0],
     )

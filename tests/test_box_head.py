@@ -11,7 +11,9 @@ from PIL import Image
 from test_train_predict import rows
 
 import losses
-from data import BOX, Photos, as_it_is, augmentation, crop_box, jittered, read_split, relative_boxes
+from augment import augmentation
+from data import BOX, read_split, relative_boxes
+from loading import Photos, as_it_is, jittered
 from model import (
     FIXED_LOOK,
     POSITIONS,
@@ -27,6 +29,7 @@ from model import (
     score,
     score_boxes,
 )
+from photos import crop_box
 from predict import predict_rows
 
 HEAD = ["--box-head", "--crop-prob", "0.5"]

@@ -18,6 +18,8 @@ from test_train_predict import same_run
 import cache
 import cli
 import data
+import loading
+import photos
 from cache import add_cache
 
 TRAIN = "Fashion-How24_sub1_train.csv"
@@ -33,17 +35,17 @@ def dataset(drawn, tmp_path) -> Path:
 @pytest.fixture
 def decoded(monkeypatch) -> list[str]:
     """The paths of the photos that were decoded in this process."""
-    paths, load = [], data.load_photo
+    paths, load = [], photos.load_photo
     monkeypatch.setattr(data, "load_photo", functools.wraps(load)(lambda path: paths.append(str(path)) or load(path)))
     return paths
 
 
 def photos_of(
     root: Path, crop_prob: float = 0.5, cache_dir: Path | None = None, workers: int = 0, size: int = 16
-) -> list[data.Photos]:
+) -> list[loading.Photos]:
     """Training and validation photos with their cache."""
     train, val = (data.read_split(root, split) for split in ("train", "val"))
-    photos = [data.Photos(train.samples, size, "bbox", crop_prob), data.Photos(val.samples, size, "bbox")]
+    photos = [loading.Photos(train.samples, size, "bbox", crop_prob), loading.Photos(val.samples, size, "bbox")]
     add_cache(photos, [root], cache_dir, workers)
     return photos
 
@@ -52,10 +54,10 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def check_pixels(root: Path, photos: list[data.Photos]) -> None:
+def check_pixels(root: Path, photos: list[loading.Photos]) -> None:
     """What comes from the cache is what the files give."""
     for some in photos:
-        plain = data.Photos(some.samples, some.size, some.view, some.crop_prob)
+        plain = loading.Photos(some.samples, some.size, some.view, some.crop_prob)
         for i in range(len(some)):
             assert torch.equal(some[i][0], plain[i][0])
             assert torch.equal(some[1, i][0], plain[1, i][0])
@@ -106,11 +108,11 @@ def test_a_cache_serves_what_is_the_same_in_every_epoch(dataset, decoded):
     photos_of(dataset)
     photos_of(dataset, crop_prob=0)
     assert decoded == []
-    varying = data.Photos(photos[0].samples, 16, "bbox", resize="random-resized-crop")
+    varying = loading.Photos(photos[0].samples, 16, "bbox", resize="random-resized-crop")
     add_cache([varying], [dataset], None, 0)
     assert decoded == []
     assert torch.equal(
-        varying[1, 3][0], data.Photos(photos[0].samples, 16, "bbox", resize="random-resized-crop")[1, 3][0]
+        varying[1, 3][0], loading.Photos(photos[0].samples, 16, "bbox", resize="random-resized-crop")[1, 3][0]
     )
 
 
@@ -317,7 +319,7 @@ def test_several_datasets_each_have_their_own(run, dataset, tmp_path):
     other = tmp_path / "Other"
     shutil.copytree(dataset, other)
     train = data.join_splits([data.read_split(root, "train") for root in (dataset, other)])
-    photos = [data.Photos(train.samples, 16, "bbox", 0.5)]
+    photos = [loading.Photos(train.samples, 16, "bbox", 0.5)]
     add_cache(photos, [dataset, other], None, 0)
     check_pixels(dataset, photos)
     assert lines_in(dataset) == lines_in(other) == 82

@@ -9,8 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-import data
-from data import EpochBatches, Photos, augmentation, batches, clip_box, load_photo, make_loader, read_split, to_pixels
+import photos
+from augment import augmentation
+from data import read_split
+from loading import EpochBatches, Photos, batches, make_loader
+from photos import clip_box, load_photo, to_pixels
 
 HEADER = "image_name,BBox_xmin,BBox_ymin,BBox_xmax,BBox_ymax,Daily,Gender,Embellishment"
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -158,8 +161,8 @@ def test_exif_orientation(tmp_path, orientation):
     expected = checker() if orientation == 1 else checker().transpose(Image.Transpose[TURNS[orientation]])
     photo = load_photo(tmp_path / "a.png")
     assert photo.size == expected.size and np.array_equal(np.asarray(photo), np.asarray(expected))
-    with data.open_image(tmp_path / "a.png") as image:
-        assert data.upright_size(image) == expected.size
+    with photos.open_image(tmp_path / "a.png") as image:
+        assert photos.upright_size(image) == expected.size
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it skips

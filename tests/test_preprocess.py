@@ -24,7 +24,8 @@ from conftest import ROOT, TINY, run_script
 from PIL import Image, ImageDraw, ImageFilter
 
 import train as train_script
-from data import BOX_COLUMNS, Photos, Sample, read_split
+from data import BOX_COLUMNS, Sample, read_split
+from loading import Photos
 from model import read_checkpoint, save_checkpoint
 from preprocess import Remover, foreground_box, move_into, prepare_photo, replace_background
 

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 import losses
 import train as train_script
-from data import Photos
+from loading import Photos
 from model import FashionModel, build_model, parameter_groups, read_checkpoint, update_average
 
 PLAIN = [*TINY, "--augment", "none", "--amp", "off", "--patience", 99, "--threads", 1]  # 40 photos, so 3 steps an epoch

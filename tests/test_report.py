@@ -21,6 +21,7 @@ from test_train_predict import RUN_FILES, rows
 
 import cli
 import data
+import loading
 import report
 import train as train_script
 from model import FashionModel
@@ -138,11 +139,11 @@ def test_the_inputs_are_the_pixels_that_the_model_received(pictured, drawn):
 
 def test_the_view_named_is_the_view_seen(drawn):
     samples = data.read_split(drawn, "train").samples
-    photos = data.Photos(samples, 32, "bbox", crop_prob=0.5, seed=3)
+    photos = loading.Photos(samples, 32, "bbox", crop_prob=0.5, seed=3)
     views = [photos.view_in(2, i) for i in range(40)]
     assert 8 < views.count("bbox") < 32
     for i, view in enumerate(views):
-        assert torch.equal(photos[2, i][0], data.Photos(samples, 32, view)[i][0])
+        assert torch.equal(photos[2, i][0], loading.Photos(samples, 32, view)[i][0])
 
 
 def test_mistakes_are_the_surest_errors(pictured, drawn):
@@ -235,7 +236,7 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
     split = data.replace(split, samples=samples)
     answers = answers_of([sample.name for sample in samples])
     settings = {"batch_size": 8, "seed": 1, "cutmix": ["joint"], "t_0": 2, "t_mult": 2}
-    photos = data.Photos(samples, 48, "bbox", 0.5)
+    photos = loading.Photos(samples, 48, "bbox", 0.5)
     net = FashionModel(timm.create_model("test_resnet", num_classes=0), 96, CLASSES, (0.5,) * 3, (0.25,) * 3)
     metrics = {
         key: np.linspace(0.2, 0.9, 9)

@@ -13,7 +13,7 @@ import torture
 from conftest import TINY
 
 import cli
-import data
+import loading
 import model
 import train
 
@@ -57,13 +57,13 @@ def test_two_processes_see_what_one_sees(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n", range(12))
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_shares_are_a_partition(n, world):
-    shares = [range(n)[data.share_of(n, rank, world)] for rank in range(world)]
+    shares = [range(n)[loading.share_of(n, rank, world)] for rank in range(world)]
     assert [i for share in shares for i in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_an_interrupted_epoch_goes_on_without_what_was_used():
-    order = data.EpochBatches(23, 5, seed=3)
+    order = loading.EpochBatches(23, 5, seed=3)
     order.epoch = 2
     whole = list(order)
     order.done = 3

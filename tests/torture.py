@@ -35,6 +35,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import cli
 import data
 import demo
+import loading
 import model
 import train
 
@@ -268,12 +269,12 @@ def one_hash(work: Path, flags: list[str]) -> dict[str, str]:
     def evaluating(parts, batches, criteria, state, order, flags, amp_dtype, after_step):
         """train_one_epoch, with an evaluation of the model after each second step."""
         split = data.read_split(dataset(work), "val", parts["model"].classes)
-        loader = data.make_loader(data.Photos(split.samples, 32), 5, 0)
+        loader = loading.make_loader(loading.Photos(split.samples, 32), 5, 0)
 
         def then(images: int) -> None:
             after_step(images)
             if state["step"] % 2:
-                train.predict_logits(parts["model"], data.batches(loader), torch.device("cpu"), amp_dtype)
+                train.predict_logits(parts["model"], loading.batches(loader), torch.device("cpu"), amp_dtype)
                 torch.rand(3), random.random()
                 parts["model"].train()
 
