@@ -1,282 +1,271 @@
-"""What happens to a training image at random: the notes' augmentation, RandAugment, or a torchvision transform of your own.
+"""Random augmentation of training images. `augmentation` is the list to edit.
 
-`augmentation` is the list to edit. Each transform takes uint8 (3, H, W) and draws from torch's generator; one that moves
-pixels takes boxes too, for `--box-head`, and moves them alike.
+A transform takes a uint8 image (3, H, W) and draws from torch's generator. A transform that moves pixels also takes
+the boxes of `--box-head` and moves them alike.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes
+from torchvision.transforms.v2 import functional as VF
+from torchvision.tv_tensors import BoundingBoxes, wrap
+
+from cli import usage_error
 
 
 def augmentation(kind: str) -> Callable:
-    """What happens to a training image, uint8 (3, H, W) in and out, drawn from torch's generator. Add a torchvision transform as a line of its own.
+    """The transforms of `--augment` "basic", "randaugment" or "none". Add a torchvision transform as a line of its own.
 
-    Called with (image, boxes), boxes in XYXY, it moves them with the pixels and gives both back; the image is the same as without them.
+    The result maps a uint8 image (3, H, W) to one of the same shape, or (image, boxes in XYXY) to both. The image does
+    not depend on whether boxes come with it.
     """
     if kind == "none":
         return v2.Identity()
     if kind == "randaugment":
-        return v2.Compose([RandAugment(), KeepBoxes(v2.RandomErasing(0.5))])
-    jitter = ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2)
+        return v2.Compose([randaugment, KeepBoxes(v2.RandomErasing(0.5))])
+    colours = v2.RandomChoice([color_jitter, clahe, random_gamma], p=[0.3, 0.5, 0.5])
+    blurs = v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])
     return v2.Compose(
         [
             v2.RandomVerticalFlip(0.5),
             v2.RandomHorizontalFlip(0.5),
-            KeepBoxes(
-                v2.RandomApply(
-                    [v2.RandomChoice([jitter, CLAHE(clip=6, tiles=16), random_gamma], p=[0.3, 0.5, 0.5])], 0.5
-                )
-            ),
-            KeepBoxes(
-                v2.RandomApply([v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])], 0.3)
-            ),
+            KeepBoxes(v2.RandomApply([colours], 0.5)),
+            KeepBoxes(v2.RandomApply([blurs], 0.3)),
             Warp((0.3, [lens_distortion, grid_distortion]), (0.3, [shift_scale_rotate])),
             KeepBoxes(v2.RandomApply([holes], 0.5)),
         ]
     )
 
 
-def uniform(low: float, high: float) -> float:
-    """A number between `low` and `high`, from torch's generator."""
-    return low + (high - low) * torch.rand(()).item()
-
-
-def to_uint8(image: Tensor) -> Tensor:
-    return (
-        image.round().short().clamp_(0, 255).to(torch.uint8)
-    )  # by way of int16: torch's straight way from float takes four times as long
-
-
-def look_up(image: Tensor, table: Tensor) -> Tensor:
-    """Each value of a uint8 image by a table of 256."""
-    return torch.frombuffer(bytearray(image.numpy()).translate(bytes(table.tolist())), dtype=torch.uint8).view_as(image)
-
-
 class KeepBoxes(torch.nn.Module):
-    """A transform that takes the image alone and moves nothing in it: boxes given with the image come back as they are."""
+    """Apply a transform to the image alone and return the boxes unchanged: for transforms that move no pixels."""
 
     def __init__(self, transform: Callable[[Tensor], Tensor]):
         super().__init__()
         self.transform = transform
 
-    def forward(self, image: Tensor, *boxes: BoundingBoxes) -> Tensor | tuple[Tensor, BoundingBoxes]:
-        return (self.transform(image), *boxes) if boxes else self.transform(image)
+    def forward(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
+        image = self.transform(image)
+        return image if boxes is None else (image, boxes)
+
+
+def uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    return image.round().short().clamp_(0, 255).to(torch.uint8)  # int16 first: float to uint8 takes four times as long
 
 
 def inside(boxes: BoundingBoxes, x: Tensor, y: Tensor) -> Tensor:
-    """Which of these places, in pixels, lie in each of N boxes: bool (N, H, W)."""
+    """The pixels that come from inside each of N boxes: bool (N, H, W). `x` and `y` say where from, in pixels."""
     xmin, ymin, xmax, ymax = boxes.as_subclass(Tensor).T[..., None, None]
     return (xmin <= x) & (x < xmax) & (ymin <= y) & (y < ymax)
 
 
 def bounds(masks: Tensor, boxes: BoundingBoxes) -> BoundingBoxes:
-    """What became of N boxes: those round what is not zero in each mask (N, H, W); all zeros where nothing is, the box has left the image."""
-    moved = torch.zeros_like(boxes.as_subclass(Tensor))
-    for box, mask in zip(moved, masks):
-        if mask.any():
-            xs, ys = (mask.any(dim).nonzero() for dim in (0, 1))
-            box[:] = torch.cat([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
-    return tv_tensors.wrap(moved, like=boxes)
+    """The N boxes around the nonzero pixels of masks (N, H, W), XYXY; zeros where a mask is empty."""
+    moved = masks_to_boxes(masks)
+    moved[masks.bool().any(2).any(1), 2:] += 1  # torchvision's boxes end at the last pixel, ours after it
+    return wrap(moved, like=boxes)
 
 
-class RandAugment(v2.RandAugment):
-    """torchvision's, which takes no boxes; here they move with the pixels."""
-
-    def forward(self, image: Tensor, *boxes: BoundingBoxes) -> Tensor | tuple[Tensor, BoundingBoxes]:
-        height, width = image.shape[-2:]
-        self.masks = [
-            inside(b, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8)
-            for b in boxes
-            if len(b)
-        ]
-        image = super().forward(image)
-        return (image, bounds(*self.masks, *boxes) if self.masks else boxes[0]) if boxes else image
-
-    def _apply_image_or_video_transform(self, image, transform_id, *how, **more) -> Tensor:
-        apply = super()._apply_image_or_video_transform
-        if transform_id.startswith(("Shear", "Translate", "Rotate")):
-            self.masks = [apply(mask, transform_id, *how, **more) for mask in self.masks]
-        return apply(image, transform_id, *how, **more)
+def randaugment(image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
+    """v2.RandAugment() (Cubuk et al. 2020), which takes no boxes: the same image from the same generator state."""
+    height, width = image.shape[-2:]
+    if boxes is not None:
+        masks = inside(boxes, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8)
+    for _ in range(2):
+        index = int(torch.randint(14, ()))
+        signed, geometric = 1 <= index <= 9, 1 <= index <= 5
+        sign = -1 if signed and torch.rand(()) <= 0.5 else 1
+        operation = operations(height, width, sign)[index]
+        image = operation(image)
+        if geometric and boxes is not None:
+            masks = operation(masks)
+    return image if boxes is None else (image, bounds(masks, boxes))
 
 
-class ColorJitter(torch.nn.Module):
-    """v2.ColorJitter in a fifth of its time, in integers of 16 bits. uint8 (3, H, W) in and out."""
+def operations(height: int, width: int, sign: int) -> list[Callable[[Tensor], Tensor]]:
+    """The operations of v2.RandAugment() in its order, at number 9 of 31 magnitudes, rounded to float32 as there."""
+    shear, shift_x, shift_y, degrees, change = (
+        sign * torch.linspace(0, most, 31)[9].item() for most in (0.3, 150 / 331 * width, 150 / 331 * height, 30, 0.9)
+    )
+    shear = math.degrees(math.atan(shear))
+    return [
+        v2.Identity(),
+        partial(VF.affine, angle=0, translate=[0, 0], scale=1, shear=[shear, 0], center=[0, 0]),
+        partial(VF.affine, angle=0, translate=[0, 0], scale=1, shear=[0, shear], center=[0, 0]),
+        partial(VF.affine, angle=0, translate=[int(shift_x), 0], scale=1, shear=[0, 0]),
+        partial(VF.affine, angle=0, translate=[0, int(shift_y)], scale=1, shear=[0, 0]),
+        partial(VF.rotate, angle=degrees),
+        partial(VF.adjust_brightness, brightness_factor=1 + change),
+        partial(VF.adjust_saturation, saturation_factor=1 + change),
+        partial(VF.adjust_contrast, contrast_factor=1 + change),
+        partial(VF.adjust_sharpness, sharpness_factor=1 + change),
+        partial(VF.posterize, bits=7),
+        partial(VF.solarize, threshold=0.7 * 255),
+        VF.autocontrast,
+        VF.equalize,
+    ]
 
-    def __init__(self, brightness: float, contrast: float, saturation: float, hue: float):
-        super().__init__()
-        self.steps = [
-            (scale_brightness, 1, brightness),
-            (scale_contrast, 1, contrast),
-            (scale_saturation, 1, saturation),
-            (turn_hue, 0, hue),
-        ]
 
-    def forward(self, image: Tensor) -> Tensor:
-        pixels = image.short()
-        for i in torch.randperm(len(self.steps)).tolist():
-            step, middle, most = self.steps[i]
-            pixels = step(pixels, uniform(middle - most, middle + most)).clamp_(0, 255)
-        return pixels.to(torch.uint8)
+def color_jitter(image: Tensor, limit: float = 0.2) -> Tensor:
+    """v2.ColorJitter(limit, limit, limit, limit) in a fifth of its time, in 16-bit integers."""
+    pixels = image.short()
+    for step in torch.randperm(4).tolist():
+        if step == 3:
+            pixels = shift_hue(pixels, uniform(-limit, limit))
+        else:
+            origin = 0 if step == 0 else luma(pixels)  # brightness, or saturation
+            if step == 1:  # contrast
+                origin = round(origin.float().mean().item())
+            pixels = blend(origin, pixels, uniform(1 - limit, 1 + limit))
+        pixels.clamp_(0, 255)
+    return pixels.to(torch.uint8)
 
 
 def luma(pixels: Tensor) -> Tensor:
-    """The grey int16 (H, W) of an int16 image (3, H, W): 0.299, 0.587, 0.114 in 128ths."""
+    """The grey values (H, W) of an int16 image (3, H, W): 0.299 R + 0.587 G + 0.114 B, in 128ths."""
     red, green, blue = pixels
     return (38 * red + 75 * green + 15 * blue) >> 7
 
 
-def away_from(other: Tensor | int, pixels: Tensor, factor: float) -> Tensor:
-    """other + factor * (pixels - other), int16; the factor, 0 to 2, in 128ths, so that no product leaves 16 bits."""
-    return (pixels - other).mul_(round(128 * (factor - 1))).add_(64).bitwise_right_shift_(7).add_(pixels)
+def blend(origin: Tensor | int, pixels: Tensor, factor: float) -> Tensor:
+    """origin + factor * (pixels - origin), int16; the factor, 0 to 2, in 128ths, so that no product overflows."""
+    return (pixels - origin).mul_(round(128 * (factor - 1))).add_(64).bitwise_right_shift_(7).add_(pixels)
 
 
-def scale_brightness(pixels: Tensor, factor: float) -> Tensor:
-    return away_from(0, pixels, factor)
-
-
-def scale_contrast(pixels: Tensor, factor: float) -> Tensor:
-    return away_from(round(luma(pixels).float().mean().item()), pixels, factor)
-
-
-def scale_saturation(pixels: Tensor, factor: float) -> Tensor:
-    return away_from(luma(pixels), pixels, factor)
-
-
-def turn_hue(pixels: Tensor, turn: float) -> Tensor:
-    """HSV's hue turned by this part of the circle, at most a half, in 192nds; int16. All is in units of the chroma, so nothing is divided."""
+def shift_hue(pixels: Tensor, turns: float) -> Tensor:
+    """Turn the hue of HSV by at most half a turn, in steps of 1/192. Hues are multiples of the chroma: no division."""
     red, green, blue = pixels
     high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
-    hue = torch.where(
-        high == green, blue - red + 2 * chroma, red - green + 4 * chroma
-    )  # from red, in sixths of the circle
-    hue = torch.where(high == red, green - blue, hue) + (chroma * round(192 * turn) >> 5)
-    thrice = 3 * chroma
-    distances = [
-        (((hue - chroma * place).abs_() - thrice).abs_() - chroma).clamp_(min=0) for place in (0, 2, 4)
-    ]  # from the opposite of red, green, blue
-    return torch.stack([torch.minimum(distance, chroma) + low for distance in distances])
-
-
-class CLAHE(torch.nn.Module):
-    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994) of the luma, whose change is added to all three channels.
-
-    Each of tiles x tiles parts of the image has its own curve, from its histogram cut at 1 to `clip` times its mean; a pixel's curve is
-    interpolated between those of the four nearest tiles. uint8 (3, H, W) in and out.
-    """
-
-    def __init__(self, clip: float, tiles: int):
-        super().__init__()
-        self.clip, self.tiles = clip, tiles
-
-    def forward(self, image: Tensor) -> Tensor:
-        image = image.short()
-        grey = luma(image).int()
-        (y, top, bottom, y_share), (x, left, right, x_share) = (tile_places(side, self.tiles) for side in grey.shape)
-        across, down = int(right[-1]) + 1, int(bottom[-1]) + 1
-        counts = (
-            torch.bincount((grey + 256 * (y[:, None] * across + x)).flatten(), minlength=256 * across * down)
-            .view(-1, 256)
-            .int()
-        )
-        pixels = counts.sum(1, keepdim=True, dtype=torch.int32)
-        kept = torch.minimum(counts, (uniform(1, self.clip) * pixels / 256).int().clamp(min=1))
-        # What was cut off is spread as OpenCV does it: evenly, and the last of it, one each, from bin 0 up. Tiles of fewer than
-        # 256 pixels have nothing but this last part, and it brightens them: much of what CLAHE does to an image of 224 px.
-        cut = pixels - kept.sum(1, keepdim=True, dtype=torch.int32)
-        added = LAST_SPREAD.index_select(0, cut[:, 0] % 256).addcmul_(cut // 256, BINS + 1)
-        curves = ((kept.cumsum(1, dtype=torch.int32) + added) * (255 / pixels)).flatten()
-
-        at_left, at_right = grey + 256 * left, grey + 256 * right
-        sides = []
-        for rows in (256 * across * top[:, None], 256 * across * bottom[:, None]):
-            values = (curves.index_select(0, (at + rows).flatten()).view_as(grey) for at in (at_left, at_right))
-            sides.append(torch.lerp(*values, x_share))
-        return (image + (torch.lerp(*sides, y_share[:, None]) - grey).round().short()).clamp_(0, 255).to(torch.uint8)
+    hue = torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)  # in sixths of a turn
+    hue = torch.where(high == red, green - blue, hue) + (chroma * round(192 * turns) >> 5)
+    channels = []
+    for primary in (0, 2, 4):  # red, green, blue: each grows with the distance of the hue from the opposite one
+        distance = ((hue - chroma * primary).abs_() - 3 * chroma).abs_()
+        channels.append(torch.minimum((distance - chroma).clamp_(min=0), chroma) + low)
+    return torch.stack(channels)
 
 
 BINS = torch.arange(256, dtype=torch.int32)
-LAST_SPREAD = torch.stack(
-    [torch.minimum(BINS // (256 // max(n, 1)) + 1, BINS[n]) for n in range(256)]
-)  # of n pixels cut off, how many lie up to each bin
+REST_SPREAD = torch.minimum(BINS // (256 // BINS.clamp(min=1)[:, None]) + 1, BINS[:, None])  # [n]: n counts, summed up
+
+
+def clahe(image: Tensor, clip: float = 6, tiles: int = 16) -> Tensor:
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994) of the luma; all channels change by as much.
+
+    Each of tiles x tiles parts has a curve, from its histogram clipped at a random 1 to `clip` times its mean. The
+    curve of a pixel is interpolated between those of the four nearest tiles.
+    """
+    grey = luma(image.short()).int()
+    (row, top, bottom, y_weight), (column, left, right, x_weight) = (tile_places(side, tiles) for side in grey.shape)
+    columns, rows = int(right[-1]) + 1, int(bottom[-1]) + 1
+    index = grey + 256 * (row[:, None] * columns + column)
+    counts = torch.bincount(index.flatten(), minlength=256 * columns * rows).view(-1, 256).int()
+    pixels = counts.sum(1, keepdim=True, dtype=torch.int32)
+    clipped = torch.minimum(counts, (uniform(1, clip) * pixels / 256).int().clamp(min=1))
+    # The excess is spread as OpenCV does it: evenly, and the rest of it, one a bin, from bin 0 up. Tiles of fewer than
+    # 256 pixels have nothing but this rest, and it brightens them: much of what CLAHE does to an image of 224 px.
+    excess = pixels - clipped.sum(1, keepdim=True, dtype=torch.int32)
+    spread = REST_SPREAD.index_select(0, excess[:, 0] % 256).addcmul_(excess // 256, BINS + 1)
+    curves = ((clipped.cumsum(1, dtype=torch.int32) + spread) * (255 / pixels)).flatten()
+
+    at_left, at_right = grey + 256 * left, grey + 256 * right
+    lines = []
+    for offset in (256 * columns * top[:, None], 256 * columns * bottom[:, None]):
+        values = [curves.index_select(0, (at + offset).flatten()).view_as(grey) for at in (at_left, at_right)]
+        lines.append(torch.lerp(*values, x_weight))
+    change = torch.lerp(*lines, y_weight[:, None]) - grey
+    return (image + change.round().short()).clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache
 def tile_places(side: int, tiles: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each pixel along a side: its tile, the two tiles whose centres it lies between, and the share of the second."""
+    """For each pixel along a side: its tile, the two tiles with the nearest centres, and the second one's weight."""
     n, pixel = min(tiles, side), torch.arange(side, dtype=torch.int32)
-    at = (pixel + 0.5) * n / side - 0.5
-    return pixel * n // side, at.floor().int().clamp(min=0), (at.floor().int() + 1).clamp(max=n - 1), at - at.floor()
+    place = (pixel + 0.5) * n / side - 0.5
+    first = place.floor().int()
+    return pixel * n // side, first.clamp(min=0), (first + 1).clamp(max=n - 1), place - place.floor()
 
 
 def random_gamma(image: Tensor) -> Tensor:
-    """Gamma of 80 to 120 %. uint8 in and out."""
-    return look_up(image, v2.functional.adjust_gamma(torch.arange(256, dtype=torch.uint8), uniform(0.8, 1.2)))
-
-
-def padded(image: Tensor) -> Tensor:
-    """One more pixel at each border, reflected: (3, H + 2, W + 2)."""
-    tall = torch.cat([image[:, 1:2], image, image[:, -2:-1]], dim=1)
-    return torch.cat([tall[:, :, 1:2], tall, tall[:, :, -2:-1]], dim=2)
+    """Gamma of 0.8 to 1.2, by a table of 256 values."""
+    table = VF.adjust_gamma(torch.arange(256, dtype=torch.uint8), uniform(0.8, 1.2))
+    values = bytearray(image.numpy()).translate(bytes(table.tolist()))
+    return torch.frombuffer(values, dtype=torch.uint8).view_as(image)
 
 
 def motion_blur(image: Tensor) -> Tensor:
-    """The mean along a short line of random direction, length and place within 3 x 3 pixels. uint8 (3, H, W) in and out."""
+    """The mean along a short line of random direction, length and place within 3 x 3 pixels."""
     angle, bias = uniform(0, 2 * math.pi), uniform(-1, 1)
     start, stop = (-1, 1 - abs(bias)) if bias < 0 else (-1 + bias, 1)
     shift_y, shift_x = uniform(-0.5, 0.5), uniform(-0.5, 0.5)
-    steps = (start, (start + stop) / 2, stop)
-    line = {(round(math.sin(angle) * t + shift_y), round(math.cos(angle) * t + shift_x)) for t in steps}
-    line = sorted({(min(max(y, -1), 1), min(max(x, -1), 1)) for y, x in line})
-    (height, width), wide = image.shape[-2:], padded(image)
-    return to_uint8(sum(wide[:, 1 + y : 1 + y + height, 1 + x : 1 + x + width].float() for y, x in line) / len(line))
+    offsets = set()
+    for t in (start, (start + stop) / 2, stop):
+        y, x = round(math.sin(angle) * t + shift_y), round(math.cos(angle) * t + shift_x)
+        offsets.add((min(max(y, -1), 1), min(max(x, -1), 1)))
+    (height, width), padded = image.shape[-2:], F.pad(image.float(), (1, 1, 1, 1), mode="reflect")
+    parts = [padded[:, 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in sorted(offsets)]
+    return to_uint8(sum(parts) / len(parts))
 
 
 def median_blur(image: Tensor) -> Tensor:
-    """The median of 3 x 3 pixels. uint8 (3, H, W) in and out."""
+    """The median of 3 x 3 pixels: of three sorted columns, the median of max(lows), median(middles) and min(highs)."""
 
     def sort(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, high = torch.minimum(a, b), torch.maximum(a, b)
         middle = torch.minimum(high, c)
         return torch.minimum(low, middle), torch.maximum(low, middle), torch.maximum(high, c)
 
-    wide = padded(image)
-    columns = sort(wide[:, :-2], wide[:, 1:-1], wide[:, 2:])
-    # of three columns' sorted pixels: the median of the largest low, the middle middle and the smallest high one
+    padded = F.pad(image.float(), (1, 1, 1, 1), mode="reflect").to(torch.uint8)  # torch 2.5 pads floats only
+    columns = sort(padded[:, :-2], padded[:, 1:-1], padded[:, 2:])
     lows, middles, highs = ((part[:, :, :-2], part[:, :, 1:-1], part[:, :, 2:]) for part in columns)
     return sort(sort(*lows)[2], sort(*middles)[1], sort(*highs)[0])[1]
 
 
 def gaussian_blur(image: Tensor, sigma: float = 0.8) -> Tensor:
-    """Gaussian blur over 3 x 3 pixels, `sigma` in pixels: v2.GaussianBlur(3, sigma) in a third of its time. uint8 (3, H, W) in and out."""
+    """v2.GaussianBlur(3, sigma) in a third of its time."""
     side = 1 / (2 + math.exp(0.5 / sigma**2))
-    wide = padded(image.float())
-    upright = torch.add(wide[:, 1:-1] * (1 - 2 * side), wide[:, :-2] + wide[:, 2:], alpha=side)
-    return to_uint8(torch.add(upright[:, :, 1:-1] * (1 - 2 * side), upright[:, :, :-2] + upright[:, :, 2:], alpha=side))
+    padded = F.pad(image.float(), (1, 1, 1, 1), mode="reflect")
+    tall = torch.add(padded[:, 1:-1] * (1 - 2 * side), padded[:, :-2] + padded[:, 2:], alpha=side)
+    return to_uint8(torch.add(tall[:, :, 1:-1] * (1 - 2 * side), tall[:, :, :-2] + tall[:, :, 2:], alpha=side))
 
 
 def gaussian_noise(image: Tensor) -> Tensor:
-    """Normal noise of a variance of 3 to 9 grey levels, a number for each pixel and channel. uint8 in and out."""
+    """Normal noise with a variance of 3 to 9 grey levels, for each pixel and channel."""
     return to_uint8(torch.randn(image.shape).mul_(uniform(3, 9) ** 0.5).add_(image))
 
 
+def holes(image: Tensor) -> Tensor:
+    """One to three black rectangles, each side 4 pixels to 10 % of the image's."""
+    image = image.clone()
+    for _ in range(int(torch.randint(1, 4, ()))):
+        hole = image
+        for dim, side in enumerate(image.shape[1:], start=1):
+            length = min(int(torch.randint(4, max(4, int(0.1 * side)) + 1, ())), side)
+            hole = hole.narrow(dim, int(torch.randint(side - length + 1, ())), length)
+        hole.zero_()
+    return image
+
+
 def lens_distortion(x: Tensor, y: Tensor, limit: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Radial distortion of a lens, 1 + k r^2 + k r^4 with |k| up to `limit` and r = 0.5 at the middle of a side. For `Warp`."""
+    """Radial distortion of a lens: 1 + k r^2 + k r^4 with |k| up to `limit`, and r = 0.5 at the middle of a side."""
     r2 = (x * x + y * y) / 4
     factor = 1 + uniform(-limit, limit) * (r2 + r2 * r2)
     return x * factor, y * factor
 
 
 def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Each side in `steps` stretches, longer or shorter by up to `limit` before they are made to fill the side again. For `Warp`."""
+    """Stretch each of `steps` parts of a side by up to +- `limit`, then scale them to fill the side again."""
 
     def stretch(at: Tensor) -> Tensor:
         lengths = 1 + limit * (2 * torch.rand(steps) - 1)
@@ -291,90 +280,85 @@ def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) ->
 def shift_scale_rotate(
     x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 0.2, degrees: float = 20
 ) -> tuple[Tensor, Tensor]:
-    """Shift by up to `shift` of the side, scale by 1 +- `scale`, rotate by +- `degrees`. For `Warp`."""
-    angle, size, aspect = math.radians(uniform(-degrees, degrees)), 1 + uniform(-scale, scale), y.shape[0] / x.shape[-1]
-    cos, sin, dx, dy = math.cos(angle) / size, math.sin(angle) / size, *(2 * uniform(-shift, shift) for _ in "xy")
+    """Shift by up to `shift` of the side, scale by 1 +- `scale`, rotate by +- `degrees`."""
+    angle, size = math.radians(uniform(-degrees, degrees)), 1 + uniform(-scale, scale)
+    dx, dy = 2 * uniform(-shift, shift), 2 * uniform(-shift, shift)
+    cos, sin, aspect = math.cos(angle) / size, math.sin(angle) / size, y.shape[0] / x.shape[-1]
     return x * cos + (y * (sin * aspect) + dx), x * (-sin / aspect) + (y * cos + dy)
 
 
-def reflected(at: Tensor) -> Tensor:
-    """Coordinates beyond -1 or 1, up to a whole side, as far inside as they were outside."""
-    return 2 * at.clamp(-1, 1) - at
-
-
 class Warp(torch.nn.Module):
-    """Groups of distortions in one resampling: several cost what one costs. uint8 (3, H, W) in and out; the border is reflected.
+    """Apply groups of distortions in one resampling: several cost as much as one. The border is reflected.
 
-    A group is (probability, members), one of which is applied then. A member says where the pixels of its result come from: it maps
-    coordinates x (W,) and y (H, 1), or both (H, W), in units of half a side from the middle. So a box becomes the bounds of the pixels
-    that come from inside it, mirror images at the border left out; all zeros where none does.
+    A group is (probability, distortions): with this probability, one of them is applied. A distortion maps coordinates
+    of the result, x (W,) and y (H, 1), or both (H, W), in half sides from the middle, to the places that the pixels
+    come from. A box becomes the bounds of the pixels that come from inside it, without mirror images.
     """
 
     def __init__(self, *groups: tuple[float, list[Callable]]):
         super().__init__()
         self.groups = groups
 
-    def forward(self, image: Tensor, *boxes: BoundingBoxes) -> Tensor | tuple[Tensor, BoundingBoxes]:
-        chosen = [members[int(torch.randint(len(members), ()))] for p, members in self.groups if uniform(0, 1) < p]
+    def forward(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
+        chosen = []
+        for probability, distortions in self.groups:
+            if uniform(0, 1) < probability:
+                chosen.append(distortions[int(torch.randint(len(distortions), ()))])
         if not chosen:
-            return (image, *boxes) if boxes else image
+            return image if boxes is None else (image, boxes)
         height, width = image.shape[-2:]
-        x, y = (torch.arange(1, 2 * side, 2) / side - 1 for side in (width, height))
-        y, mirrored = y[:, None], False
-        for i, member in enumerate(reversed(chosen)):  # from the result back to the image
-            if i:  # beyond the border of what this one distorted
+        x = torch.arange(1, 2 * width, 2) / width - 1
+        y = (torch.arange(1, 2 * height, 2) / height - 1)[:, None]
+        mirrored = torch.tensor(False)
+        for distort in reversed(chosen):  # from the result back to the image
+            x, y = distort(x, y)
+            if boxes is not None:
                 mirrored = mirrored | (x.abs() > 1) | (y.abs() > 1)
-                x, y = reflected(x), reflected(y)
-            x, y = member(x, y)
-        grid = torch.stack([reflected(at).expand(height, width) for at in (x, y)]).permute(
-            1, 2, 0
-        )  # stacked last it would take ten times as long
-        warped = to_uint8(F.grid_sample(image[None].float(), grid[None], padding_mode="border", align_corners=False)[0])
-        moved = (
-            bounds(inside(b, (x + 1) * width / 2, (y + 1) * height / 2) & ~torch.as_tensor(mirrored), b) for b in boxes
-        )
-        return (warped, *moved) if boxes else warped
-
-
-def holes(image: Tensor) -> Tensor:
-    """One to three black rectangles, each side 4 pixels to 10 % of the image's. uint8 (3, H, W) in and out."""
-    image = image.clone()
-    for _ in range(int(torch.randint(1, 4, ()))):
-        (y, height), (x, width) = (_hole(side) for side in image.shape[-2:])
-        image[:, y : y + height, x : x + width] = 0
-    return image
-
-
-def _hole(side: int) -> tuple[int, int]:
-    """Start and length of a hole along a side."""
-    length = min(int(torch.randint(4, max(4, int(0.1 * side)) + 1, ())), side)
-    return int(torch.randint(side - length + 1, ())), length
+            x, y = (2 * at.clamp(-1, 1) - at for at in (x, y))
+        grid = torch.stack([x.expand(height, width), y.expand(height, width)])
+        grid = grid.permute(1, 2, 0)[None]  # stacking the last dimension takes ten times as long
+        image = to_uint8(F.grid_sample(image[None].float(), grid, padding_mode="border", align_corners=False)[0])
+        if boxes is None:
+            return image
+        masks = inside(boxes, (x + 1) * width / 2, (y + 1) * height / 2) & ~mirrored
+        return image, bounds(masks, boxes)
 
 
 def cutmix(
-    images: Tensor, targets: dict[str, Tensor], classes: dict[str, int], labels: Sequence[str] | None, seed: int
+    images: Tensor, targets: dict[str, Tensor], classes: dict[str, tuple[str, ...]], labels: Sequence[str], seed: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """CutMix (Yun et al. 2019) over a whole batch, images (N, 3, H, W) and targets {label: int64 (N,)}, drawn from `seed` alone.
+    """CutMix (Yun et al. 2019) in a batch, images (N, 3, H, W) and targets {head: (N, ...)}, drawn from `seed` alone.
 
-    Each of `labels` has a paste of its own, one after another onto the same images, each cut from the unmixed ones: a box that is the
-    same in the batch, from another image of it. That label's targets become probabilities, float32 (N, classes), mixed by the box's
-    share of the image. `["joint"]`: one paste, by whose share all labels are mixed.
+    Each of `labels` has a paste of its own: a rectangle, the same in all images, from another, unmixed image of the
+    batch. The label's int64 targets (N,) become probabilities, float32 (N, classes), mixed by the rectangle's area. An
+    unknown target, -1, counts as all zeros. `("joint",)`: one paste mixes all labels of `classes`.
     """
     if not labels or len(images) < 2:
         return images, targets
     generator, mixed, targets = torch.Generator().manual_seed(seed), images.clone(), dict(targets)
-    for pasted in [list(targets)] if "joint" in labels else [[label] for label in labels]:
-        partner = int(
-            torch.randint(1, len(images), (), generator=generator)
-        )  # so many places further, never the image itself
+    for pasted in [list(classes)] if "joint" in labels else [[label] for label in labels]:
+        offset = int(torch.randint(1, len(images), (), generator=generator))  # to the partner: never the image itself
         area, *middle = torch.rand(3, generator=generator).tolist()
+        half = area**0.5 / 2
         rows, columns = (
-            slice(*(round(min(max(m + end * area**0.5 / 2, 0), 1) * side) for end in (-1, 1)))
+            slice(round(max(m - half, 0) * side), round(min(m + half, 1) * side))
             for m, side in zip(middle, images.shape[-2:])
         )
-        mixed[..., rows, columns] = images[..., rows, columns].roll(partner, 0)
-        share = (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
+        mixed[..., rows, columns] = images[..., rows, columns].roll(offset, 0)
+        weight = mixed[0, 0, rows, columns].numel() / mixed[0, 0].numel()
         for label in pasted:
-            own = F.one_hot(targets[label], classes[label]).float()
-            targets[label] = torch.lerp(own, own.roll(partner, 0), share)
+            known = (targets[label] >= 0).float()[:, None]
+            own = F.one_hot(targets[label].clamp(min=0), len(classes[label])) * known
+            targets[label] = torch.lerp(own, own.roll(offset, 0), weight)
     return mixed, targets
+
+
+def check_cutmix(labels: Sequence[str], classes: Sequence[str]) -> None:
+    """Raises BadParameter where CutMix is asked for a label that is not there, twice, or both jointly and for one."""
+    for i, label in enumerate(labels):
+        if label not in (*classes, "joint"):
+            raise usage_error("--cutmix", f"there is no label {label!r}; choose of {', '.join(classes)}, or joint")
+        if label in labels[:i]:
+            raise usage_error("--cutmix", f"{label} is given twice")
+        if "joint" in labels and len(labels) > 1:
+            raise usage_error("--cutmix", "joint mixes every label already; give it alone")

@@ -1,7 +1,6 @@
-"""What every script does alike for its user: one-line errors and exit codes, progress, tables, files written whole or not at all.
+"""What every script does alike for its user: one-line errors and exit codes, progress, tables, files written whole.
 
-Imports nothing of ours. Results go to stdout, errors to stderr. Without a terminal all of it is plain text. `console.quiet` is set in all but the first of
-several processes of one run.
+Imports nothing of ours. Results go to stdout, errors to stderr. Without a terminal all of it is plain text.
 """
 
 import csv
@@ -24,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-OUT_OF_MEMORY = "out of memory: lower --batch-size, or --workers; in training --grad-accum splits a batch into pieces, with the same result"
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())  # quiet in all but the first process of a run
+OUT_OF_MEMORY = "out of memory: lower --batch-size or --workers; in training --grad-accum splits a batch"
 
 
 def say(text: str) -> None:
@@ -34,22 +33,25 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print one line that the user should notice: a fallback, or a setting that cannot act in this run."""
+    """Print one line that the user should notice."""
     console.print(Text.assemble(("note:", "yellow"), " ", text))
 
 
-def misuse(flag: str, message: object) -> typer.BadParameter:
+# ---------------------------------------------------------------- errors, signals
+
+
+def usage_error(flag: str, message: object) -> typer.BadParameter:
     """The exception for a wrong value of `flag`; `run_app` turns it into one line and exit code 2."""
     return typer.BadParameter(str(message), param_hint=flag)
 
 
 @contextmanager
-def blaming(flag: str) -> Iterator[None]:
-    """Turn a ValueError within into the misuse of `flag`."""
+def as_usage_error(flag: str) -> Iterator[None]:
+    """Turn a ValueError within into a usage error of `flag`."""
     try:
         yield
     except ValueError as error:
-        raise misuse(flag, error) from None
+        raise usage_error(flag, error) from None
 
 
 class Stopped(KeyboardInterrupt):
@@ -57,36 +59,22 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within it, Ctrl-C and SIGTERM only set `asked`, so that the work can stop at a good point; a second Ctrl-C stops at once."""
+    """Within it, Ctrl-C and SIGTERM only set `received`; a second Ctrl-C stops at once."""
+
+    received = False
 
     def __enter__(self) -> "StopSignals":
-        self.asked = False
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.received = True
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-    def until_asked(self, pieces: Iterable) -> Iterator:
-        """The pieces of some work; raises Stopped before the next one once a stop is asked for."""
-        for piece in pieces:
-            if self.asked:
-                raise Stopped
-            yield piece
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def _fail(message: str, code: int) -> None:
@@ -94,39 +82,51 @@ def _fail(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
+def _message(error: Exception) -> tuple[str, int]:
+    """One line for an error, and the exit code."""
+    if hasattr(error, "format_message"):  # click's own errors, whichever click Typer brings
+        return " ".join(error.format_message().split()) + "  (--help shows the options)", error.exit_code
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return OUT_OF_MEMORY, 1
+    if name.startswith("Dist") or "gloo" in str(error).lower() or "NCCL" in str(error):
+        return "another process of this run has ended; its own message says why", 1
+    code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
+    explained = str(error) and (type(error) is ValueError or isinstance(error, OSError))  # raised by us on purpose
+    return str(error) if explained else f"{name}: {error}  (--debug shows where)", code
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    note(str(message).splitlines()[0])
+
+
 def run_app(app: typer.Typer) -> None:
-    """Run a Typer app: exit code 2 and one line for misuse, 1 and one line for a failure; `--debug` shows the traceback instead."""
+    """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     if not debug:
         warnings.filterwarnings("ignore", module=r"(torch|timm|torchvision|PIL)")
+        warnings.filterwarnings("once", message=".*deterministic")  # torch: what cannot repeat to the bit here
+        warnings.showwarning = _show_warning
     try:
         raise SystemExit(app(standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
-        traceback.clear_frames(
-            error.__traceback__
-        )  # they hold the loaders, whose decoding processes Python would wait for at exit, for ever
-        if hasattr(error, "format_message") and console.quiet:  # one of several processes: the first one says it
+        # The frames hold the loaders, and Python would wait for their processes at exit, for ever.
+        traceback.clear_frames(error.__traceback__)
+        message, code = _message(error)
+        if console.quiet and hasattr(error, "format_message"):  # the first of several processes says it
             time.sleep(1)
-            raise SystemExit(error.exit_code) from None
-        if hasattr(error, "format_message"):  # click's own errors, whichever click Typer carries
-            _fail(" ".join(error.format_message().split()) + "  (--help shows the options)", error.exit_code)
+            raise SystemExit(code) from None
         if debug:
             raise
-        if _is_out_of_memory(error):
-            _fail(OUT_OF_MEMORY, 1)
-        if type(error).__name__.startswith("Dist") or "gloo" in str(error).lower() or "NCCL" in str(error):
-            _fail("another process of this run has ended; its own message says why", 1)
-        # The errors that our code raises on purpose explain themselves; of any other, the type is part of the message.
-        code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
-        expected = type(error) is ValueError or isinstance(error, OSError)
-        _fail(
-            str(error) if expected and str(error) else f"{type(error).__name__}: {error}  (--debug shows where)", code
-        )
+        _fail(message, code)
+
+
+# ---------------------------------------------------------------- progress, tables
 
 
 class _PlainProgress:
@@ -143,13 +143,12 @@ class _PlainProgress:
         if now - self.last >= self.every and self.done < self.total:
             self.last = now
             rate = self.done / (now - self.start)
-            say(
-                f"{self.description} {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
-            )
+            left = f"{rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
+            say(f"{self.description} {self.done}/{self.total} {self.unit}, {left}")
 
 
 class _RichProgress:
-    """Progress for a terminal: a bar with the rate and the time left, gone when the work ends."""
+    """Progress for a terminal: a bar with the rate and the time left, removed when the work ends."""
 
     def __init__(self, bar: Progress, total: int, description: str, unit: str):
         self.bar, self.unit, self.start, self.done = bar, unit, time.monotonic(), 0
@@ -163,18 +162,12 @@ class _RichProgress:
 
 @contextmanager
 def progress(total: int, description: str, unit: str = "images") -> Iterator[_PlainProgress | _RichProgress]:
-    """Show the progress of `total` pieces of work; the object yielded has `.advance(n)`."""
+    """Show the progress of `total` units of work; the object yielded has `.advance(n)`."""
     if not console.is_terminal:
         yield _PlainProgress(total, description, unit)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         yield _RichProgress(bar, total, description, unit)
 
 
@@ -190,43 +183,40 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         return
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     say(title)
-    for row in [columns, *rows]:
-        say("  " + "  ".join(f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(zip(row, widths))))
+    for first, *cells in [columns, *rows]:
+        say("  ".join([f"  {first:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths[1:]))]))
 
 
 def show_scores(title: str, scores: dict[str, float]) -> None:
-    """The table of training and prediction: Top-1 and ACSA of each label (keys `top1_<label>`, `acsa_<label>`) and their means."""
+    """The table of training and prediction: Top-1 and ACSA of each label (`top1_<label>`, `acsa_<label>`)."""
     labels = [key.removeprefix("top1_") for key in scores if key.startswith("top1_")]
-    show_table(
-        title,
-        ["label", "Top-1", "ACSA"],
-        [[label, f"{scores[f'top1_{label}']:.4f}", f"{scores[f'acsa_{label}']:.4f}"] for label in labels],
-    )
+    rows = [[label, f"{scores[f'top1_{label}']:.4f}", f"{scores[f'acsa_{label}']:.4f}"] for label in labels]
+    show_table(title, ["label", "Top-1", "ACSA"], rows)
 
 
 def say_boxes(scores: dict[str, float]) -> None:
-    """How well the boxes found fit the given ones (keys `iou`, `iou_over_0.5`, `iou_over_0.8`); nothing where none are given."""
+    """How well predicted boxes fit the given ones (`iou`, `iou_over_0.5`, `iou_over_0.8`), where any are given."""
     if "iou" in scores:
-        say(
-            f"boxes found: mean IoU {scores['iou']:.3f}, {scores['iou_over_0.5']:.1%} above 0.5, {scores['iou_over_0.8']:.1%} above 0.8"
-        )
+        above = f"{scores['iou_over_0.5']:.1%} above 0.5, {scores['iou_over_0.8']:.1%} above 0.8"
+        say(f"predicted boxes: mean IoU {scores['iou']:.3f}, {above}")
+
+
+# ---------------------------------------------------------------- files
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file that appears under its name only when it is complete: a temporary file in the same folder, fsync, rename.
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file that gets its name only when it is complete: a temporary file beside it, fsync, rename.
 
-    Raises OSError with the path where it cannot be written (a full disk, a folder without permission); the old file is then as it was.
+    Raises OSError with the path where it cannot be written; the old file is then as it was.
     """
-    temporary = path.with_name(
-        f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp"
-    )  # short, where a name is as long as may be
+    name = (
+        f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp"  # short: a name may be as long as names can be
+    )
+    temporary = path.with_name(name)
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     try:
-        with open(
-            temporary,
-            mode,
-            **({} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}),
-        ) as f:
+        with open(temporary, mode, **text) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -239,43 +229,37 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what `whole_file` left in a folder and those below it when its process was killed. Call it under `locked`."""
+    """Delete what `atomic_write` left in a folder and below when its process was killed. Call it under `locked`."""
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(folder: Path, wait: str = "") -> Iterator[None]:
-    """Hold a folder for this process alone (where the system can: not on Windows). Where another one holds it, says `wait` and waits, or raises ValueError."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone (not on Windows). Raises ValueError where another process holds it."""
     try:
         import fcntl
     except ImportError:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if wait:
-            note(wait)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        else:
-            os.close(handle)
-            raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
     _held.append(handle)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
     finally:
         _held.remove(handle)
         os.close(handle)
 
 
-_held: list[int] = []  # locks; a forked helper must not keep one after its parent was killed
+_held: list[int] = []  # a forked loading process must not keep the lock after its parent was killed
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[Sequence]) -> None:
-    """Write a CSV file, UTF-8, whole or not at all."""
-    with whole_file(path) as f:  # a file name of other bytes than UTF-8 keeps its bytes
+    """Write a CSV file, UTF-8, whole or not at all. File names of other bytes keep these."""
+    with atomic_write(path) as f:
         csv.writer(f, lineterminator="\n").writerows([header, *rows])

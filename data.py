@@ -1,9 +1,12 @@
-"""From a CSV row to a tensor: samples, views, batches. By itself it describes and checks a dataset:
+"""From CSVs or class folders to samples. By itself it describes and checks a dataset:
 
-    python data.py Dataset            # or `demo`; seconds; --all decodes every image. Exit code 1 where something is wrong.
+    python data.py Dataset            # or `demo`; --all decodes every photo. Exit code 1 where it cannot be used.
 
-A dataset is the organisers' folder: Fashion-How24_sub1_{train,val,test}.csv beside train/, val/ and test/. Columns named
-image_name, BBox_* and Mask_* have their meaning; every other column is a label.
+A dataset is a folder of one of two layouts:
+- CSVs: Fashion-How24_sub1_{train,val,test}.csv beside train/, val/ and test/ with the photos. The columns image_name,
+  BBox_* and Mask_* have their meaning; every other column is a label, in whole numbers or in words.
+- Class folders: train/CLASS/photo, with val/ and test/ alike; or plain ROOT/CLASS/photo. The only label is `class`.
+Without validation, a tenth of the training photos is held out.
 """
 
 import csv
@@ -14,69 +17,65 @@ import math
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
-from torch import Tensor
 
-import demo
 from cli import note, progress, run_app, say, show_table
 from photos import SUFFIXES, Box, clip_box, load_photo, open_image, upright_size
 
 SPLITS = ("train", "val", "test")
-CLASS_NAMES = {  # the organisers' labels; any other label column has the classes 0..max of the training CSV
+FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+CLASS_NAMES = {  # the organisers' labels: in a CSV their classes are numbers or these words
     "Daily": ("loungewear", "light outing", "office", "formal", "event", "sportswear"),
     "Gender": ("mannish", "unisex", "girlish", "elegant", "sexy"),
     "Embellishment": ("none", "point", "lots"),
 }
-BOX_COLUMNS = {  # the views that are boxes: the organisers', and the foreground's that preprocess.py found
+BOX_COLUMNS = {  # the organisers' boxes, and those of the foreground that preprocess.py found
     "bbox": ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax"),
     "mask": ("Mask_xmin", "Mask_ymin", "Mask_xmax", "Mask_ymax"),
 }
-BOX = "(box)"  # where the garment is, beside the labels: a box head's output, and what it should be
-MAX_CLASSES = 1000  # of a label column of one's own; a larger number is a mistake, not a label
+BOX = "box"  # the box head's name among the heads; no label may have it
+MAX_CLASSES = 1000  # of one label
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
-LAYOUT = "Fashion-How24_sub{subtask}_train.csv, ..._val.csv and ..._test.csv beside the folders train/, val/ and test/ with the images"
+LAYOUT = "Fashion-How24_sub{}_train.csv, ..._val.csv and ..._test.csv beside train/, val/ and test/ with the photos"
+UNREADABLE = (".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl", ".jp2")
+HIDDEN = ("__MACOSX", "@eaDir", "Thumbs.db")  # left out like files and folders that begin with a dot
 
-
-# ---------------------------------------------------------------- from a CSV to samples
+Classes = dict[str, tuple[str, ...]]  # what the column of a label held for each class: "0", "1", ... or words
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One row of a split: an image, the boxes known for it ((xmin, ymin, xmax, ymax) in pixels of the upright photo), its labels.
+    """One photo of a split. Class indices of labels that are not known are -1."""
 
-    `size`: width and height of the upright photo, once its header was read.
-    """
-
-    name: str
+    name: str  # in predictions: the CSV's image_name, or CLASS/file
     path: str
-    where: str
-    boxes: dict[str, Box]
+    where: str  # in error messages
+    csv: Path  # the CSV that it comes from, or ROOT/SPLIT for class folders
+    boxes: dict[str, Box]  # by view, (xmin, ymin, xmax, ymax) in pixels of the upright photo
     labels: dict[str, int]
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)  # width and height of the upright photo, once its header was read
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one CSV. `classes` maps each label to its number of classes; `labelled` names the labels that the CSV holds.
-
-    `beyond`: how many rows' boxes reached beyond their photos, and were cut to them.
-    """
+    """The samples of a split, whose photos' headers were read. `labelled`: the labels that the split itself gives."""
 
     csv: Path
     samples: list[Sample]
-    classes: dict[str, int]
+    classes: Classes
     labelled: tuple[str, ...]
-    fingerprint: str
-    beyond: int = 0
+    fingerprint: str  # a hash of the CSV and of the photos' names and sizes in bytes
+    clipped: int = 0  # rows whose boxes reached beyond their photos
 
     def has(self, view: str) -> bool:
         return view == "full" or any(view in sample.boxes for sample in self.samples)
@@ -84,81 +83,98 @@ class Split:
 
 @dataclass(frozen=True)
 class Table:
-    """A split's CSV as it stands. `rows`: (cells, the Sample, or the ValueError that says what is wrong with the row); no image is opened.
-
-    `digest` is the running SHA-256 of the file, `sizes` the bytes of each image file by its path.
-    """
+    """A split's rows as they are written: cells, and the sample or what is wrong with it. No photo is opened."""
 
     csv: Path
     header: list[str]
     rows: list[tuple[list[str], Sample | ValueError]]
-    labels: tuple[str, ...]
-    digest: "hashlib._Hash"
-    sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A split's cells before its classes are known, each row with the place that errors name."""
+
+    root: Path
+    folder: Path
+    header: list[str]
+    lines: list[tuple[str, list[str]]]
+    boxes: dict[str, tuple[str, ...]]
+    labels: list[str]
+    digest: bytes
+    csv: Path = Path()
+    split: str = ""
+    held_out: bool = False  # train and val are parts of the same rows
+
+    def column(self, name: str) -> list[str]:
+        at = self.header.index(name)
+        return [cells[at] for _, cells in self.lines if len(cells) == len(self.header)]
+
+
+# ---------------------------------------------------------------- datasets
 
 
 def find_dataset(data: str, subtask: int = 1) -> Path:
-    """The folder of a dataset; `demo` is the built-in one, drawn if need be (./demo is a folder). Raises FileNotFoundError with the layout expected."""
+    """The folder of a dataset; draws the built-in one for `demo`. Raises FileNotFoundError with the layout expected."""
     if data == "demo":
+        import demo
+
         return demo.cached()
     root = Path(data)
-    if not data or not any((root / csv_name(split, subtask)).is_file() for split in SPLITS):
-        kind = "holds no Fashion-How24 CSV" if root.is_dir() else "does not exist"
-        raise FileNotFoundError(
-            f"--data {data} {kind}; it should hold {LAYOUT.format(subtask=subtask)}; --data demo is the built-in set"
-        )
-    return root
+    if data and splits_of(root, subtask):
+        return root
+    problem = "does not exist"
+    if root.is_file():
+        problem = f"is a file; give its folder, {root.parent}"
+    elif root.is_dir():
+        others = sorted(path.name for path in root.glob("Fashion-How24_sub*.csv"))
+        problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
+    layout = f"{LAYOUT.format(subtask)}, or class folders (train/CLASS/photo.jpg)"
+    raise FileNotFoundError(f"--data {data} {problem}; it should hold {layout}; --data demo is the built-in set")
+
+
+def splits_of(root: Path, subtask: int = 1) -> list[str]:
+    """The splits that a dataset has; `val` is one of them where it will be held out of `train`."""
+    found = _find_splits(root, subtask)
+    return [split for split in SPLITS if split in found or (split == "val" and "train" in found)]
 
 
 def dataset_path(data: str) -> str:
-    """How a run records where its data lie: `demo`, or the whole path."""
+    """How a run records where its data lie: `demo`, or the absolute path."""
     return data if data == "demo" else str(Path(data).resolve())
 
 
 def read_preparation(root: Path) -> dict | None:
-    """What preprocess.py did to this dataset's photos (`preparation` of its preprocess.json); None: they are as they were taken.
-
-    Raises ValueError where the file is damaged or the dataset unfinished.
-    """
+    """What preprocess.py did to this dataset's photos, or None. Raises ValueError where it is damaged or unfinished."""
     path = root / PREPARED
     if not path.exists():
         return None
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        preparation = written["preparation"]
-        check_preparation(preparation)
-        unfinished = written["unfinished"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        check_preparation(record["preparation"])
+        unfinished = record["unfinished"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise ValueError(
-            f"{path} is damaged or of another version of this program; make the dataset again with preprocess.py"
-        ) from None
+        problem = f"{path} is damaged or of another version of this program"
+        raise ValueError(f"{problem}; make the dataset again with preprocess.py") from None
     if unfinished:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
-    return preparation
+    return record["preparation"]
 
 
 def check_preparation(preparation: dict) -> None:
     """Raises ValueError, TypeError or KeyError where this is no record of preprocess.py."""
     red, green, blue = preparation["background_color"]
     numbers = (red, green, blue, preparation["weights_bytes"], preparation["box_margin"])
-    texts = (preparation["rembg_model"], preparation["checksum"])
-    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers) or not all(
-        isinstance(t, str) for t in texts
-    ):
-        raise ValueError("not the values of a preparation")
-    if (
-        preparation["crop"] not in ("none", "bbox", "mask")
-        or not isinstance(preparation["keep_background"], bool)
-        or max(red, green, blue) > 255
-    ):
+    valid = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
+    valid = valid and max(red, green, blue) <= 255 and preparation["crop"] in ("none", "bbox", "mask")
+    valid = valid and all(isinstance(preparation[key], str) for key in ("rembg_model", "checksum"))
+    if not valid or not isinstance(preparation["keep_background"], bool):
         raise ValueError("not the values of a preparation")
 
 
 def needs_remover(preparation: dict | None, view: str) -> bool:
-    """Whether a photo without a CSV box must go through rembg to be treated like this and seen in this view."""
-    return view == "mask" or (
-        preparation is not None and (not preparation["keep_background"] or preparation["crop"] != "none")
-    )
+    """Whether a photo without a CSV box must go through rembg to be prepared like this and seen in this view."""
+    prepared = preparation is not None and (not preparation["keep_background"] or preparation["crop"] != "none")
+    return view == "mask" or prepared
 
 
 def submission_column(label: str) -> str:
@@ -166,285 +182,615 @@ def submission_column(label: str) -> str:
     return "embel" if label == "Embellishment" else label.lower()
 
 
-def class_name(label: str, c: int) -> str:
-    """The organisers' name of a class; of another label its number."""
-    return CLASS_NAMES[label][c] if label in CLASS_NAMES else str(c)
+def class_names(label: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """What people are shown for the classes of a label."""
+    return CLASS_NAMES.get(label, classes)
 
 
 def csv_name(split: str, subtask: int = 1) -> str:
     return f"Fashion-How24_sub{subtask}_{split}.csv"
 
 
-def read_split(root: Path, split: str, classes: dict[str, int] | None = None, subtask: int = 1) -> Split:
-    """Read and check one split: every row, and that each image is there and is one (its header alone is read).
+def list_problems(title: str, problems: Sequence[str]) -> str:
+    """One message for all that is wrong: the first 20 problems, the others counted."""
+    others = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n".join([title, *(f"  {problem}" for problem in problems[:20]), *others])
 
-    `classes`: the training split's, for val and test (labels of other names are ignored); None derives them.
-    Raises FileNotFoundError without the CSV, ValueError with all that is wrong with it: columns, rows, images.
+
+def _some(names: Iterable[str], n: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+# ---------------------------------------------------------------- splits
+
+
+def read_split(
+    root: Path, split: str, classes: Classes | None = None, subtask: int = 1, problems: list[str] | None = None
+) -> Split:
+    """Read and check one split: every row, and every photo's header.
+
+    `classes` are those of training, for val and test (other labels are ignored); None finds them here. Wrong rows are
+    left out and added to `problems` where this is a list. Raises FileNotFoundError without the split, ValueError with
+    all that is wrong: columns, rows, photos.
     """
-    table = read_table(root, split, classes, subtask)
-    problems = [str(sample) for _, sample in table.rows if isinstance(sample, ValueError)]
-    written = [sample for _, sample in table.rows if isinstance(sample, Sample)]
-    checked = [check_header(sample) for sample in written]
-    problems += [str(result) for result in checked if isinstance(result, ValueError)]
-    if problems:
-        raise ValueError(report(f"{table.csv}: {len(problems)} of {len(table.rows)} rows are wrong", problems))
-    if classes is None:
-        classes = {
-            label: len(CLASS_NAMES.get(label, ())) or max(s.labels[label] for s in checked) + 1
-            for label in table.labels
-        }
-        if single := [label for label, n in classes.items() if n < 2]:
-            raise ValueError(
-                f"{table.csv}: the label {single[0]} has the same class in every row; remove the column or add images of other classes"
-            )
-    for sample in checked:
-        table.digest.update(f"{sample.name}\0{table.sizes[sample.path]}\n".encode())
-    beyond = sum(before.boxes != after.boxes for before, after in zip(written, checked))
-    return Split(table.csv, checked, classes, table.labels, table.digest.hexdigest(), beyond)
-
-
-def read_table(root: Path, split: str, classes: dict[str, int] | None = None, subtask: int = 1) -> Table:
-    """Read a split's CSV and parse its rows, each by itself; `classes` as in `read_split`, {}: no label is looked at.
-
-    Raises FileNotFoundError without the CSV, ValueError where its columns are wrong.
-    """
-    path = root / csv_name(split, subtask)
-    header, lines, digest = _read_csv(path)
-    box_columns, labels = _columns(path, header, lines, split, classes)
-    folder, rows = _Folder(root, root / split), []
-    for line, row in lines:
-        where = f"{path.name}, line {line}"
-        try:
-            rows.append((row, _parse_row(header, row, where, box_columns, labels, classes, folder)))
-        except ValueError as error:
-            rows.append((row, ValueError(f"{where}: {error}")))
-    return Table(path, header, rows, labels, digest, folder.sizes)
-
-
-def join_splits(splits: Sequence[Split]) -> Split:
-    """The rows of several datasets, in order, as one split. Raises ValueError where their labels differ."""
-    if len(splits) == 1:
-        return splits[0]
-    for split in splits[1:]:
-        if set(split.classes) != set(splits[0].classes):
-            raise ValueError(
-                f"the labels of {split.csv} ({', '.join(split.classes)}) are not those of {splits[0].csv} ({', '.join(splits[0].classes)})"
-            )
-    classes = {label: max(split.classes[label] for split in splits) for label in splits[-1].classes}
-    fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
-    samples, beyond = [sample for split in splits for sample in split.samples], sum(split.beyond for split in splits)
-    return Split(splits[-1].csv, samples, classes, splits[-1].labelled, fingerprint, beyond)
+    source = _read_source(root, split, subtask)
+    return _to_split(source, _find_classes([source]) if classes is None else classes, problems)
 
 
 def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) -> tuple[Split, Split]:
-    """What a run trains on, the train splits of all its datasets (with `fit_all` their val splits too), and the last one's val split."""
-    train_split = join_splits([read_split(root, "train", subtask=subtask) for root in roots])
-    val_split = read_split(roots[-1], "val", train_split.classes, subtask)
-    if fit_all:
-        train_split = join_splits(
-            [train_split, *(read_split(root, "val", train_split.classes, subtask) for root in roots[:-1]), val_split]
-        )
-    return train_split, val_split
+    """The train splits of all datasets as one, and the last one's val split. `fit_all` trains on all val splits too."""
+    train = [_read_source(root, "train", subtask) for root in roots]
+    val = [_read_source(root, "val", subtask) for root in (roots if fit_all else roots[-1:])]
+    classes = _find_classes(train, val if fit_all else ())
+    train_splits = [_to_split(source, classes) for source in train]
+    val_splits = [_to_split(source, classes) for source in val]
+    return join_splits(train_splits + (val_splits if fit_all else [])), val_splits[-1]
 
 
-def image_samples(inputs: Sequence[str]) -> Split:
-    """Image files and folders (searched whole, files of other kinds left aside) as an unlabelled split. Raises ValueError, FileNotFoundError."""
-    samples = []
+def join_splits(splits: Sequence[Split]) -> Split:
+    """The samples of several splits, in order, as one. Raises ValueError where their classes differ."""
+    last = splits[-1]
+    if len(splits) == 1:
+        return last
+    for split in splits:
+        if split.classes != last.classes:
+            raise ValueError(f"the classes of {split.csv} are not those of {last.csv}")
+    samples = [sample for split in splits for sample in split.samples]
+    fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
+    return Split(last.csv, samples, last.classes, last.labelled, fingerprint, sum(split.clipped for split in splits))
+
+
+def read_table(root: Path, split: str, classes: Classes | None = None, subtask: int = 1) -> Table:
+    """Read a split's rows, each by itself; `classes` as in `read_split`, {}: labels are not read.
+
+    Raises FileNotFoundError without the split, ValueError where its columns are wrong.
+    """
+    source = _read_source(root, split, subtask)
+    rows = _read_rows(source, _find_classes([source]) if classes is None else classes)
+    return Table(root / csv_name(split, subtask), source.header, rows)
+
+
+def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
+    """Photos and folders of photos as an unlabelled split, and what is wrong with the others.
+
+    Raises FileNotFoundError where an input does not exist, ValueError where no photo can be read.
+    """
+    photos, unreadable, problems, samples = [], [], [], []
     for given in inputs:
         path = Path(given)
         if not path.is_file() and not path.is_dir():
             raise FileNotFoundError(f"{given}: no such image or folder")
-        found = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            if path.is_dir()
-            else [path]
-        )
-        if not found:
-            raise ValueError(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
-        samples += [Sample(str(p), str(p), str(p), {}, {}) for p in found]
-    checked = [check_header(sample) for sample in samples]
-    if problems := [str(result) for result in checked if isinstance(result, Exception)]:
-        raise ValueError(report(f"{len(problems)} of {len(samples)} images cannot be used", problems))
-    return Split(Path(inputs[0]), checked, {}, (), "")
-
-
-def report(title: str, problems: list[str]) -> str:
-    """One message for all that is wrong: the first 20 problems, the rest counted."""
-    rest = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
-    return "\n".join([title, *(f"  {problem}" for problem in problems[:20]), *rest])
-
-
-def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], "hashlib._Hash"]:
-    """The header, the rows that are not blank with their line numbers, and the running SHA-256 of the file."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file (python data.py {path.parent} shows what is there)") from None
-    for encoding in ("utf-8-sig", "cp949"):
-        try:
-            text = raw.decode(encoding)
-            break
-        except UnicodeDecodeError:
-            continue
-    else:
-        raise ValueError(f"{path}: neither UTF-8 nor CP949 (EUC-KR); save it as UTF-8")
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-        rows = [
-            (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)
-        ]
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
-    if len(rows) < 2:
-        raise ValueError(f"{path}: holds no rows")
-    return rows[0][1], rows[1:], hashlib.sha256(raw)
-
-
-def _columns(
-    path: Path, header: list[str], rows: list, split: str, classes: dict[str, int] | None
-) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """The boxes and the labels that the CSV holds. In test, a column that says nothing (constant, or -1 throughout) counts as absent."""
-    if doubled := [name for name, n in Counter(filter(None, header)).items() if n > 1]:
-        raise ValueError(f"{path}: the column {doubled[0]} occurs more than once")
-    ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
-    if misspelt := [name for name in header if ours.get(name.lower(), name) not in header]:
-        raise ValueError(f"{path}: the column {misspelt[0]} should be spelt {ours[misspelt[0].lower()]}")
-    if "image_name" not in header:
-        raise ValueError(f"{path}: no column image_name (columns: {', '.join(header)})")
-    silent = set()
-    if split == "test":
-        silent = {
-            name
-            for i, name in enumerate(header)
-            if len({row[i] if i < len(row) else "" for _, row in rows}) == 1 and not name.startswith("Mask_")
-        }
-    boxes = {}
-    for view, names in BOX_COLUMNS.items():
-        present = [name for name in names if name in header and name not in silent]
-        if missing := sorted(set(names) - set(header), key=names.index):
-            if present:
-                raise ValueError(f"{path}: no column {missing[0]}, though {present[0]} is there")
-        elif present:
-            boxes[view] = names
-    labels = tuple(
-        name
-        for name in header
-        if name and name != "image_name" and not name.startswith(("BBox_", "Mask_")) and name not in silent
-    )
-    if classes is not None:
-        if split != "test" and (missing := [label for label in classes if label not in labels]):
-            raise ValueError(
-                f"{path}: no column {missing[0]}, which is a label in the training CSV; are both spelt alike?"
-            )
-        labels = tuple(label for label in classes if label in labels)
-    elif not labels:
-        raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
-    columns = Counter(["image_name", "mean", *map(submission_column, labels)])  # mean: the tables' last row
-    if clash := [label for label in labels if columns[submission_column(label)] > 1]:
-        raise ValueError(
-            f"{path}: the label {clash[0]} would be a second column {submission_column(clash[0])} of the results; rename it"
-        )
-    return boxes, labels
-
-
-def _parse_row(header, row, where, box_columns, labels, classes, folder) -> Sample:
-    """One row as a sample. Raises ValueError with what is wrong with it."""
-    if len(row) != len(header):
-        raise ValueError(f"{len(row)} cells for {len(header)} columns")
-    cells = dict(zip(header, row))
-    name = cells["image_name"]
-    boxes = {view: _parse_box(cells, names) for view, names in box_columns.items()}
-    values = {label: _parse_label(label, cells[label], classes) for label in labels}
-    return Sample(name, folder.locate(name), f"{where} ({name})", boxes, values)
-
-
-def _parse_box(cells: dict[str, str], names: tuple[str, ...]) -> Box:
-    try:
-        xmin, ymin, xmax, ymax = (float(cells[name]) for name in names)
-        box = (math.floor(xmin), math.floor(ymin), math.ceil(xmax), math.ceil(ymax))
-    except (ValueError, OverflowError):
-        raise ValueError(
-            f"the box {', '.join(cells[name] or '(empty)' for name in names)} is not four numbers"
-        ) from None
-    if xmin >= xmax or ymin >= ymax:
-        raise ValueError(f"the box {box} is empty or inverted (xmin, ymin, xmax, ymax)")
-    return box
-
-
-def _parse_label(label: str, cell: str, classes: dict[str, int] | None) -> int:
-    try:
-        value = int(cell) if cell.isascii() and cell.removeprefix("-").isdigit() else float(cell)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value != int(value):
-        raise ValueError(f"{label} is {cell or '(empty)'}, not a whole number")
-    n = (classes or {}).get(label) or len(CLASS_NAMES.get(label, ())) or MAX_CLASSES
-    if not 0 <= value < n:
-        raise ValueError(f"{label} is {cell}, outside 0..{n - 1}")
-    return int(value)
-
-
-class _Folder:
-    """Finds the images of one split and sees that none lies outside the dataset, whatever a name or a link says."""
-
-    def __init__(self, *roots: Path):
-        self.images = roots[-1]
-        self.roots = tuple(os.path.join(os.path.realpath(root), "") for root in roots)
-        self.folders: dict[str, bool] = {}
-        self.sizes: dict[str, int] = {}
-
-    def _inside(self, path: str) -> bool:
-        return (os.path.realpath(path) + os.sep).startswith(self.roots)
-
-    def locate(self, name: str) -> str:
-        """The path of an image. Raises ValueError where it leaves the dataset, is missing or is no file."""
-        outside = f"image_name {name!r} leaves the dataset folder"
-        parts = re.split(r"[\\/]", name)
-        if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:[\\/]", name) or "\0" in name:
-            raise ValueError("image_name is empty" if not name else outside)
-        path = os.path.join(self.images, *parts) if os.sep != "/" else f"{self.images}/{name}"
-        folder = os.path.dirname(path)
-        if folder not in self.folders:
-            self.folders[folder] = self._inside(folder)
-        try:
-            status = os.lstat(path)
-            if not self.folders[folder] or (stat.S_ISLNK(status.st_mode) and not self._inside(path)):
-                raise ValueError(outside)
-            if stat.S_ISLNK(status.st_mode):
-                status = os.stat(path)
-        except OSError as error:
-            raise ValueError(f"no image {path} ({error.strerror})") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is not a file")
-        self.sizes[path] = status.st_size
-        return path
+        in_folder, others = find_photos(path) if path.is_dir() else ([path], [])
+        if not in_folder and not others:
+            problems.append(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
+        photos += in_folder
+        unreadable += others
+    for path in dict.fromkeys(photos):
+        checked = check_header(Sample(str(path), str(path), str(path), Path(inputs[0]), {}, {}))
+        if isinstance(checked, Sample):
+            samples.append(checked)
+        elif path.suffix.lower() in UNREADABLE:
+            unreadable.append(path)
+        else:
+            problems.append(str(checked))
+    if unreadable:
+        problems.append(f"{_name_unreadable(unreadable)}; save as JPEG")
+    if not samples:
+        raise ValueError(problems[0] if len(problems) == 1 else list_problems("no image can be used", problems))
+    return Split(Path(inputs[0]), samples, {}, (), ""), problems
 
 
 def check_header(sample: Sample) -> Sample | ValueError:
-    """The sample with its boxes clipped to the photo, or what is wrong with its image; reads the header, decodes nothing."""
+    """The sample with its size and its boxes clipped to the photo, or what is wrong with it. Decodes nothing."""
     try:
         with open_image(sample.path) as image:
             width, height = upright_size(image)
         boxes = {view: clip_box(box, width, height) for view, box in sample.boxes.items()}
     except ValueError as error:
-        return ValueError(f"{sample.where}: {error}")
+        return ValueError(str(error) if sample.where == sample.path else f"{sample.where}: {error}")
     return replace(sample, boxes=boxes, size=(width, height))
 
 
-# ---------------------------------------------------------------- from a file to pixels
+def _to_split(source: _Source, classes: Classes, problems: list[str] | None = None) -> Split:
+    rows = _read_rows(source, classes)
+    before = [sample for _, sample in rows if isinstance(sample, Sample)]
+    after = [check_header(sample) for sample in before]
+    wrong = [str(row) for row in [*(sample for _, sample in rows), *after] if isinstance(row, ValueError)]
+    if wrong and problems is None:
+        raise ValueError(list_problems(f"{source.csv}: {len(wrong)} of {len(rows)} rows are wrong", wrong))
+    if wrong:
+        problems += wrong
+        before = [sample for sample, checked in zip(before, after) if isinstance(checked, Sample)]
+        after = [sample for sample in after if isinstance(sample, Sample)]
+    digest = hashlib.sha256(source.digest)
+    for sample in after:
+        digest.update(os.fsencode(f"{sample.name}\0{os.path.getsize(sample.path)}\n"))
+    labelled = tuple(label for label in classes if label in source.labels)
+    clipped = sum(a.boxes != b.boxes for a, b in zip(before, after))
+    return Split(source.csv, after, classes, labelled, digest.hexdigest(), clipped)
 
 
-def relative_boxes(samples: Sequence[Sample], view: str) -> Tensor:
-    """The boxes of a view, float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of each photo; NaN where there is none."""
-    return torch.tensor(
-        [
-            [at / side for at, side in zip(s.boxes[view], s.size * 2)] if view in s.boxes else [math.nan] * 4
-            for s in samples
-        ]
-    )
+# ---------------------------------------------------------------- reading CSVs and folders
 
 
-# ---------------------------------------------------------------- batches
+def _find_splits(root: Path, subtask: int) -> dict[str, Path]:
+    """The CSV of each split, or the folder that holds its class folders."""
+    csvs = {split: root / csv_name(split, subtask) for split in SPLITS if (root / csv_name(split, subtask)).is_file()}
+    if csvs or not root.is_dir() or any(root.glob("Fashion-How24_sub*.csv")):
+        return csvs
+    folders = {split: folder for split in SPLITS if (folder := _photo_folder(root, split)).is_dir()}
+    if any(_subfolders(folder) for folder in folders.values()):
+        return folders
+    plain = _subfolders(root)
+    is_plain = len(plain) > 1 and set(plain) - set(folders.values()) and any(find_photos(path)[0] for path in plain)
+    return {"train": root} if is_plain else {}
+
+
+def _photo_folder(root: Path, split: str) -> Path:
+    return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), root / split)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in HIDDEN
+
+
+def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The photos in a folder and below it, links followed, and what cannot be read there."""
+    photos, unreadable, visited = [], [], set()
+    for parent, folders, files in os.walk(
+        folder, followlinks=True, onerror=lambda e: unreadable.append(Path(e.filename))
+    ):
+        real = os.path.realpath(parent)
+        folders[:] = sorted(name for name in folders if real not in visited and not _is_hidden(name))
+        if real in visited:  # a link to a folder above
+            continue
+        visited.add(real)
+        for name in files:
+            path = Path(parent, name)
+            suffix = path.suffix.lower()
+            if suffix in SUFFIXES and not _is_hidden(name) and (path.is_file() or path.is_symlink()):
+                photos.append(path)
+            elif suffix in UNREADABLE and not _is_hidden(name):
+                unreadable.append(path)
+    return sorted(photos), sorted(unreadable)
+
+
+def _name_unreadable(paths: Sequence[Path]) -> str:
+    files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
+    return f"{files} of a kind that cannot be read: {_some(path.name for path in paths)}"
+
+
+def _read_source(root: Path, split: str, subtask: int) -> _Source:
+    """Read a split's CSV or list its class folders; without validation, train and val both get training's rows."""
+    found = _find_splits(root, subtask)
+    place = found.get("train" if split == "val" and "val" not in found else split)
+    if place is None:
+        path = root / csv_name(split, subtask)
+        raise FileNotFoundError(f"{path}: no such file (python data.py {root} shows what is there)")
+    if place.is_dir():
+        source, path = _list_class_folders(root, place, split == "test"), root / split
+    else:
+        is_val = place.name == csv_name("val", subtask)
+        folder = _photo_folder(root, split if split != "val" or is_val else "train")
+        source, path = _read_csv(root, folder, place, split == "test"), root / csv_name(split, subtask)
+    return replace(source, csv=path, split=split, held_out=split != "test" and "val" not in found)
+
+
+def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
+    """The photos of class folders as rows of image_name and class; photos of a flat test folder have no class."""
+    class_folders = _subfolders(folder)
+    if not class_folders and not is_test:
+        raise ValueError(f"{folder} holds no class folders; put its photos into {folder}/CLASS/")
+    lines, unreadable = [], []
+    for class_folder in class_folders or [folder]:
+        photos, others = find_photos(class_folder)
+        unreadable += others
+        if not photos:
+            raise ValueError(f"{class_folder}: no photos in this folder; add some, or take it out")
+        word = unicodedata.normalize("NFC", class_folder.name) if class_folders else ""
+        lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
+    if unreadable:
+        note(f"{folder}: {_name_unreadable(unreadable)}; left out")
+    loose = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    if class_folders and loose:
+        note(f"{folder}: photos beside the class folders are left out: {_some(sorted(loose))}")
+    labels = ["class"] if class_folders else []
+    return _Source(root, folder, ["image_name", "class"], lines, {}, labels, b"")
+
+
+def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
+    """Read a CSV as spreadsheets write them. Raises ValueError where it is none, or where its columns are wrong."""
+    raw = path.read_bytes()
+    text = _decode(path, raw)
+    sep_line = re.match(r'"?sep=(.)"?[ \t,;]*\r?\n', text, re.IGNORECASE)  # written for Excel
+    text = text[sep_line.end() :] if sep_line else text
+    delimiter = sep_line[1] if sep_line else max(",;\t", key=text.lstrip().partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    lines = []
+    try:
+        for row in reader:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                lines.append((f"{path.name}, line {reader.line_num + bool(sep_line)}", cells))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num + bool(sep_line)}: not a CSV row ({error})") from None
+    if len(lines) < 2:
+        raise ValueError(f"{path}: holds no rows")
+    header, lines = _drop_nameless(path, lines[0][1], lines[1:])
+    boxes, labels = _check_columns(path, header, _silent_columns(header, lines) if is_test else set())
+    return _Source(root, folder, header, lines, boxes, labels, hashlib.sha256(raw).digest())
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp949"):
+        try:
+            return raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise ValueError(f"{path}: neither UTF-8, UTF-16 nor CP949 (EUC-KR); save it as UTF-8")
+
+
+def _drop_nameless(path: Path, header: list[str], lines: list) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Leave out columns without a name. A row that lacks cells, or has some too many, stays as it is."""
+    named = [i for i, name in enumerate(header) if name and not name.startswith("Unnamed:")]
+    kept, filled = [], set()
+    for where, cells in lines:
+        if not any(header[len(cells) :]) and not any(cells[len(header) :]):
+            cells = (cells + [""] * len(header))[: len(header)]
+            filled.update(i for i, cell in enumerate(cells) if cell)
+            cells = [cells[i] for i in named]
+        kept.append((where, cells))
+    if dropped := [header[i] or f"number {i + 1}" for i in sorted(filled.difference(named))]:
+        note(f"{path}: a column without a name is left out ({', '.join(dropped)})")
+    return [header[i] for i in named], kept
+
+
+def _silent_columns(header: list[str], lines: list) -> set[str]:
+    """The columns of a test CSV that say nothing: constant over several rows, or empty or -1 throughout."""
+    silent = set()
+    for i, name in enumerate(header):
+        values = {cells[i] if i < len(cells) else "" for _, cells in lines}
+        constant = len(values) == 1 and (len(lines) > 1 or values <= {"", "-1"})
+        if constant and not name.startswith("Mask_"):
+            silent.add(name)
+    return silent
+
+
+def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The box columns by view, and the label columns; those that are `silent` count as absent."""
+    if repeated := [name for name, n in Counter(header).items() if n > 1]:
+        raise ValueError(f"{path}: the column {repeated[0]} occurs more than once")
+    ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
+    for name in header:
+        if ours.get(name.lower(), name) not in header:
+            raise ValueError(f"{path}: the column {name} should be spelt {ours[name.lower()]}")
+    if "image_name" not in header:
+        raise ValueError(f"{path}: no column image_name (columns: {', '.join(header)})")
+    boxes = {}
+    for view, names in BOX_COLUMNS.items():
+        present = [name for name in names if name in header and name not in silent]
+        missing = [name for name in names if name not in header]
+        if present and missing:
+            raise ValueError(f"{path}: no column {missing[0]}, though {present[0]} is there")
+        if present:
+            boxes[view] = names
+    labels = [name for name in header if name not in silent and not name.startswith(("image_name", "BBox_", "Mask_"))]
+    columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: the tables' last row
+    for label in labels:
+        column = submission_column(label)
+        if columns[column] > 1:
+            raise ValueError(f"{path}: the label {label} would be a second column {column} of the results; rename it")
+    return boxes, labels
+
+
+# ---------------------------------------------------------------- classes
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return not math.isnan(float(cell))
+    except ValueError:
+        return False
+
+
+def _numbers(n: int) -> tuple[str, ...]:
+    return tuple(str(i) for i in range(n))
+
+
+def _usable_labels(source: _Source) -> list[str]:
+    """The label columns of training, without remarks. Raises ValueError where a column holds row numbers."""
+    usable = []
+    for label in source.labels:
+        filled = [cell for cell in source.column(label) if cell]
+        distinct, rows = len(set(filled)), len(source.lines)
+        if label != "class" and distinct > 50 and 2 * distinct > rows:
+            problem = f"the column {label} has {distinct:,} values in {rows:,} rows"
+            raise ValueError(f"{source.csv}: {problem}; is it a row number? take it out")
+        if label in CLASS_NAMES or not filled or 2 * len(filled) >= rows:
+            usable.append(label)
+    return usable
+
+
+def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Classes:
+    """The classes of training's labels over several splits. Raises ValueError where a label is of no use."""
+    labels = _usable_labels(train[0])
+    for source in train:
+        usable = _usable_labels(source)
+        if remarks := [label for label in source.labels if label not in usable]:
+            note(f"{source.csv}: left out, as over half of the cells are empty: {', '.join(remarks)}")
+        if set(usable) != set(labels):
+            others = f"those of {train[0].csv} ({', '.join(labels)})"
+            raise ValueError(f"the labels of {source.csv} ({', '.join(usable)}) are not {others}")
+    if not labels:
+        raise ValueError(f"{train[0].csv}: no label column (any column but image_name, BBox_* and Mask_*)")
+    classes = {}
+    for label in labels:
+        words = {word for source in (*train, *val) if label in source.labels for word in source.column(label)}
+        words.discard("")
+        if not words or (len(words) == 1 and label not in CLASS_NAMES):
+            problem = f"the label {label} {'has the same class' if words else 'is empty'} in every row"
+            raise ValueError(f"{train[0].csv}: {problem}; remove the column, or add photos of other classes")
+        classes[label] = _classes_of(label, words)
+        if len(classes[label]) > MAX_CLASSES:
+            raise ValueError(f"{train[0].csv}: the label {label} has more than {MAX_CLASSES:,} classes; take it out")
+    return classes
+
+
+def _classes_of(label: str, words: set[str]) -> tuple[str, ...]:
+    """Numbers up to the largest one, or the words in sorted order."""
+    words = {word for word in words if word.lower() not in ("nan", "n/a", "#n/a", "null")}  # these are errors
+    if label in CLASS_NAMES:
+        return _numbers(len(CLASS_NAMES[label]))
+    if all(map(_is_number, words)):
+        return _numbers(1 + max((int(float(word)) for word in words if 0 <= float(word) < MAX_CLASSES), default=0))
+    _check_spelling(label, words)
+    return tuple(sorted(words))
+
+
+def _check_spelling(label: str, words: Iterable[str]) -> None:
+    first: dict[str, str] = {}
+    for word in sorted(words):
+        other = first.setdefault("".join(_fold(word).split()), word)
+        if other != word:
+            problem = f"{other!r} and {word!r} differ by case or white space alone"
+            raise ValueError(f"the classes of {label}: {problem}; spell them alike")
+
+
+def _fold(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dict[str, int | ValueError]:
+    """The class index of each text in a label's column, or what is wrong with it; -1 for an empty cell.
+
+    Classes that training does not have are an error in val, and not known in test.
+    """
+    indices: dict[str, int | ValueError] = {text: i for i, text in enumerate(classes)}
+    remedy = "leave the cell empty where the class is not known"
+    are_numbers, unknown, column = classes == _numbers(len(classes)), [], source.column(label)
+    for cell in dict.fromkeys(column):
+        number = float(cell) if are_numbers and _is_number(cell) else math.nan
+        text = str(int(number)) if number.is_integer() else cell
+        if not cell:
+            indices[cell] = -1
+        elif cell.lower() in CLASS_NAMES.get(label, ()):
+            indices[cell] = CLASS_NAMES[label].index(cell.lower())
+        elif text in classes:
+            indices[cell] = classes.index(text)
+        else:
+            unknown.append(cell)
+            n = MAX_CLASSES if source.split == "train" and label not in CLASS_NAMES else len(classes)
+            expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class of training"
+            hint = "; is it a row number? take the column out" if number >= MAX_CLASSES else ""
+            indices[cell] = ValueError(f"{label} is {cell}, {expected}{hint or '; ' + remedy}")
+    if not unknown or source.split == "train":
+        return indices
+    _check_spelling(label, {*classes, *unknown})
+    problem = f"{source.csv}: classes of {label} that training does not have: {_some(unknown, 20)}"
+    if source.split == "test":
+        rows = sum(cell in unknown for cell in column)
+        note(f"{problem}; their {rows:,} rows are predicted and not scored; add such photos to training")
+        return indices | dict.fromkeys(unknown, -1)
+    if label not in CLASS_NAMES:
+        raise ValueError(f"{problem}; add such photos to training, take these rows out, or train with --fit-all")
+    return indices
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sample | ValueError]]:
+    """The rows of a split with their samples; of held-out validation, the part that is this split's."""
+    for label in classes:
+        if label not in source.labels and source.split != "test":
+            problem = f"no column {label}, which is a label in the training CSV"
+            raise ValueError(f"{source.csv}: {problem}; are both spelt alike?")
+    indices = {label: _class_indices(source, label, classes[label]) for label in classes if label in source.labels}
+    finder = _PhotoFinder(source.folder)
+    rows: list[tuple[list[str], Sample | ValueError]] = []
+    for where, cells in source.lines:
+        try:
+            rows.append((cells, _parse_row(source, where, cells, indices, finder)))
+        except ValueError as error:
+            rows.append((cells, ValueError(f"{where}: {error}")))
+    if finder.renamed:
+        name, path = finder.renamed[0]
+        note(f"{source.csv}: {len(finder.renamed):,} files are spelt otherwise than there, first {name} ({path})")
+    if source.held_out:
+        held_out = _choose_validation(source, rows)
+        rows = [row for i, row in enumerate(rows) if (i in held_out) == (source.split == "val")]
+    return rows
+
+
+def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, finder: "_PhotoFinder") -> Sample:
+    if len(cells) != len(source.header):
+        raise ValueError(f"{len(cells)} cells for {len(source.header)} columns")
+    row = dict(zip(source.header, cells))
+    boxes = {}
+    for view, columns in source.boxes.items():
+        if any(row[column] for column in columns):
+            boxes[view] = _parse_box([row[column] for column in columns])
+    labels = {label: by_cell[row[label]] for label, by_cell in indices.items()}
+    for error in labels.values():
+        if isinstance(error, ValueError):
+            raise error
+    name = row["image_name"]
+    path = finder.find(name)
+    return Sample(name, path, where if where == path else f"{where} ({name})", source.csv, boxes, labels)
+
+
+def _parse_box(cells: list[str]) -> Box:
+    try:  # decimal commas are read; 1,200 may stand for 1200
+        xmin, ymin, xmax, ymax = (float(re.sub(r",(\d{1,2}|\d{4,})$", r".\1", cell)) for cell in cells)
+        box = (math.floor(xmin), math.floor(ymin), math.ceil(xmax), math.ceil(ymax))
+    except (ValueError, OverflowError):
+        raise ValueError(f"the box {'; '.join(cell or '(empty)' for cell in cells)} is not four numbers") from None
+    if xmin >= xmax or ymin >= ymax:
+        problem = f"the box {box} is empty or inverted (xmin, ymin, xmax, ymax)"
+        raise ValueError(f"{problem}; leave the four cells empty where there is no box")
+    return box
+
+
+class _PhotoFinder:
+    """Finds the photos of a split by their names in the CSV. `renamed`: names and paths that are spelt otherwise."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.prefixes = tuple(os.path.join(path, "") for path in (os.path.abspath(folder), os.path.realpath(folder)))
+        self.renamed: list[tuple[str, str]] = []
+        self.by_spelling: dict[str, list[str]] = {}
+
+    def find(self, name: str) -> str:
+        """The path of a photo. Raises ValueError where it leaves the dataset, is missing or is no file."""
+        if not name:
+            raise ValueError("image_name is empty")
+        below = name
+        for prefix in self.prefixes:
+            below = below.removeprefix(prefix)
+        if ".." in re.split(r"[\\/]", below) or re.match(r"[\\/]|[A-Za-z]:[\\/]", below):
+            raise ValueError(f"image_name {name!r} leaves the dataset folder")
+        path = f"{self.folder}/{below}"
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            similar = self._find_similar(below.replace("\\", "/"))
+            if len(similar) != 1:
+                raise ValueError(f"no image {path} ({error.strerror})") from None
+            self.renamed.append((name, similar[0]))
+            return similar[0]
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{path} is not a file")
+        return path
+
+    def _find_similar(self, name: str) -> list[str]:
+        """The files that differ from a name by case, Unicode form or image extension alone."""
+        if not self.by_spelling:
+            for path in find_photos(self.folder)[0]:
+                spelling = _fold(path.relative_to(self.folder).as_posix())
+                for key in (spelling, os.path.splitext(spelling)[0]):
+                    self.by_spelling.setdefault(key, []).append(str(path))
+        if os.path.isfile(f"{self.folder}/{name}"):
+            return [f"{self.folder}/{name}"]
+        stem, suffix = os.path.splitext(_fold(name))
+        return self.by_spelling.get(stem + suffix) or (suffix in SUFFIXES and self.by_spelling.get(stem)) or []
+
+
+# ---------------------------------------------------------------- the same photo twice
+
+
+def garment(image: str) -> str:
+    """`1209/BO00001` of `1209/BO00001-2.jpg`: photos of one garment share it. Another name stands for itself."""
+    return re.sub(r"([A-Za-z]\d+)-\d{1,2}(\.\w+)?$", r"\1", image)
+
+
+@cache
+def _hash(path: str, size: int, time: int) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
+
+
+def _contents(samples: Iterable[Sample]) -> dict[str, tuple[int, bytes]]:
+    """For each path a key that files of the same bytes share; only files of equal size are read."""
+    files = {path: os.stat(path) for path in {sample.path for sample in samples}}
+    count = Counter(file.st_size for file in files.values())
+    return {
+        path: (file.st_size, _hash(path, file.st_size, file.st_mtime_ns) if count[file.st_size] > 1 else b"")
+        for path, file in files.items()
+    }
+
+
+def shared_photos(train: Split, val: Split) -> list[tuple[Sample, Sample]]:
+    """The samples of `val` whose photos are in `train` too, each after the first sample there of the same bytes."""
+    contents = _contents(train.samples + val.samples)
+    first = {contents[sample.path]: sample for sample in reversed(train.samples)}
+    return [(first[contents[s.path]], s) for s in val.samples if contents[s.path] in first]
+
+
+def conflicting_labels(split: Split) -> list[tuple[Sample, Sample]]:
+    """Pairs of samples of one photo (of the same bytes) that give it two classes of a label."""
+    contents = _contents(split.samples)
+    first: dict[tuple[int, bytes], Sample] = {}
+    conflicts = []
+    for sample in split.samples:
+        other = first.setdefault(contents[sample.path], sample)
+        pairs = [(other.labels[label], sample.labels[label]) for label in split.labelled]
+        if any(a != b and -1 not in (a, b) for a, b in pairs):
+            conflicts.append((other, sample))
+    return conflicts
+
+
+def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | ValueError]]) -> set[int]:
+    """The indices of the rows to hold out: a tenth of each class, by a hash of the path below the dataset.
+
+    Photos of the same bytes and of one garment stay together, and half of each class or more stays in training.
+    """
+    labels = _usable_labels(source)
+    classes: dict[int, list[tuple[str, str]]] = {}
+    for i, (cells, sample) in enumerate(rows):
+        if isinstance(sample, Sample):
+            row = dict(zip(source.header, cells))
+            classes[i] = [(label, row[label]) for label in labels if row[label]]
+    total, chosen = Counter(chain(*classes.values())), Counter()
+    held_out: set[int] = set()
+    for group in _groups(source.root, {i: rows[i][1] for i in classes}):
+        counts = Counter(chain(*(classes[i] for i in group)))
+        if counts and all(chosen[c] < total[c] / 10 and chosen[c] + n <= total[c] / 2 for c, n in counts.items()):
+            held_out.update(group)
+            chosen += counts
+    if source.split == "val":
+        note(f"{source.root}: no validation; {len(held_out):,} of {len(rows):,} training photos are held out for it")
+        if single := [f"{label} {c}" for (label, c), n in total.items() if n == 1]:
+            note(f"classes of one photo, which stays in training: {_some(single)}")
+    return held_out
+
+
+def _groups(root: Path, samples: dict[int, Sample]) -> list[list[int]]:
+    """Indices of samples that belong together, in the order of a hash of their first path below `root`."""
+    contents = _contents(samples.values())
+    parent: dict[object, object] = {}  # joins garments and contents that a photo has in common
+
+    def find(key: object) -> object:
+        while key in parent:
+            key = parent[key]
+        return key
+
+    for sample in samples.values():
+        a, b = find(garment(sample.path)), find(contents[sample.path])
+        if a != b:
+            parent[a] = b
+    groups: dict[object, list[int]] = {}
+    for i, sample in samples.items():
+        groups.setdefault(find(contents[sample.path]), []).append(i)
+
+    def order(group: list[int]) -> bytes:
+        path = min(Path(samples[i].path).relative_to(root).as_posix() for i in group)
+        return hashlib.sha256(os.fsencode(path)).digest()
+
+    return sorted(groups.values(), key=order)
 
 
 # ---------------------------------------------------------------- python data.py DATASET
@@ -456,86 +802,100 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def describe(
     data: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")] = "Dataset",
     subtask: Annotated[int, typer.Option(min=1, max=2, help="Which sub-task's CSVs to read.")] = 1,
-    all_images: Annotated[bool, typer.Option("--all", help="Decode every image instead of 200 a split.")] = False,
+    all_images: Annotated[bool, typer.Option("--all", help="Decode every photo instead of 200 a split.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Describe and check a dataset: splits, rows, classes, images, boxes. Exit code 1 where something is wrong."""
+    """Describe and check a dataset: splits, rows, classes, photos, boxes. Exit code 1 where it cannot be used."""
     root = find_dataset(data, subtask)
     say(f"{data}: {root}")
-    classes, wrong, left_out = None, [], False
-    for split in SPLITS:
-        if not (root / csv_name(split, subtask)).is_file():
-            note(f"no {csv_name(split, subtask)}")
-            wrong += [f"{csv_name(split, subtask)} is missing"] if split != "test" else []
+    splits: dict[str, Split] = {}
+    problems: list[str] = []
+    is_sampled, doubts = False, 0
+    for name in SPLITS:
+        if name not in splits_of(root, subtask):
+            note(f"no {name} split")
             continue
+        classes = splits["train"].classes if "train" in splits else None
+        if name == "test" and classes is None:
+            classes = {}  # its labels may be dummies
         try:
-            read = read_split(
-                root, split, {} if split == "test" and classes is None else classes, subtask
-            )  # whose labels may be absent
-            classes = read.classes if split == "train" else classes
-            _describe_split(split, read)
-            if read.beyond:
-                note(
-                    f"{read.beyond:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?"
-                )
-            chosen = read.samples if all_images else read.samples[:: max(1, len(read.samples) // 200)]
-            left_out |= len(chosen) < len(read.samples)
-            wrong += _describe_images(split, read.samples, chosen)
+            splits[name] = split = read_split(root, name, classes, subtask)
         except (ValueError, OSError) as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ValueError("\n".join(wrong))
-    say("nothing wrong found" + (" (a sample of the images was decoded; --all decodes every one)" if left_out else ""))
+            problems.append(str(error))
+            continue
+        chosen = split.samples if all_images else split.samples[:: max(1, len(split.samples) // 200)]
+        is_sampled |= len(chosen) < len(split.samples)
+        _describe_labels(name, split)
+        problems += _describe_photos(name, split.samples, chosen)
+        doubts += _describe_doubts(name, split, splits.get("train"))
+    if "train" not in splits_of(root, subtask):
+        problems.append(f"{csv_name('train', subtask)} is missing")
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    result = f"it can be used; see the notes above on {doubts:,} rows" if doubts else "nothing wrong found"
+    say(result + (" (a sample of the photos was decoded; --all decodes every one)" if is_sampled else ""))
 
 
-def _describe_split(split: str, read: Split) -> None:
-    labels = ", ".join(read.labelled) or ("none" if read.classes else "not looked at, as the training CSV gave none")
-    say(f"\n{split}: {len(read.samples):,} rows, {'with' if read.has('bbox') else 'without'} boxes, labels: {labels}")
-    rows = []
-    for label in read.labelled:
-        counts = Counter(sample.labels[label] for sample in read.samples)
-        rows += [
-            [label, str(c), class_name(label, c), str(counts[c]), f"{counts[c] / len(read.samples):.1%}"]
-            for c in range(read.classes[label])
-        ]
+def _describe_labels(name: str, split: Split) -> None:
+    labels = ", ".join(split.labelled) or ("none" if split.classes else "not looked at, as the training CSV gave none")
+    n = len(split.samples)
+    say(f"\n{name}: {n:,} rows, {'with' if split.has('bbox') else 'without'} boxes, labels: {labels}")
+    rows, empty = [], []
+    for label in split.labelled:
+        counts = Counter(sample.labels[label] for sample in split.samples)
+        texts = split.classes[label]
+        for c, (text, shown) in enumerate(zip(texts, class_names(label, texts))):
+            rows.append([label, text if text == shown else f"{text} {shown}", str(counts[c]), f"{counts[c] / n:.1%}"])
+            empty += [] if counts[c] else [f"{label} {text}"]
+        if counts[-1]:
+            rows.append([label, "(not known)", str(counts[-1]), f"{counts[-1] / n:.1%}"])
     if rows:
-        show_table("classes", ["label", "class", "name", "rows", "share"], rows)
-    if empty := [f"{label} {c}" for label, c, _, count, _ in rows if count == "0"]:
-        note(
-            f"no row is of the class {', '.join(empty[:20])}"
-            + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
-        )
+        show_table("classes", ["label", "class", "rows", "share"], rows)
+    if empty:
+        note(f"no row is of the class {_some(empty, 20)}")
+    if split.clipped:
+        note(f"{split.clipped:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?")
+    if split.has("bbox") and (without := sum("bbox" not in sample.boxes for sample in split.samples)):
+        note(f"{without:,} rows have no box")
 
 
-def _describe_images(split: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:
-    """Decode the images that are `chosen`, print their sizes and kinds and the boxes'; returns what is wrong."""
-    kinds, wrong, sizes = Counter(), [], []
-    with progress(len(chosen), f"decoding {split}") as bar:
+def _describe_photos(name: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:
+    """Decode the photos of `chosen`, print their kinds and sizes; returns what is wrong."""
+    kinds, problems = Counter(), []
+    sizes: dict[str, list[tuple[int, int]]] = {"image": []}
+    with progress(len(chosen), f"decoding {name}") as bar:
         for sample in chosen:
             try:
                 with open_image(sample.path) as image:
                     kinds[f"{image.format} {image.mode}"] += 1
-                sizes.append(load_photo(sample.path).size)
+                sizes["image"].append(load_photo(sample.path).size)
             except ValueError as error:
-                wrong.append(f"{sample.where}: {error}")
+                problems.append(f"{sample.where}: {error}")
             bar.advance(1)
+    for sample in samples:
+        for view, (xmin, ymin, xmax, ymax) in sample.boxes.items():
+            sizes.setdefault(view, []).append((xmax - xmin, ymax - ymin))
     say(f"images: {len(chosen):,} decoded; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")
-    rows = [["image", *_quartiles(sizes)]] if sizes else []
-    for view in samples[0].boxes:
-        rows.append(
-            [
-                view,
-                *_quartiles(
-                    [(s.boxes[view][2] - s.boxes[view][0], s.boxes[view][3] - s.boxes[view][1]) for s in samples]
-                ),
-            ]
-        )
+    rows = []
+    for of, pairs in sizes.items():
+        if pairs:
+            rows.append([of, *(f"{w:.0f} x {h:.0f}" for w, h in np.quantile(pairs, (0, 0.5, 1), axis=0))])
     show_table("width x height in pixels", ["of", "smallest", "median", "largest"], rows)
-    return [report(f"{split}: {len(wrong)} of {len(chosen)} decoded images are damaged", wrong)] if wrong else []
+    title = f"{name}: {len(problems)} of {len(chosen)} decoded images are damaged"
+    return [list_problems(title, problems)] if problems else []
 
 
-def _quartiles(sizes: list[tuple[int, int]]) -> list[str]:
-    return [f"{w:.0f} x {h:.0f}" for w, h in (f(np.array(sizes), axis=0) for f in (np.min, np.median, np.max))]
+def _describe_doubts(name: str, split: Split, train: Split | None) -> int:
+    """Print which rows give a photo two labels, and which photos are training photos too; returns their number."""
+    conflicts = conflicting_labels(split)
+    if conflicts:
+        title = f"{len(conflicts):,} rows of {name} give a photo another label than a row before"
+        note(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
+    shared = shared_photos(train, split) if name != "train" and train else []
+    if shared:
+        title = f"{len(shared):,} of {len(split.samples):,} {name} photos are training photos too; take them out of one"
+        note(list_problems(title, [f"{b.where} is {a.where}" for a, b in shared]))
+    return len(conflicts) + len(shared)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the built-in demo set: photos of made-up garments in the organisers' layout and file names.
+"""Draw the demo set: photos of invented garments in the organisers' layout and file names.
 
     python demo.py OUT --train 2400 --val 400 --test 400 --seed 0
     python demo.py OUT --hard                                       # smaller garments among others, in more clutter
@@ -8,13 +8,13 @@ writes `OUT/Fashion-How24_sub1_{train,val,test}.csv` and the photos under `OUT/{
 
 Each photo is a cluttered, slightly blurred scene with one sharp garment in it. What the labels mean here:
 Daily is the garment's silhouette, Gender the pattern of its cloth, Embellishment the number of ornaments sewn on it
-(none, one, many). Colours, sizes, places and scenes say nothing about them. Two thirds of the photos come in pairs
-that show one garment. Photo `i` of a split depends on (seed, split, i) alone; the bytes of a seed never change under
-one Pillow release.
+(none, one, many). Colours, sizes, places and scenes are independent of the labels. Two thirds of the photos come in
+pairs of one garment. Photo `i` of a split depends on (seed, split, i) alone; under one Pillow release the bytes of a
+seed never change.
 
 With `--hard` the garment takes 15 to 60 % of the photo's height, amid twice the clutter and two to four other garments.
-The one that the box and the labels mean is in focus, whole and in front; the others are out of focus as the scene is,
-paler, hidden in part by furniture or cut off by the photo's edge, at times larger.
+The labelled garment is in focus, complete and in front; the others are out of focus as the scene is, paler, partly
+hidden by furniture or cut off by the photo's edge, and sometimes larger.
 """
 
 import colorsys
@@ -37,13 +37,13 @@ import PIL
 import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from cli import misuse, progress as progress_bar, run_app, say
+from cli import usage_error, progress as progress_bar, run_app, say
 
 DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400
 SPLITS = ("train", "val", "test")
 BOX_COLUMNS = ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax")
-LABEL_SHARES = {  # one share a class, in the order of data.py's CLASS_NAMES
+LABEL_FREQUENCIES = {  # of each class, in the order of data.py's CLASS_NAMES
     "Daily": (0.14, 0.28, 0.20, 0.10, 0.12, 0.16),
     "Gender": (0.18, 0.30, 0.26, 0.15, 0.11),
     "Embellishment": (0.45, 0.33, 0.22),
@@ -52,33 +52,25 @@ PLAIN, UPRIGHT, ACROSS, CHECKS, DOTS = range(5)  # the prints, by Gender: mannis
 FOLDERS = ("1209/BO{:05d}", "1906/JK{:05d}", "2COAT 2019/co{:04d}", "3DRESS 2018/dr{:04d}", "KNIT 2020/kn{:05d}")
 FILE_KINDS = {"jpg": 0.80, "grey jpg": 0.05, "png": 0.05, "grey png": 0.02, "rgba png": 0.08}
 SAVING = {"jpg": {"quality": 90}, "png": {"compress_level": 1}}
-IN_PROCESS = 64  # fewer photos than this are drawn without helper processes
+IN_PROCESS = 64  # fewer photos than this are drawn without worker processes
 
-# Right half of each silhouette, collar to hem: x from the middle line (0) to the widest point (1), y from -1 to 1.
-# The last number is width over height. None is another one's upside-down, so flips keep the label.
+# Silhouettes by Daily (loungewear, light outing, office, formal, event, sportswear): the right half from collar to hem,
+# x from the middle line (0) to the widest point (1), y from -1 to 1, and width over height. None is another one
+# upside-down, so flips keep the label.
 SILHOUETTES = (
-    (((0.20, -0.98), (1.00, -0.88), (1.00, -0.20), (0.48, -0.15), (0.52, 1.00)), 0.95),  # loungewear: kimono
-    (
-        ((0.24, -1.00), (0.55, -0.92), (1.00, -0.35), (0.80, -0.10), (0.62, -0.35), (0.62, 1.00)),
-        0.90,
-    ),  # light outing: T-shirt
-    (
-        ((0.20, -1.00), (0.52, -0.92), (1.00, 0.70), (0.78, 0.84), (0.50, -0.20), (0.54, 1.00)),
-        0.85,
-    ),  # office: long sleeves
-    (((0.26, -0.90), (0.46, -1.00), (0.52, -0.60), (0.28, -0.22), (1.00, 1.00)), 0.65),  # formal: waisted dress
-    (
-        ((0.28, -1.00), (0.62, -0.36), (0.40, -0.36), (0.82, 0.30), (0.58, 0.30), (1.00, 1.00)),
-        0.70,
-    ),  # event: tiered gown
-    (((0.56, -1.00), (0.66, -0.55), (1.00, 1.00), (0.46, 1.00), (0.00, -0.20)), 0.65),  # sportswear: trousers
+    (((0.20, -0.98), (1.00, -0.88), (1.00, -0.20), (0.48, -0.15), (0.52, 1.00)), 0.95),  # kimono
+    (((0.24, -1.00), (0.55, -0.92), (1.00, -0.35), (0.80, -0.10), (0.62, -0.35), (0.62, 1.00)), 0.90),  # T-shirt
+    (((0.20, -1.00), (0.52, -0.92), (1.00, 0.70), (0.78, 0.84), (0.50, -0.20), (0.54, 1.00)), 0.85),  # long sleeves
+    (((0.26, -0.90), (0.46, -1.00), (0.52, -0.60), (0.28, -0.22), (1.00, 1.00)), 0.65),  # waisted dress
+    (((0.28, -1.00), (0.62, -0.36), (0.40, -0.36), (0.82, 0.30), (0.58, 0.30), (1.00, 1.00)), 0.70),  # tiered gown
+    (((0.56, -1.00), (0.66, -0.55), (1.00, 1.00), (0.46, 1.00), (0.00, -0.20)), 0.65),  # trousers
 )
-SHORT_SIDE, LONG_SIDE, LANDSCAPE = (270, 320), (360, 430), 0.3  # pixels, pixels, share of the photos
+SHORT_SIDE, LONG_SIDE, LANDSCAPE = (270, 320), (360, 430), 0.3  # pixels, pixels, fraction of the photos
 MAX_GARMENT_WIDTH = 0.8  # of the photo's width
 MARGIN = 6  # pixels between a garment and the photo's edge, at least
 MAX_ANGLE = 12  # degrees
 FOLDS = (4, 5)  # spots of light and shade across a garment
-CUTOUT_RIMS = (12, 120)  # transparent photos keep so much of the scene about the garment: none worth mention, or some
+CUTOUT_RIMS = (12, 120)  # transparent photos keep half of this of the scene around the garment, supersampled pixels
 POINT_JITTER = 0.05
 DARK_CLOTH, LIGHT_CLOTH = (35, 85), (165, 215)  # brightness, 0..255
 DARK_SCENE, LIGHT_SCENE = (40, 105), (150, 215)
@@ -90,11 +82,9 @@ ORNAMENT_RADII = (0.07, 0.125)
 SUPERSAMPLING = 2  # garments are drawn this much larger, then averaged
 GRAIN = 0.05
 SCENE_SHRINK = 3  # scenes are drawn this much smaller, then enlarged: out of focus, and quick
-OTHER_HEIGHT, OTHER_BLUR, OTHER_PALENESS = (
-    (0.12, 0.40),
-    (0.8, 1.4),
-    (0.25, 0.5),
-)  # other garments: of the photo's height, scene pixels, share of haze
+OTHER_HEIGHT = (0.12, 0.40)  # of other garments, as a fraction of the photo's
+OTHER_BLUR = (0.8, 1.4)  # scene pixels
+OTHER_PALENESS = (0.25, 0.5)  # fraction of haze
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -106,10 +96,10 @@ Row = tuple[str, Box, tuple[int, ...]]  # file name, box, labels
 class Kind(NamedTuple):
     """What makes a set plain or hard."""
 
-    seeds: str  # before the text of each seed
-    height: tuple[float, float]  # the garment's, of the photo's
-    objects: tuple[int, int]  # pieces of furniture and the like in a scene
-    others: tuple[int, int] | None  # garments beside the one that is meant
+    seed_prefix: str
+    height: tuple[float, float]  # of the garment, as a fraction of the photo's
+    objects: tuple[int, int]  # how much furniture and the like is in a scene
+    others: tuple[int, int] | None  # how many garments there are beside the labelled one
 
 
 PLAIN_SET = Kind("", (0.48, 0.75), (5, 9), None)
@@ -117,7 +107,7 @@ HARD_SET = Kind("hard ", (0.15, 0.60), (10, 18), (2, 4))
 
 
 class Garment(NamedTuple):
-    """What two photos of a garment share. Coordinates have their origin in its middle; its height is 2."""
+    """What two photos of a garment have in common. The origin of coordinates is its middle; its height is 2."""
 
     name: str
     labels: tuple[int, ...]
@@ -143,17 +133,17 @@ def draw(
     progress: Progress = lambda photos: None,
     kind: Kind = PLAIN_SET,
 ) -> None:
-    """Draw the three splits into the folder `out`, which may exist only if it is empty. All or nothing.
+    """Draw `train`, `val` and `test` photos into the folder `out`: all or, after an error, nothing.
 
-    `processes`: None is one a core. `progress` is called with the number of newly drawn photos.
-    Raises FileExistsError where `out` holds something.
+    `processes`: None is one per core. `progress` is called with the number of newly drawn photos.
+    Raises FileExistsError if `out` is a file or a folder that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder")
     out = out.resolve()
     unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}-{threading.get_ident()}")
     try:
-        for split, photos in zip(SPLITS, (train, val, test), strict=True):
+        for split, photos in zip(SPLITS, (train, val, test)):
             draw_split(unfinished, split, photos, seed, processes, progress, kind)
         os.rename(unfinished, out)
     finally:
@@ -161,7 +151,7 @@ def draw(
 
 
 def cached() -> Path:
-    """The default demo set in the user's cache folder, drawn there the first time."""
+    """Return the folder of the default demo set in the user's cache, and draw it there the first time."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes"
     out = cache / f"demo-{DRAWING}-{TRAIN}-{VAL}-{TEST}-seed0-pillow{PIL.__version__}"
     if not out.exists():
@@ -169,7 +159,7 @@ def cached() -> Path:
             with progress_bar(TRAIN + VAL + TEST, "drawing the demo set", "photos") as bar:
                 draw(out, progress=bar.advance)
         except OSError:
-            if not out.exists():  # else another process has finished it in the meantime
+            if not out.exists():  # unless another process has finished it meanwhile
                 raise
     return out
 
@@ -179,29 +169,31 @@ def draw_split(
 ) -> None:
     for name in FOLDERS:
         (folder / split / name).parent.mkdir(parents=True)
+    with_boxes = split != "test"
+    draw_one = partial(draw_photo, folder / split, seed, split, kind)
     with (folder / f"Fashion-How24_sub1_{split}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image_name", *(() if split == "test" else BOX_COLUMNS), *LABEL_SHARES])
-        for name, box, labels in drawn(partial(draw_photo, folder / split, seed, split, kind), photos, processes):
-            writer.writerow([name, *(() if split == "test" else box), *labels])
+        writer.writerow(["image_name", *(BOX_COLUMNS if with_boxes else ()), *LABEL_FREQUENCIES])
+        for name, box, labels in draw_photos(draw_one, photos, processes):
+            writer.writerow([name, *(box if with_boxes else ()), *labels])
             progress(1)
 
 
-def drawn(draw_one: Callable[[int], Row], photos: int, processes: int | None) -> Iterator[Row]:
-    """Yield `draw_one(i)` in order, from several processes where that pays."""
+def draw_photos(draw_one: Callable[[int], Row], photos: int, processes: int | None) -> Iterator[Row]:
+    """Yield `draw_one(i)` for each photo in order, from several processes where that pays."""
     if processes is None:
         processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if processes == 1 or photos < IN_PROCESS:
         yield from map(draw_one, range(photos))
         return
-    # Forked helpers need not import the running script (and torch with it) once more.
+    # A forked worker does not import the running script, and torch with it, again.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(processes, context, initializer=start_helper) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=start_worker) as pool:
         yield from pool.map(draw_one, range(photos), chunksize=16)
 
 
-def start_helper() -> None:
-    """Leave Ctrl-C to the parent, and end with it."""
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent process, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent():
@@ -211,30 +203,30 @@ def start_helper() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------------------------- garments
+# Garments
 
 
 def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> Row:
-    """Draw and save one photo. The right and lower ends of the box are exclusive, as in slices."""
+    """Draw and save one photo. The box's xmax and ymax are exclusive."""
     group, place = divmod(index, 3)  # of three photos the first two show one garment
     number = 2 * group + place // 2
-    garment = make_garment(
-        random.Random(f"{kind.seeds}garment {seed} {split} {number}"), len(SPLITS) * number + SPLITS.index(split) + 1
-    )
-    rng = random.Random(f"{kind.seeds}photo {seed} {split} {index}")
+    rng = random.Random(f"{kind.seed_prefix}garment {seed} {split} {number}")
+    garment = make_garment(rng, number=len(SPLITS) * number + SPLITS.index(split) + 1)
+    rng = random.Random(f"{kind.seed_prefix}photo {seed} {split} {index}")
     file_kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
     photo, box, cutout = paint_photo(rng, garment, kind)
     if "grey" in file_kind:
         photo = photo.convert("L")
     if "rgba" in file_kind:
         photo.putalpha(cutout)
-    name = f"{garment.name}-{place % 2 + 1}.{file_kind.split()[-1]}"
-    photo.save(folder / name, **SAVING[file_kind.split()[-1]])
+    extension = file_kind.split()[-1]
+    name = f"{garment.name}-{place % 2 + 1}.{extension}"
+    photo.save(folder / name, **SAVING[extension])
     return name, box, garment.labels
 
 
 def make_garment(rng: random.Random, number: int) -> Garment:
-    labels = tuple(rng.choices(range(len(shares)), shares)[0] for shares in LABEL_SHARES.values())
+    labels = tuple(rng.choices(range(len(weights)), weights)[0] for weights in LABEL_FREQUENCIES.values())
     daily, _, embellishment = labels
     dark = rng.random() < 0.5
     cloth_luma = rng.uniform(*(DARK_CLOTH if dark else LIGHT_CLOTH))
@@ -260,11 +252,11 @@ def make_garment(rng: random.Random, number: int) -> Garment:
 
 
 def make_colour(rng: random.Random, luma: float, saturation: float) -> Colour:
-    """A colour of random hue and of this brightness (0..255), which a grey photo keeps."""
+    """A colour of random hue with the brightness `luma`, 0..255, which a grey photo keeps."""
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, saturation), 1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     strength = min(luma, 255 - luma) * 1.4
-    return tuple(round(min(255, max(0, luma + strength * (part - grey)))) for part in (red, green, blue))
+    return tuple(round(min(255, max(0, luma + strength * (channel - grey)))) for channel in (red, green, blue))
 
 
 def make_outline(rng: random.Random, half: tuple[Point, ...], aspect: float) -> list[Point]:
@@ -278,14 +270,14 @@ def make_outline(rng: random.Random, half: tuple[Point, ...], aspect: float) -> 
     if rng.random() < 0.5:  # cut every corner, for a softer shape
         outline = [
             (ax + (bx - ax) * t, ay + (by - ay) * t)
-            for (ax, ay), (bx, by) in zip(outline, outline[1:] + outline[:1], strict=True)
+            for (ax, ay), (bx, by) in zip(outline, outline[1:] + outline[:1])
             for t in (0.15, 0.85)
         ]
     return outline
 
 
 def place_ornaments(rng: random.Random, outline: list[Point], count: int) -> tuple[list[Point], float]:
-    """`count` places wholly on the cloth and apart from each other, and the ornaments' radius."""
+    """Return `count` places on the cloth, apart from each other, and the radius at which the ornaments fit there."""
     width = max(x for x, _ in outline)
     radius = rng.uniform(*ORNAMENT_RADII)
     while True:
@@ -304,17 +296,17 @@ def place_ornaments(rng: random.Random, outline: list[Point], count: int) -> tup
 def inside(point: Point, outline: list[Point]) -> bool:
     x, y = point
     result = False
-    for (ax, ay), (bx, by) in zip(outline, outline[1:] + outline[:1], strict=True):
+    for (ax, ay), (bx, by) in zip(outline, outline[1:] + outline[:1]):
         if (ay > y) != (by > y) and x < ax + (y - ay) / (by - ay) * (bx - ax):
             result = not result
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------ photos
+# Photos
 
 
 def paint_photo(rng: random.Random, garment: Garment, kind: Kind) -> tuple[Image.Image, Box, Image.Image]:
-    """The photo, the garment's box in it, and the cut-out (L) that transparent photos use."""
+    """Return the photo, the garment's box in it, and the alpha channel (L) that a transparent photo gets."""
     size = [rng.randint(*SHORT_SIDE), rng.randint(*LONG_SIDE)]
     if rng.random() < LANDSCAPE:
         size.reverse()
@@ -322,31 +314,25 @@ def paint_photo(rng: random.Random, garment: Garment, kind: Kind) -> tuple[Image
     pose = make_pose(rng, garment)
     scale = min(rng.uniform(*kind.height) * height / pose.height, MAX_GARMENT_WIDTH * width / pose.width)
     garment_width, garment_height = math.ceil(scale * pose.width), math.ceil(scale * pose.height)
-    left, top = (
-        rng.randint(MARGIN, width - MARGIN - garment_width),
-        rng.randint(MARGIN, height - MARGIN - garment_height),
-    )
-    photo = paint_scene(
-        rng,
-        (width, height),
-        garment.cloth_luma,
-        [pose.place(point, scale, left, top) for point in garment.outline],
-        kind,
-    )
+    left = rng.randint(MARGIN, width - MARGIN - garment_width)
+    top = rng.randint(MARGIN, height - MARGIN - garment_height)
+    shadow = [pose.place(point, scale, left, top) for point in garment.outline]
+    photo = paint_scene(rng, (width, height), garment.cloth_luma, shadow, kind)
 
     cloth, shape, outline = paint_garment(rng, garment, pose, scale, left, top)
     mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
     photo.paste(cloth, corner, mask)
-    box = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
+    xmin, ymin, xmax, ymax = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
+    box = (xmin + corner[0], ymin + corner[1], xmax + corner[0], ymax + corner[1])
 
     cutout = Image.new("L", (width, height))
     ImageDraw.Draw(shape).line([*outline, outline[0]], fill=255, width=rng.choice(CUTOUT_RIMS), joint="curve")
     cutout.paste(shape.reduce(SUPERSAMPLING), corner)
-    return photo, (box[0] + corner[0], box[1] + corner[1], box[2] + corner[0], box[3] + corner[1]), cutout
+    return photo, box, cutout
 
 
 class Pose(NamedTuple):
-    """How a garment hangs: turned, its points lie from `left` and `top` on."""
+    """How a garment hangs. `turn` rotates, shears and stretches its points; the rest bounds what it returns."""
 
     turn: Callable[[Point], Point]
     left: float
@@ -355,30 +341,31 @@ class Pose(NamedTuple):
     height: float
 
     def place(self, point: Point, scale: float, left: int, top: int) -> Point:
-        """Where a point of the garment lies in the photo, in pixels."""
+        """The place of a garment's point in the photo, in pixels, if the garment's bounds begin at (left, top)."""
         x, y = self.turn(point)
         return left + (x - self.left) * scale, top + (y - self.top) * scale
 
 
 def make_pose(rng: random.Random, garment: Garment) -> Pose:
-    angle, shear, stretch = (
-        math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE)),
-        rng.uniform(-0.08, 0.08),
-        rng.uniform(0.92, 1.08),
-    )
+    angle = math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
+    shear = rng.uniform(-0.08, 0.08)
+    stretch = rng.uniform(0.92, 1.08)
 
     def turn(point: Point) -> Point:
         x, y = point[0] * stretch + shear * point[1], point[1]
         return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
-    xs, ys = zip(*map(turn, garment.outline), strict=True)
+    xs, ys = zip(*map(turn, garment.outline))
     return Pose(turn, min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
 
 
 def paint_garment(
     rng: random.Random, garment: Garment, pose: Pose, scale: float, left: int = 0, top: int = 0
 ) -> tuple[Image.Image, Image.Image, list[Point]]:
-    """Its cloth in light and shade, MARGIN wider than it on all sides; its shape (L) and outline on the SUPERSAMPLING times larger canvas."""
+    """Return the cloth in light and shade, MARGIN pixels wider than the garment on all sides, its shape and outline.
+
+    The shape (L) and the outline have SUPERSAMPLING times the cloth's resolution.
+    """
     canvas = tuple((math.ceil(scale * side) + 2 * MARGIN) * SUPERSAMPLING for side in (pose.width, pose.height))
 
     def on_canvas(point: Point) -> Point:
@@ -390,7 +377,8 @@ def paint_garment(
     ImageDraw.Draw(shape).polygon(outline, fill=255)
     cloth = paint_cloth(garment, canvas, on_canvas, scale * SUPERSAMPLING).reduce(SUPERSAMPLING)
     folds = Image.frombytes("L", FOLDS, bytes(rng.randint(170, 255) for _ in range(math.prod(FOLDS))))
-    return ImageChops.multiply(cloth, grey(folds.resize(cloth.size, Image.Resampling.BICUBIC))), shape, outline
+    folds = folds.resize(cloth.size, Image.Resampling.BICUBIC)
+    return ImageChops.multiply(cloth, grey(folds)), shape, outline
 
 
 def grey(image: Image.Image) -> Image.Image:
@@ -421,14 +409,10 @@ def paint_cloth(
     edge, middle = garment.ornament_colours
     for x, y in garment.ornaments:
         for size, colour in ((radius, edge), (0.6 * radius, middle)):
-            pen.polygon(
-                [on_canvas((x + dx * size, y + dy * size)) for dx, dy in ORNAMENTS[garment.ornament_kind]], colour
-            )
-    pen.line(
-        [on_canvas(p) for p in [*garment.outline, garment.outline[0]]],
-        tuple(part * 2 // 3 for part in garment.cloth),
-        2 * SUPERSAMPLING,
-    )
+            corners = [on_canvas((x + dx * size, y + dy * size)) for dx, dy in ORNAMENTS[garment.ornament_kind]]
+            pen.polygon(corners, colour)
+    seam = [on_canvas(point) for point in [*garment.outline, garment.outline[0]]]
+    pen.line(seam, tuple(channel * 2 // 3 for channel in garment.cloth), 2 * SUPERSAMPLING)
     return cloth
 
 
@@ -444,7 +428,7 @@ ORNAMENTS = (star(8, 0.93), star(5, 0.5), star(6, 0.6), star(4, 0.75))
 def paint_scene(
     rng: random.Random, size: tuple[int, int], cloth_luma: float, shadow: list[Point], kind: Kind
 ) -> Image.Image:
-    """A room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow in it."""
+    """Paint a room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow."""
     width, height = small = (size[0] // SCENE_SHRINK, size[1] // SCENE_SHRINK)
     luma = rng.uniform(*(LIGHT_SCENE if cloth_luma < 128 else DARK_SCENE))
 
@@ -461,9 +445,8 @@ def paint_scene(
     for i in range(objects):
         if i in others:
             paint_other(rng, scene, tint(20))
-        paint_object(
-            rng, pen, rng.uniform(-0.1, 1) * width, rng.uniform(-0.1, 1) * height, rng.uniform(0.1, 0.35) * width, tint
-        )
+        x, y = rng.uniform(-0.1, 1) * width, rng.uniform(-0.1, 1) * height
+        paint_object(rng, pen, x, y, rng.uniform(0.1, 0.35) * width, tint)
     scene = Image.blend(scene, grey(Image.frombytes("L", small, rng.randbytes(width * height))), GRAIN)
     shade = Image.new("L", small)
     dx, dy = rng.uniform(-3, 3), rng.uniform(1, 4)
@@ -473,22 +456,24 @@ def paint_scene(
 
 
 def paint_other(rng: random.Random, scene: Image.Image, haze: Colour) -> None:
-    """A garment that is not meant: out of focus and pale, at times cut off by the photo's edge; what is painted later may hide part of it."""
+    """Paint an unlabelled garment: out of focus and pale, sometimes cut off by the photo's edge.
+
+    What is painted later may hide part of it.
+    """
     garment = make_garment(rng, 0)
     pose = make_pose(rng, garment)
     cloth, shape, _ = paint_garment(rng, garment, pose, rng.uniform(*OTHER_HEIGHT) * scene.height / pose.height)
     blur = ImageFilter.GaussianBlur(rng.uniform(*OTHER_BLUR))
     cloth = Image.blend(cloth.filter(blur), Image.new("RGB", cloth.size, haze), rng.uniform(*OTHER_PALENESS))
-    corner = [
-        round(rng.uniform(-0.4 * own, side - 0.6 * own)) for own, side in zip(cloth.size, scene.size, strict=True)
-    ]
-    scene.paste(cloth, corner, shape.reduce(SUPERSAMPLING).filter(blur))
+    x = round(rng.uniform(-0.4 * cloth.width, scene.width - 0.6 * cloth.width))
+    y = round(rng.uniform(-0.4 * cloth.height, scene.height - 0.6 * cloth.height))
+    scene.paste(cloth, (x, y), shape.reduce(SUPERSAMPLING).filter(blur))
 
 
 def paint_object(
     rng: random.Random, pen: ImageDraw.ImageDraw, x: float, y: float, side: float, tint: Callable[[float], Colour]
 ) -> None:
-    """A piece of furniture, a ball, a striped cushion, a dotted box or a pole."""
+    """Paint a table, a ball, a striped cushion, a dotted box or a pole."""
     right, bottom = x + side, y + side * rng.uniform(0.6, 1.6)
     kind = rng.randrange(5)
     if kind == 0:
@@ -510,7 +495,7 @@ def paint_object(
                 pen.ellipse((x + k * step - 2, y + k * step - 2, x + k * step + 1, y + k * step + 1), colour)
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# Command line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -518,24 +503,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     out: Annotated[Path, typer.Argument(help="folder to draw into; must not exist or be empty")],
-    train: Annotated[int, typer.Option(help="training photos")] = TRAIN,
-    val: Annotated[int, typer.Option(help="validation photos")] = VAL,
-    test: Annotated[int, typer.Option(help="test photos")] = TEST,
+    train: Annotated[int, typer.Option(help="training photos", min=0)] = TRAIN,
+    val: Annotated[int, typer.Option(help="validation photos", min=0)] = VAL,
+    test: Annotated[int, typer.Option(help="test photos", min=0)] = TEST,
     seed: Annotated[int, typer.Option(help="another seed, other garments")] = 0,
-    hard: Annotated[
-        bool, typer.Option("--hard", help="smaller garments, among others that are not meant, in more clutter")
-    ] = False,
+    hard: Annotated[bool, typer.Option("--hard", help="smaller garments among unlabelled ones, more clutter")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Draw a demo set in the organisers' layout."""
-    for flag, photos in (("--train", train), ("--val", val), ("--test", test)):
-        if photos < 0:
-            raise misuse(flag, f"{photos} photos cannot be drawn")
     try:
         with progress_bar(train + val + test, "drawing", "photos") as bar:
             draw(out, train, val, test, seed, progress=bar.advance, kind=HARD_SET if hard else PLAIN_SET)
     except FileExistsError as error:
-        raise misuse("OUT", error) from None
+        raise usage_error("OUT", error) from None
     say(f"{train + val + test:,} photos in {out}")
 
 

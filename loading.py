@@ -1,239 +1,262 @@
-"""The training images in batches: dataset, order of an epoch, loaders."""
+"""From samples to batches: the datasets of training and evaluation, the order of an epoch, decoded views, loaders."""
 
 import gc
 import hashlib
+import inspect
 import math
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
 
+import numpy as np
+import PIL.features
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import RandomResizedCrop
 from torchvision.tv_tensors import BoundingBoxes
 
+import photos
 from augment import augmentation
-from data import BOX, Sample, relative_boxes
-from photos import Box, crop_box, load_photo, to_pixels
+from cli import note, progress, say
+from data import BOX, Sample, list_problems
+from photos import Box, crop_box, load_photo, placement, to_image, view_pixels
+from settings import Settings
+
+SPARE_BYTES = 500_000_000  # what the cache leaves free on a disk
+
+Targets = dict[str, Tensor]  # {label: int64 class index, -1 where not known; BOX: float32 (4,) in 0..1 of the image}
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts: (seed, "sample", epoch, index), (seed, "step", number), ..."""
+    """A 63-bit seed that depends on all parts: (seed, "sample", epoch, index), (seed, "step", epoch, step), ..."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-def as_it_is(sample: Sample) -> tuple[Image.Image, dict[str, Box]]:
-    """The photo of a sample and the boxes in it."""
-    return load_photo(sample.path), sample.boxes
+def relative_boxes(samples: Sequence[Sample], view: str) -> Tensor:
+    """The boxes of a view, float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of each photo; NaN where there is none."""
+    rows = [
+        [at / side for at, side in zip(s.boxes[view], s.size * 2)] if view in s.boxes else [math.nan] * 4
+        for s in samples
+    ]
+    return torch.tensor(rows).view(-1, 4)
 
 
-def jittered(box: Box, share: float, size: tuple[int, int]) -> Box:
-    """The box with each side off by a normal error of `share` of its width or height, within a photo of this size; from torch's generator."""
-    errors = (share * torch.randn(4)).clamp(-0.4, 0.4).tolist()  # so that something is left of it
-    sides = (box[2] - box[0], box[3] - box[1]) * 2
-    moved = [(side + error * length) / whole for side, error, length, whole in zip(box, errors, sides, size * 2)]
-    return crop_box([min(max(at, 0), 1) for at in moved], size)
+def label_targets(samples: Sequence[Sample]) -> Targets:
+    """{label: int64 (N,)}. Tensors: a loading process would get a copy of each row that it touches."""
+    labels = samples[0].labels if samples else ()
+    return {label: torch.tensor([sample.labels[label] for sample in samples]) for label in labels}
 
 
-class Photos(Dataset):
-    """The samples of a split as uint8 tensors (3, size, size) with their labels.
+# ---------------------------------------------------------------- datasets
 
-    An item is asked for by its index (its view is `view`, squashed to size, nothing is augmented), or in training by (epoch, index): then
-    the view is `view` with probability `crop_prob`, else the full photo; it is resized as `resize` says ("squash", or
-    "random-resized-crop": a random part of 8 to 100 % of the view, of a side ratio between 3/4 and 4/3) and goes through `augment`.
-    All of that depends on (seed, epoch, index) alone. With `box_head` the labels of a training item have BOX beside them: the box of `view` in
-    a whole photo, float32 (4,), xmin, ymin, xmax, ymax in 0..1 of the augmented image, NaN where it is not to be learned: in a photo that is
-    cut to it. With `box_jitter` the sides of these cuts are off by a normal error, in shares of the box's sides.
 
-    `prepare` gives a sample's photo and boxes (preprocess.py's, for raw photos at prediction). `crops` (N, 4), in 0..1 of each photo, is what is
-    seen instead of a view. A photo that cannot be decoded comes as the ValueError that says so (see `batches`). `cache` (cache.py) holds the
-    views that are the same whenever they are drawn.
+class TrainPhotos(Dataset):
+    """Training images: item (epoch, index) is the image, uint8 (3, size, size), and its targets.
+
+    All that is random in it depends on (seed, epoch, index) alone. With `box_head` the targets hold the box of
+    `train_view` in an uncropped photo, NaN where there is none to learn.
     """
 
-    def __init__(
-        self,
-        samples: list[Sample],
-        size: int,
-        view: str = "full",
-        crop_prob: float = 1.0,
-        augment: Callable = v2.Identity(),
-        seed: int = 0,
-        prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] = as_it_is,
-        resize: str = "squash",
-        box_head: bool = False,
-        box_jitter: float = 0.0,
-        crops: Tensor | None = None,
-    ):
-        self.samples, self.size, self.view, self.crop_prob, self.augment, self.seed, self.prepare = (
-            samples,
-            size,
-            view,
-            crop_prob,
-            augment,
-            seed,
-            prepare,
-        )
-        self.box_head, self.box_jitter, self.crops = box_head, box_jitter, crops
-        # as tensors, so that a loading process whose photos are cached touches no row: it would get a copy of each that it does
-        self.labels = {
-            label: torch.tensor([sample.labels[label] for sample in samples])
-            for label in (samples[0].labels if samples else ())
-        }
-        self.boxed = torch.tensor([view in sample.boxes for sample in samples])
-        self.boxes = relative_boxes(samples, view) if box_head else None
-        self.random_crop = (
-            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
-            if resize == "random-resized-crop"
-            else None
-        )
-        self.cache = None
+    def __init__(self, samples: Sequence[Sample], size: int, settings: Settings):
+        self.samples, self.size, self.seed, self.resize = samples, size, settings.seed, settings.resize
+        self.view, self.crop_prob = settings.train_view, settings.crop_prob
+        self.augment = augmentation(settings.augment)
+        self.targets = label_targets(samples)
+        self.has_box = torch.tensor([self.view in sample.boxes for sample in samples])
+        self.boxes = None  # of uncropped photos, in 0..1 of the image
+        if settings.box_head:
+            place = placement([sample.size for sample in samples], size, self.resize)
+            self.boxes = to_image(relative_boxes(samples, self.view), place)
+        self.views = [view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0]
+        self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict[str, int | Tensor]] | ValueError:
-        if not isinstance(key, tuple):
-            return self._item(key, crop=True)
-        epoch, index = key
-        state, threads = torch.get_rng_state(), torch.get_num_threads()
-        try:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Targets]:
+        image, targets, _ = self.draw(*key)
+        return image, targets
+
+    def draw(self, epoch: int, index: int) -> tuple[Tensor, Targets, str]:
+        """The image of a photo in an epoch, its targets, and the view that was drawn."""
+        threads = torch.get_num_threads()
+        with torch.random.fork_rng(devices=[]):
             # not torch.manual_seed: without CUDA it keeps a note of each call, for a GPU that never comes
             torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
-            torch.set_num_threads(1)  # as in a worker process: more might add floats in another order
-            crop = torch.rand(()).item() < self.crop_prob
-            item = self._item(index, crop, self.random_crop, self.box_jitter)
-            if isinstance(item, ValueError):
-                return item
-            image, labels = item
-            if not self.box_head:
-                return self.augment(image), labels
-            image, (box,) = self.augment(image, self._box_to_find(index, crop))
-            return image, labels | {BOX: torch.where((box[2:] - box[:2]).amin() > 0, box / self.size, math.nan)}
-        finally:
-            torch.set_rng_state(state)
-            torch.set_num_threads(threads)
+            torch.set_num_threads(1)  # as in a loading process: more might add floats in another order
+            try:
+                view = self.draw_view(index)
+                image = self.read(index, view)
+                targets = {label: values[index] for label, values in self.targets.items()}
+                if self.boxes is None:
+                    image = self.augment(image)
+                else:
+                    image, targets[BOX] = self.augment_with_box(image, index, view)
+            finally:
+                torch.set_num_threads(threads)
+        return image, targets, view
 
-    def _box_to_find(self, index: int, crop: bool) -> BoundingBoxes:
-        """The box of `view` in a whole photo that is squashed to size, (1, 4); of one that is cut to it or has none, an empty box."""
-        box = torch.zeros(1, 4) if crop else self.boxes[index : index + 1].nan_to_num() * self.size
-        return BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
+    def draw_view(self, index: int) -> str:
+        cropped = torch.rand(()).item() < self.crop_prob
+        return self.view if cropped and self.has_box[index] else "full"
 
-    def view_in(self, epoch: int, index: int) -> str:
-        """The view that this photo is seen in: the first that `__getitem__` draws."""
-        drawn = torch.rand(
-            (), generator=torch.Generator().manual_seed(derive_seed(self.seed, "sample", epoch, index))
-        ).item()
-        return self.view if drawn < self.crop_prob and self.boxed[index] else "full"
+    def read(self, index: int, view: str) -> Tensor:
+        if view in self.decoded:
+            return self.decoded[view].read(index)
+        sample = self.samples[index]
+        photo, box = read_photo(sample), sample.boxes.get(view)
+        if self.resize == "random-resized-crop":
+            box = random_part(box or (0, 0, *photo.size))
+        return view_pixels(photo, box, self.size, self.resize)
 
-    def _item(
-        self, index: int, crop: bool, random_crop: Callable | None = None, jitter: float = 0.0
-    ) -> tuple[Tensor, dict[str, int]] | ValueError:
-        try:
-            return self._pixels(index, crop, random_crop, jitter), {
-                label: values[index].item() for label, values in self.labels.items()
-            }
-        except (ValueError, OSError) as error:
-            return ValueError(f"{self.samples[index].where}: {error}")
-
-    def _pixels(self, index: int, crop: bool, random_crop: Callable | None, jitter: float) -> Tensor:
-        boxed = crop and self.boxed[index].item()
-        if self.cache and not random_crop and self.crops is None and not (jitter and boxed):
-            stored = self.cache.pixels(index, boxed)
-            if stored is not None:
-                return stored
-        photo, boxes = self.prepare(self.samples[index])
-        box = boxes.get(self.view) if crop else None
-        if self.crops is not None:
-            box = crop_box(self.crops[index].tolist(), photo.size)
-        elif jitter and box is not None:
-            box = jittered(box, jitter, photo.size)
-        if random_crop:
-            photo, box = random_crop(photo if box is None else photo.crop(box)), None
-        return to_pixels(photo, box, self.size)
-
-    def fixed_boxes(self, sample: Sample) -> set[Box | None]:
-        """The views of a sample that are the same whenever they are drawn, and so can be decoded once: boxes, None the whole photo."""
-        if self.random_crop:
-            return set()
-        boxes = ({sample.boxes.get(self.view)} if self.crop_prob > 0 else set()) | (
-            {None} if self.crop_prob < 1 else set()
-        )
-        return boxes & {None} if self.box_jitter else boxes
+    def augment_with_box(self, image: Tensor, index: int, view: str) -> tuple[Tensor, Tensor]:
+        """The augmented image and the box in it, in 0..1; NaN where the photo is cropped, has none, or lost it."""
+        box = self.boxes[index : index + 1].nan_to_num() * self.size if view == "full" else torch.zeros(1, 4)
+        boxes = BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
+        image, (box,) = self.augment(image, boxes)
+        return image, torch.where((box[2:] - box[:2]).amin() > 0, box.as_subclass(Tensor) / self.size, math.nan)
 
 
-def training_photos(samples: list[Sample], size: int, settings: SimpleNamespace) -> Photos:
-    """The training photos as a run with these settings (train.py's flags) sees them."""
-    how = {"resize": settings.resize, "box_head": settings.box_head, "box_jitter": settings.box_jitter}
-    return Photos(
-        samples, size, settings.train_view, settings.crop_prob, augmentation(settings.augment), settings.seed, **how
-    )
+def random_part(box: Box) -> Box:
+    """RandomResizedCrop's part of a box: 8 to 100 % of it, of a side ratio between 3/4 and 4/3."""
+    left, top, right, bottom = box
+    view = torch.empty(0, bottom - top, right - left)
+    y, x, height, width = RandomResizedCrop.get_params(view, (0.08, 1.0), (3 / 4, 4 / 3))
+    return left + x, top + y, left + x + width, top + y + height
 
 
-def share_of(n: int, rank: int, world: int) -> slice:
-    """Which of `n` things in a row the process `rank` of `world` takes: an even part, maybe none."""
-    each, more = divmod(n, world)
-    start = rank * each + min(rank, more)
-    return slice(start, start + each + (rank < more))
+class EvalPhotos(Dataset):
+    """Images of one view, not augmented: item (index, crop) is the image, its targets, and what is wrong with it.
 
-
-class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone; a short last batch is kept.
-
-    Before each pass set `epoch`, and `done`: how many batches of it were used before an interruption. Of each batch the process `rank`
-    of `world` gets its share; an empty one where there are more processes than images.
+    `crop`, (4,) in 0..1 of the photo, is seen instead of the view where it is not None. `prepare` gives a sample's
+    photo and the boxes in it. A photo that cannot be read is black, and the message not empty.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
-        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
-        self.epoch = self.done = 0
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        size: int,
+        view: str,
+        resize: str = "squash",
+        prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] | None = None,
+    ):
+        self.samples, self.size, self.resize, self.prepare = samples, size, resize, prepare
+        self.view = "full" if view == "learned" else view
+        self.targets = label_targets(samples)
+        self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
-        return math.ceil(self.n / self.batch_size) - self.done
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, Sequence[float] | None]) -> tuple[Tensor, Targets, str]:
+        index, crop = key
+        targets = {label: values[index] for label, values in self.targets.items()}
+        try:
+            return self.read(index, crop), targets, ""
+        except (ValueError, OSError) as error:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), targets, str(error)
+
+    def read(self, index: int, crop: Sequence[float] | None) -> Tensor:
+        if crop is None and self.view in self.decoded:
+            return self.decoded[self.view].read(index)
+        sample = self.samples[index]
+        photo, boxes = self.prepare(sample) if self.prepare else (read_photo(sample), sample.boxes)
+        box = boxes.get(self.view) if crop is None else crop_box(crop, photo.size)
+        return view_pixels(photo, box, self.size, self.resize)
+
+
+def read_photo(sample: Sample) -> Image.Image:
+    """Raises ValueError that names the sample's row."""
+    try:
+        return load_photo(sample.path)
+    except ValueError as error:
+        raise ValueError(f"{sample.where}: {error}") from None
+
+
+# ---------------------------------------------------------------- order and loaders
+
+
+class EpochSampler(Sampler):
+    """Batches of (epoch, index) in an order that depends on (seed, epoch) alone.
+
+    Set `epoch` before each pass, and `skip`: how many of its batches were used before an interruption. Each of
+    `world_size` processes gets an equal part of each batch: of a short last batch up to world_size - 1 photos are left
+    out, and all of it where a part would hold fewer than `min_part`.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, min_part: int = 1):
+        self.n, self.batch_size, self.seed, self.rank, self.world_size = n, batch_size, seed, rank, world_size
+        self.epoch = self.skip = 0
+        last = n % batch_size // world_size
+        last = last if last >= min_part else 0
+        self.steps = n // batch_size + (last > 0)
+        self.part_images = n // batch_size * (batch_size // world_size) + last  # of an epoch, in this process
+
+    def __len__(self) -> int:
+        return self.steps - self.skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(
-            self.n, generator=torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-        ).tolist()
-        for start in range(self.done * self.batch_size, self.n, self.batch_size):
-            batch = order[start : start + self.batch_size]
-            yield [(self.epoch, index) for index in batch[share_of(len(batch), self.rank, self.world)]]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        order = torch.randperm(self.n, generator=generator).tolist()
+        for step in range(self.skip, self.steps):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            part = len(batch) // self.world_size
+            yield [(self.epoch, index) for index in batch[self.rank * part : (self.rank + 1) * part]]
 
 
-def _collate(photos: Photos, items: list) -> tuple[Tensor, dict[str, Tensor]] | ValueError:
-    if bad := [item for item in items if isinstance(item, ValueError)]:
-        return ValueError("\n".join(map(str, bad)))
-    if not items:
-        none = {label: torch.zeros(0, dtype=torch.int64) for label in photos.samples[0].labels} | (
-            {BOX: torch.zeros(0, 4)} if photos.box_head else {}
-        )
-        return torch.zeros(0, 3, photos.size, photos.size, dtype=torch.uint8), none
-    return torch.utils.data.default_collate(items)
+class EvalSampler(Sampler):
+    """Batches of (index, crop) in order. Set `crops`, (N, 4) in 0..1 of the photos, to see these, not the view."""
+
+    def __init__(self, n: int, batch_size: int):
+        self.n, self.batch_size = n, batch_size
+        self.crops: Tensor | None = None
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, list[float] | None]]]:
+        crops = [None] * self.n if self.crops is None else self.crops.tolist()
+        for start in range(0, self.n, self.batch_size):
+            yield [(index, crops[index]) for index in range(start, min(start + self.batch_size, self.n))]
 
 
-def start_worker(worker: int) -> None:
-    """Ctrl-C reaches the loading processes too; the training process decides when they end. The rows are no garbage: looking through them would copy them."""
-    gc.freeze()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def make_loader(photos: Photos, batch_size: int, workers: int, epochs: Iterable[list] | None = None) -> DataLoader:
-    """A loader of (images uint8 (N, 3, H, W), {label: int64 (N,)}): in order, or by `epochs`. Read it through `batches`."""
-    order = {"batch_sampler": epochs} if epochs is not None else {"batch_size": batch_size}
+def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
+    """A loader of batches: images uint8 (N, 3, size, size), {head: targets (N, ...)}, and what else an item holds."""
     return DataLoader(
-        photos,
+        dataset,
+        batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(_collate, photos),
         worker_init_fn=start_worker,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
-        **order,
     )
+
+
+def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int) -> DataLoader:
+    return make_loader(dataset, EvalSampler(len(dataset), batch_size), workers)
+
+
+def start_worker(worker: int) -> None:
+    """Ctrl-C reaches loading processes too: the main process decides when they end."""
+    gc.freeze()  # the rows are no garbage: looking through them would copy them
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def training_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Targets]]:
+    """The batches of a training loader. A damaged photo's ValueError comes without a loading process's traceback."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
 
 
 def default_workers(workers: int | None) -> int:
@@ -243,9 +266,127 @@ def default_workers(workers: int | None) -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def batches(loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """The batches of a loader. Raises the ValueError of a photo that could not be decoded, with its row and without a worker's traceback."""
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+# ---------------------------------------------------------------- decoded views
+
+
+class DecodedViews:
+    """The pixels of one view of some samples, decoded once, in memory-mapped files: one a dataset and split."""
+
+    def __init__(self, files: list[tuple[Path, int]], size: int):
+        self.files, self.size = files, size
+        self.starts = np.cumsum([0, *(n for _, n in files)])
+        self.open()
+
+    def open(self) -> None:
+        self.arrays = [np.memmap(path, np.uint8, "r", shape=(n, 3, self.size, self.size)) for path, n in self.files]
+
+    def read(self, index: int) -> Tensor:
+        file = int(np.searchsorted(self.starts, index, "right")) - 1
+        return torch.from_numpy(np.array(self.arrays[file][index - self.starts[file]]))
+
+    def __getstate__(self) -> dict:  # a memory map that is sent to a spawned process would be sent whole
+        return {key: value for key, value in vars(self).items() if key != "arrays"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.open()
+
+
+def add_decoded(dataset: TrainPhotos | EvalPhotos, views: Sequence[str], cache: str | None, workers: int) -> None:
+    """Let a dataset read these views from the cache, which is built first where need be.
+
+    `cache`: a folder, "off", or None for DATASET/.cache. Where it cannot be written, a note says so, and the photos are
+    decoded in every epoch. Raises ValueError with all photos that cannot be decoded.
+    """
+    if cache == "off" or dataset.resize == "random-resized-crop":
+        return
+    try:
+        for view in views:
+            files = []
+            for csv, group in groupby(dataset.samples, key=lambda sample: sample.csv):
+                samples = list(group)
+                folder = cache_folder(csv.parent, cache)
+                files.append((decode_views(samples, view, dataset.size, dataset.resize, folder, workers), len(samples)))
+            dataset.decoded[view] = DecodedViews(files, dataset.size)
+    except OSError as error:
+        note(f"no cache ({error}): photos are decoded again in every epoch; --cache DIR names another place")
+        dataset.decoded = {}
+
+
+def cache_folder(root: Path, cache: str | None) -> Path:
+    """Where a dataset's decoded views lie: in it, or where it is read-only in the user's cache folder."""
+    own = root / ".cache"
+    if cache is None and os.access(own if own.exists() else root, os.W_OK):
+        return own
+    place = (
+        Path(cache)
+        if cache
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes"
+    )
+    path = os.path.realpath(root)
+    return place / f"{os.path.basename(path)}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
+
+
+def views_key(samples: Sequence[Sample], view: str) -> str:
+    """What decides the pixels of these views: the photos, the boxes, photos.py, Pillow and its JPEG library."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update("".join([inspect.getsource(photos), PIL.__version__, str(PIL.features.version("jpg"))]).encode())
+    for sample in samples:
+        status = os.stat(sample.path)
+        row = (os.path.basename(sample.path), status.st_size, status.st_mtime_ns, sample.boxes.get(view))
+        digest.update(repr(row).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def decode_views(samples: Sequence[Sample], view: str, size: int, resize: str, folder: Path, workers: int) -> Path:
+    """The file with the pixels of a view of these samples, uint8 (N, 3, size, size), decoded now if it is not there.
+
+    The file is whole or not there. A second process waits for the first. Raises OSError where it cannot be written,
+    ValueError with all photos that cannot be decoded.
+    """
+    stem = f"{samples[0].csv.stem}-{view}-{size}-{resize}-"
+    path = folder / f"{stem}{views_key(samples, view)}.pixels"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if path.exists():  # another process has built it
+            return path
+        for old in folder.glob(f"{stem}*"):  # of another key, or left by a process that was killed
+            old.unlink()
+        needed, free = len(samples) * 3 * size * size, shutil.disk_usage(folder).free
+        if needed > free - SPARE_BYTES:
+            raise OSError(f"decoded photos take {needed / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free")
+        disk = f"{needed / 1e9:.2f} GB; --cache off goes without"
+        say(f"decoding {len(samples):,} photos ({view}) once, into {folder} ({disk})")
+        unfinished = path.with_suffix(".unfinished")
+        with open(unfinished, "wb") as file:
+            problems = write_views(file.fileno(), samples, view, size, resize, workers)
+            os.fsync(file.fileno())
+        if problems:
+            unfinished.unlink()
+            raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
+        unfinished.rename(path)
+    return path
+
+
+def write_views(file: int, samples: Sequence[Sample], view: str, size: int, resize: str, workers: int) -> list[str]:
+    """Decode into an open file, in threads (Pillow lets go of Python's lock); returns what is wrong with photos."""
+
+    def decode(i: int) -> str | None:
+        try:
+            pixels = view_pixels(read_photo(samples[i]), samples[i].boxes.get(view), size, resize)
+        except ValueError as error:
+            return str(error)
+        os.pwrite(file, pixels.numpy().tobytes(), i * pixels.numel())
+        return None
+
+    problems = []
+    with ThreadPoolExecutor(max(1, workers)) as pool, progress(len(samples), "decoding", "photos") as bar:
+        try:
+            for problem in pool.map(decode, range(len(samples))):
+                problems += [problem] if problem else []
+                bar.advance(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return problems

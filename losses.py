@@ -1,61 +1,86 @@
-"""The losses of one head: cross-entropy with smoothing, focal, asymmetric (single-label form), learning from a teacher; and that of a box.
+"""The losses: cross-entropy with smoothing, focal, asymmetric, distillation, boxes; and their sum over the heads.
 
-The first three take `logits` (N, C) and `targets`, either class indices (N,) or class probabilities (N, C). The loss under probabilities
-is the expected loss under indices (sum over c of t_c times the loss of class c), so an index and its one-hot form agree and
-mixed images need no second definition. Half-precision logits are raised to float32, float64 stays float64.
+The first three take `logits` (N, C) and `targets`: class indices (N,), -1 where the class is not known, or class
+probabilities (N, C). Each is linear in the probabilities, so an index and its one-hot form agree, mixed images need no
+second definition, and an unknown class is a row of zeros, which adds nothing.
 
-With class weights w the mean is that of torch.nn.functional.cross_entropy under indices: the sum of the samples' weighted
-losses over the sum of w[target]. `total_weight` gives that divisor; a batch that is split into pieces sums the pieces'
-losses (`reduction="sum"`) and divides by the total weight of the whole batch.
+With class weights w the mean is torch's: the sum of the weighted losses over the sum of w[target].
 """
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
+from cli import usage_error
+from data import BOX, Split
+from model import box_from_logits
+from settings import Settings
 
-def _prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, C) in float32 or float64 and the targets as probabilities (N, C) of the same dtype."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    if targets.ndim == logits.ndim - 1:
-        targets = F.one_hot(targets, logits.shape[-1])
-    elif targets.shape != logits.shape:
-        raise ValueError(
-            f"targets have the shape {tuple(targets.shape)}; for logits {tuple(logits.shape)} give indices (N,) or probabilities (N, C)"
-        )
-    return F.log_softmax(logits, dim=-1), targets.to(logits.dtype)
+DISTILL_TEMPERATURE = 4.0  # at which teacher and student are compared
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # a head's logits and targets -> the mean loss over the known targets
 
 
-def _smooth(targets: Tensor, smoothing: float) -> Tensor:
-    """Szegedy et al. 2016, section 7: (1 - smoothing) of the target, the rest spread evenly over all classes."""
-    return targets if smoothing == 0 else targets * (1 - smoothing) + smoothing / targets.shape[-1]
+class MultiHeadLoss(nn.Module):
+    """(logits, targets, the teacher's logits or None) -> {head: mean loss}. train.py adds them up.
 
-
-def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduction: str) -> Tensor:
-    """Reduce the samples' losses (N,): "none", "sum", or "mean" over the weight of their unsmoothed targets (N, C)."""
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    if reduction == "mean":
-        return losses.sum() / total_weight(targets, class_weights)
-    raise ValueError(f'reduction is "mean", "sum" or "none", not {reduction!r}')
-
-
-def total_weight(targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """The divisor of a weighted mean, a scalar: the sum of the weights of the targets (indices (N,) or probabilities (N, C)).
-
-    Without weights their number, rows of NaN (no box) aside.
+    Add a loss of your own, or the loss of another kind of head, in `head_losses`. A head without a known target in the
+    batch has the loss 0, with a gradient of zeros.
     """
-    if class_weights is None:
-        return (
-            targets.reshape(len(targets), -1).isfinite().all(-1).sum().float()
-            if len(targets)
-            else torch.zeros((), device=targets.device)
-        )
-    return class_weights[targets].sum() if targets.ndim == 1 else (targets * class_weights).sum()
+
+    def __init__(self, settings: Settings, split: Split):
+        super().__init__()
+        self.distill_weight = settings.distill_weight
+        self.losses = head_losses(settings, split)
+
+    def forward(
+        self, logits: dict[str, Tensor], targets: dict[str, Tensor], teacher_logits: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        losses = {}
+        for head, values in logits.items():
+            loss = self.losses[head](values, targets[head])
+            if teacher_logits is not None and head in teacher_logits:
+                soft = distillation(values, teacher_logits[head], DISTILL_TEMPERATURE)
+                loss = (1 - self.distill_weight) * loss + self.distill_weight * soft
+            losses[head] = loss
+        return losses
+
+
+def head_losses(settings: Settings, split: Split) -> dict[str, Loss]:
+    """The loss of each head. Raises BadParameter for class weights of a label that has one class in all rows."""
+    choices = {
+        "ce": partial(cross_entropy, smoothing=settings.label_smoothing),
+        "focal": partial(focal, gamma=settings.focal_gamma),
+        "asymmetric": partial(
+            asymmetric,
+            gamma_pos=settings.asym_gamma_pos,
+            gamma_neg=settings.asym_gamma_neg,
+            smoothing=settings.label_smoothing,
+        ),
+    }
+    losses: dict[str, Loss] = {}
+    for label in split.classes:
+        weights = class_weights(split, label) if settings.class_weights else None
+        losses[label] = partial(choices[settings.loss], class_weights=weights)
+    if settings.box_head:
+        losses[BOX] = lambda logits, boxes: box_loss(box_from_logits(logits)[0], boxes)
+    return losses
+
+
+def class_weights(split: Split, label: str) -> Tensor:
+    """1 - frequency of each class among the training rows, float32 (C,)."""
+    counts = Counter(sample.labels[label] for sample in split.samples if sample.labels[label] >= 0)
+    if len(counts) == 1:
+        raise usage_error("--class-weights", f"every training row has the same {label}, whose weight would be 0")
+    return torch.tensor([1 - counts[c] / counts.total() for c in range(len(split.classes[label]))])
+
+
+# ---------------------------------------------------------------- classes
 
 
 def cross_entropy(
@@ -65,21 +90,20 @@ def cross_entropy(
     class_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy with label smoothing (Szegedy et al. 2016). `class_weights`: (C,) or None."""
+    """Cross-entropy with label smoothing (Szegedy et al. 2016, section 7). `class_weights`: (C,) or None."""
     log_p, targets = _prepare(logits, targets)
-    losses = -_smooth(targets, smoothing) * log_p
-    losses = losses if class_weights is None else losses * class_weights.to(losses)
-    return _reduce(losses.sum(-1), targets, class_weights, reduction)
+    smoothed = targets
+    if smoothing:
+        smoothed = targets * (1 - smoothing) + targets.sum(-1, keepdim=True) * (smoothing / targets.shape[-1])
+    return _reduce(-smoothed * log_p, targets, class_weights, reduction)
 
 
 def focal(
     logits: Tensor, targets: Tensor, gamma: float = 2.0, class_weights: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Focal loss in its softmax form, -w (1 - p)^gamma log p of the target class (Lin et al. 2017, eq. 4 and 5). `class_weights`: (C,) or None."""
+    """Focal loss in its softmax form, -w (1 - p)^gamma log p of the target class (Lin et al. 2017, eq. 4 and 5)."""
     log_p, targets = _prepare(logits, targets)
-    losses = -targets * _power_of_one_minus_p(log_p, gamma) * log_p
-    losses = losses if class_weights is None else losses * class_weights.to(losses)
-    return _reduce(losses.sum(-1), targets, class_weights, reduction)
+    return _reduce(-targets * _one_minus_p(log_p).pow(gamma) * log_p, targets, class_weights, reduction)
 
 
 def asymmetric(
@@ -91,45 +115,83 @@ def asymmetric(
     class_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Asymmetric loss in its single-label form (Ridnik et al. 2021, eq. 5, on a softmax; timm's AsymmetricLossSingleLabel).
+    """Asymmetric loss in its single-label form (Ridnik et al. 2021, eq. 5, on a softmax; timm's implementation).
 
     Under index y: -sum over c of s_c f_c log p_c, where s is the smoothed target, f_y = (1 - p_y)^gamma_pos, and
-    f_c = p_c^gamma_neg for the other classes. Focusing looks at the unsmoothed target. `class_weights`: (C,) or None;
-    a weight acts on its class's term, as in cross-entropy.
+    f_c = p_c^gamma_neg for the other classes. Focusing uses the unsmoothed target; a class weight acts on its term.
     """
     log_p, targets = _prepare(logits, targets)
-    as_target = -_power_of_one_minus_p(log_p, gamma_pos) * log_p
+    as_target = -_one_minus_p(log_p).pow(gamma_pos) * log_p
     as_other = -torch.exp(gamma_neg * log_p) * log_p
     off = smoothing / log_p.shape[-1]
-    losses = targets * (1 - smoothing + off) * as_target + (1 - targets) * off * as_other
-    losses = losses if class_weights is None else losses * class_weights.to(losses)
-    return _reduce(losses.sum(-1), targets, class_weights, reduction)
+    others = targets.sum(-1, keepdim=True) - targets
+    losses = targets * (1 - smoothing + off) * as_target + others * off * as_other
+    return _reduce(losses, targets, class_weights, reduction)
 
 
-def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
-    """T^2 KL(teacher || student) of the softmaxes at temperature T; T^2 keeps the size of the gradient (Hinton et al. 2015, section 2).
+def distillation(
+    logits: Tensor, teacher_logits: Tensor, temperature: float = DISTILL_TEMPERATURE, reduction: str = "mean"
+) -> Tensor:
+    """T^2 KL(teacher || student) of the softmaxes at temperature T (Hinton et al. 2015, section 2).
 
-    `teacher_logits`: (N, C), which get no gradient.
+    T^2 keeps the size of the gradient. `teacher_logits`, (N, C), get no gradient.
     """
-    half = (torch.float16, torch.bfloat16)
-    log_p, log_q = (
-        F.log_softmax((x.float() if x.dtype in half else x) / temperature, dim=-1)
-        for x in (logits, teacher_logits.detach())
-    )
-    return _reduce(temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1), log_q, None, reduction)
+    log_p, log_q = (F.log_softmax(_full(x) / temperature, dim=-1) for x in (logits, teacher_logits.detach()))
+    q = log_q.exp()
+    return _reduce(temperature**2 * (q * (log_q - log_p)), q, None, reduction)
 
 
-def _power_of_one_minus_p(log_p: Tensor, gamma: float) -> Tensor:
-    """(1 - p)^gamma from log p. 1 - p is kept above zero, where the derivative of a power below one has no value."""
-    return (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny).pow(gamma)
+def _full(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def box(boxes: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """5 L1 + 2 (1 - GIoU), the loss of boxes in Carion et al. 2020 (DETR, section 3.1 and A.3).
+def _prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, C) in float32 or float64, and the targets as probabilities (N, C) of the same dtype."""
+    if targets.ndim == logits.ndim - 1:
+        known = (targets >= 0)[..., None]
+        targets = F.one_hot(targets.clamp(min=0), logits.shape[-1]) * known
+    elif targets.shape != logits.shape:
+        raise ValueError(
+            f"targets have the shape {tuple(targets.shape)}; for logits {tuple(logits.shape)} "
+            "give indices (N,) or probabilities (N, C)"
+        )
+    log_p = F.log_softmax(_full(logits), dim=-1)
+    return log_p, targets.to(log_p.dtype)
 
-    `boxes`, `targets`: float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of the image; a row of NaN in `targets` has no box and counts nothing.
+
+def _one_minus_p(log_p: Tensor) -> Tensor:
+    """1 - p, kept above zero, where the derivative of a power below one has no value."""
+    return (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
+
+
+def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduction: str) -> Tensor:
+    """Reduce losses (N, C) by `reduction`: "none" (N,), "sum", or "mean" over the weight of the targets (N, C)."""
+    if class_weights is not None:
+        class_weights = class_weights.to(losses)
+        losses = losses * class_weights
+    losses = losses.sum(-1)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if reduction != "mean":
+        raise ValueError(f'reduction is "mean", "sum" or "none", not {reduction!r}')
+    if class_weights is None:
+        weight = (targets.sum(-1) > 0).sum()
+    else:
+        weight = (targets * class_weights).sum()
+    return losses.sum() / torch.where(weight > 0, weight, 1)
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def box_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """The mean of 5 L1 + 2 (1 - GIoU), the loss of boxes in Carion et al. 2020 (DETR, section 3.1 and A.3).
+
+    `boxes`, `targets`: float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of the image; a target of NaN is not known.
     """
-    known = targets.isfinite().all(-1, keepdim=True)
-    goals = torch.where(known, targets, boxes.detach())  # no box: nothing to learn, and no NaN in the gradient either
-    losses = 5 * (boxes - goals).abs().sum(-1) + 2 * generalized_box_iou_loss(boxes, goals)
-    return _reduce(losses * known[:, 0], targets, None, reduction)
+    known = targets.isfinite().all(-1)
+    targets = torch.where(known[:, None], targets, boxes.detach())  # not known: no loss, and no NaN in the gradient
+    losses = 5 * (boxes - targets).abs().sum(-1) + 2 * generalized_box_iou_loss(boxes, targets)
+    return (losses * known).sum() / known.sum().clamp(min=1)

@@ -1,4 +1,7 @@
-"""From a photo file to the pixels of a view; box arithmetic. The one preparation of training, validation, prediction and cache."""
+"""From a photo file to the pixels of a view: the one path of training, validation, prediction and the decoded cache.
+
+Edit `view_pixels` to change what every image is made of; the cache notices an edit of this file and decodes again.
+"""
 
 import os
 from collections.abc import Sequence
@@ -8,21 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = 100_000_000
-
-
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-)  # none that starts another program; a camera's MPO counts as JPEG
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
+MAX_PIXELS = 200_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # none that starts another program; MPO counts as JPEG
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 TURNS = {  # what makes an image of this EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,16 +25,10 @@ TURNS = {  # what makes an image of this EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 
+Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels of the upright photo; the ends are exclusive
 
-Box = tuple[int, int, int, int]
 
-
-def clip_box(box: Box, width: int, height: int) -> Box:
-    """The part of a box that lies inside a photo of this size. Raises ValueError where nothing does."""
-    clipped = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
-    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-        raise ValueError(f"the box {box} lies outside the photo of {width} x {height} pixels")
-    return clipped
+# ---------------------------------------------------------------- reading
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -52,11 +37,13 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         Image.init()  # Pillow loads its rarer formats only then
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is another one, and warns; ours follows
         image = Image.open(path, formats=FORMATS)
+    except PermissionError:
+        raise ValueError(f"{path} may not be read (permission)") from None
     except Exception as error:
-        raise ValueError(f"{path} is no image that can be read ({error.__class__.__name__})") from None
+        raise ValueError(f"{path} is no image that can be read ({type(error).__name__})") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise ValueError(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; scale it down")
+        raise ValueError(f"{path} has {image.width} x {image.height} pixels, over {MAX_PIXELS:,}; scale it down")
     return image
 
 
@@ -82,14 +69,10 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
                 image = image.transpose(TURNS[_orientation(image)])
             if image.mode == "F":
                 raise ValueError(
-                    "its pixels are floating-point numbers, whose range is not known; save it with 8 bits a channel"
+                    "its pixels are floating-point numbers of unknown range; save it with 8 bits a channel"
                 )
             if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
-                pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-                rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
-                if "transparency" in image.info:  # one grey that stands for nothing
-                    rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
-                return rgb
+                return _grey16_to_rgb(image, background)
             if not image.has_transparency_data:
                 return image.convert("RGB")
             rgba = image.convert("RGBA")
@@ -100,16 +83,79 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
 
 
+def _grey16_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
+    rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info:  # one grey that is transparent
+        rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
+    return rgb
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "squash") -> Tensor:
+    """A view of a photo, `box` or all of it (None), as uint8 (3, size, size).
+
+    `resize`: "squash" gives up the view's shape, "letterbox" keeps it, on black.
+    """
+    view = photo if box is None else photo.crop(box)
+    if resize == "letterbox":
+        left, top, width, height = letterbox(*view.size, size)
+        view = view.resize((width, height), Image.Resampling.BICUBIC)
+        square = Image.new("RGB", (size, size))
+        square.paste(view, (left, top))
+        view = square
+    else:
+        view = view.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous()
+
+
+def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height in pixels of a view of this size that is letterboxed to size x size."""
+    scale = size / max(width, height)
+    inner = [max(1, round(scale * side)) for side in (width, height)]
+    return (size - inner[0]) // 2, (size - inner[1]) // 2, *inner
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def clip_box(box: Box, width: int, height: int) -> Box:
+    """The part of a box that lies inside a photo of this size. Raises ValueError where nothing does."""
+    clipped = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise ValueError(f"the box {box} lies outside the photo of {width} x {height} pixels")
+    return clipped
+
+
 def crop_box(crop: Sequence[float], size: tuple[int, int]) -> Box:
-    """The box nearest to `crop`, xmin, ymin, xmax, ymax in 0..1, in pixels of a photo of this width and height; one pixel at least."""
+    """The box nearest to `crop` (xmin, ymin, xmax, ymax in 0..1) in pixels of a photo of this width and height."""
     left, top = (min(round(at * side), side - 1) for at, side in zip(crop[:2], size))
     right, bottom = (max(round(at * side), start + 1) for at, side, start in zip(crop[2:], size, (left, top)))
     return left, top, right, bottom
 
 
-def to_pixels(photo: Image.Image, box: Box | None, size: int) -> Tensor:
-    """The one preparation of training, validation and prediction: a view of a photo (None: all of it) squashed to uint8 (3, size, size)."""
-    if box is not None:
-        photo = photo.crop(box)
-    photo = photo.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()
+def placement(sizes: Sequence[tuple[int, int]], size: int, resize: str) -> Tensor:
+    """Where photos of these sizes (width, height) lie in their images: left, top, width, height in 0..1, (N, 4)."""
+    if resize != "letterbox":
+        return torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(sizes), 1)
+    return torch.tensor([letterbox(*photo, size) for photo in sizes]).view(-1, 4) / size
+
+
+def to_image(boxes: Tensor, place: Tensor) -> Tensor:
+    """Boxes (N, 4) in 0..1 of each photo as boxes in 0..1 of the image that shows it; `place`: see `placement`."""
+    return boxes * place[:, 2:].repeat(1, 2) + place[:, :2].repeat(1, 2)
+
+
+def to_photo(boxes: Tensor, place: Tensor) -> Tensor:
+    """Boxes (N, 4) in 0..1 of the images as boxes in 0..1 of the photos shown in them."""
+    return ((boxes - place[:, :2].repeat(1, 2)) / place[:, 2:].repeat(1, 2)).clamp(0, 1)
+
+
+def box_iou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Intersection over union of each of N boxes (N, 4) with its target (N, 4); NaN where that is NaN."""
+    sides = torch.minimum(boxes, targets)[:, 2:] - torch.maximum(boxes, targets)[:, :2]
+    intersection = sides.clamp(min=0).prod(1)
+    union = sum((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, targets)) - intersection
+    return intersection / union

@@ -1,11 +1,12 @@
-"""`basic` beside Albumentations' own transforms: how often each kind occurs, and how much it changes the pixels.
+"""Compare `basic` with Albumentations' own transforms: how often each kind occurs, and how much it changes the pixels.
 
     pip install -r requirements-dev.txt && python benchmarks/augmentation.py Dataset --picture docs/augmentation.jpg
 
-Takes 200 training photos of a dataset (by default the demo set) at 224 px. Rate: the share of 10,000 draws of `augmentation("basic")` in
-which a kind occurs, against the notes'. Change: the mean absolute difference between a kind's result and its input in grey levels,
-ours and Albumentations' with the notes' arguments; their ratio should lie between 1 / 1.5 and 1.5. Also the time of `basic` an image.
-Exit code 1 where a rate is off by more than 4 standard errors, or a ratio out of its bounds. Takes about 1 minute.
+Takes 200 training photos of a dataset (by default the demo set) at 224 px. Rate: the fraction of 10,000 draws of
+`augmentation("basic")` in which a kind occurs, against the notes'. Change: the mean absolute difference between a
+kind's result and its input in grey levels, ours and Albumentations' with the notes' arguments; their ratio should lie
+between 1 / 1.5 and 1.5. Also the time of `basic` per image. Exit code 1 if a rate is off by more than 4 standard errors
+or a ratio is out of its bounds. Takes about 1 minute.
 """
 
 import math
@@ -38,7 +39,7 @@ from cli import progress, run_app, say, show_table
 
 warnings.filterwarnings("ignore", message="ShiftScaleRotate")  # another of its transforms does the same
 REFLECT = {"border_mode": cv2.BORDER_REFLECT_101}  # the default of the notes' release
-KINDS = {  # name: the notes' rate (the group's probability times the member's share of its group), the notes' transform
+KINDS = {  # name: the notes' rate (probability of the group times that of the member within it), the notes' transform
     "vertical flip": (0.5, A.VerticalFlip(p=1)),
     "horizontal flip": (0.5, A.HorizontalFlip(p=1)),
     "colour jitter": (0.5 * 0.3 / 1.3, A.ColorJitter(0.2, 0.2, 0.2, 0.2, p=1)),
@@ -46,10 +47,8 @@ KINDS = {  # name: the notes' rate (the group's probability times the member's s
     "gamma": (0.5 * 0.5 / 1.3, A.RandomGamma((80, 120), p=1)),
     "motion blur": (0.3 / 4, A.MotionBlur(blur_limit=3, p=1)),
     "median blur": (0.3 / 4, A.MedianBlur(blur_limit=3, p=1)),
-    "Gaussian blur": (
-        0.3 / 4,
-        A.GaussianBlur(blur_limit=(3, 3), sigma_limit=(0.8, 0.8), p=1),
-    ),  # OpenCV's sigma for 3 pixels
+    # sigma: OpenCV's for 3 pixels
+    "Gaussian blur": (0.3 / 4, A.GaussianBlur(blur_limit=(3, 3), sigma_limit=(0.8, 0.8), p=1)),
     "Gaussian noise": (0.3 / 4, A.GaussNoise(std_range=(3**0.5 / 255, 3 / 255), p=1)),
     "optical distortion": (0.3 / 2, A.OpticalDistortion(distort_limit=0.5, p=1, **REFLECT)),
     "grid distortion": (0.3 / 2, A.GridDistortion(num_steps=5, distort_limit=0.5, p=1, **REFLECT)),
@@ -65,34 +64,38 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def ours() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Each kind of `basic` alone, applied surely."""
+    """Each kind of `basic` alone, applied always."""
     _, _, colours, blurs, warp, dropout = augment.augmentation("basic").transforms
-    warps = [augment.Warp((1, [member])) for _, members in warp.groups for member in members]
-    members = [
-        v2.RandomVerticalFlip(1),
-        v2.RandomHorizontalFlip(1),
-        *(t for group in (colours, blurs) for t in group.transform.transforms[0].transforms),
-    ]
-    return dict(zip(KINDS, [*members, *warps, *dropout.transform.transforms]))
+    members = [v2.RandomVerticalFlip(1), v2.RandomHorizontalFlip(1)]
+    for group in (colours, blurs):
+        members += group.transform.transforms[0].transforms
+    for _, distortions in warp.groups:
+        members += [augment.Warp((1, [distortion])) for distortion in distortions]
+    return dict(zip(KINDS, [*members, *dropout.transform.transforms], strict=True))
 
 
 def rates(draws: int = 10_000) -> dict[str, float]:
-    """The share of draws of `basic` in which each kind occurs. Each kind is replaced by one that only notes that it was called."""
+    """The fraction of draws of `basic` in which each kind occurs. Functions that only count replace the kinds."""
     seen, names = Counter(), iter(list(KINDS)[2:])
 
-    def noting(name: str) -> Callable:
-        return lambda *args: (seen.update([name]), args if len(args) > 1 else args[0])[1]
+    def count_next() -> Callable:
+        name = next(names)
+
+        def count(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            seen[name] += 1
+            return inputs if len(inputs) > 1 else inputs[0]
+
+        return count
 
     basic = augment.augmentation("basic")
-    for group in basic.transforms[2:4]:
+    _, _, colours, blurs, warp, dropout = basic.transforms
+    for group in (colours, blurs):
         choice = group.transform.transforms[0]
-        choice.transforms = [noting(next(names)) for _ in choice.transforms]
-    basic.transforms[4] = augment.Warp(
-        *((p, [noting(next(names)) for _ in members]) for p, members in basic.transforms[4].groups)
-    )
-    basic.transforms[5].transform.transforms = [noting(next(names))]
+        choice.transforms = [count_next() for _ in choice.transforms]
+    warp.groups = [(p, [count_next() for _ in distortions]) for p, distortions in warp.groups]
+    dropout.transform.transforms = [count_next()]
     corner = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    corner[:, 0, 0] = 255  # where it comes to lie tells the flips
+    corner[:, 0, 0] = 255  # the place where it ends up shows the flips
     for _ in range(draws):
         out = basic(corner)[0] > 127
         seen["vertical flip"] += bool(out[2:].any())
@@ -101,19 +104,21 @@ def rates(draws: int = 10_000) -> dict[str, float]:
 
 
 def changes(images: list[Tensor]) -> dict[str, tuple[float, float]]:
-    """{kind: the mean absolute change of these images uint8 (3, H, W) in grey levels, by ours and by Albumentations}."""
-    found = {}
+    """{kind: the mean absolute change of images uint8 (3, H, W) in grey levels, by ours and by Albumentations}."""
+    result = {}
     for name, transform in ours().items():
         reference = KINDS[name][1]
         reference.set_random_seed(0)
         both = []
         for image in images:
             theirs = torch.from_numpy(reference(image=image.permute(1, 2, 0).numpy())["image"]).permute(2, 0, 1)
-            both.append(
-                [(result.int() - image.int()).abs().float().mean().item() for result in (transform(image), theirs)]
-            )
-        found[name] = tuple(np.mean(both, axis=0).tolist())
-    return found
+            both.append([mean_change(changed, image) for changed in (transform(image), theirs)])
+        result[name] = tuple(np.mean(both, axis=0).tolist())
+    return result
+
+
+def mean_change(changed: Tensor, image: Tensor) -> float:
+    return (changed.int() - image.int()).abs().float().mean().item()
 
 
 def sample_photos(dataset: str, n: int) -> list[Tensor]:
@@ -123,7 +128,7 @@ def sample_photos(dataset: str, n: int) -> list[Tensor]:
 
 
 def draw(images: list[Tensor], path: Path, side: int = 112) -> None:
-    """For each photo two rows, ours above Albumentations'; a column a kind."""
+    """Draw two rows a photo, ours above Albumentations', and a column a kind."""
     top = 14
     sheet = Image.new("RGB", (side * len(KINDS), top + 2 * side * len(images)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -132,10 +137,8 @@ def draw(images: list[Tensor], path: Path, side: int = 112) -> None:
         for row, image in enumerate(images):
             theirs = KINDS[name][1](image=image.permute(1, 2, 0).numpy())["image"]
             for i, pixels in enumerate((transform(image).permute(1, 2, 0).numpy(), theirs)):
-                sheet.paste(
-                    Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS),
-                    (column * side, top + (2 * row + i) * side),
-                )
+                tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(tile, (column * side, top + (2 * row + i) * side))
     sheet.save(path, quality=85)
     say(f"drawn: {path}")
 
@@ -152,32 +155,28 @@ def compare(
     """Compare the kinds of `basic` with Albumentations' own."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shown = sample_photos(dataset, images)
+    pixels = sample_photos(dataset, images)
     if picture:
-        draw(shown[:2], picture)
+        draw(pixels[:2], picture)
     draws, wrong, rows = 10_000, [], []
-    seen, changed = rates(draws), changes(shown)
+    seen, changed = rates(draws), changes(pixels)
     for name, (rate, _) in KINDS.items():
         ours_, theirs = changed[name]
-        rows.append(
-            [name, f"{rate:.3f}", f"{seen[name]:.3f}", f"{theirs:.2f}", f"{ours_:.2f}", f"{ours_ / theirs:.2f}"]
-        )
-        if (
-            abs(seen[name] - rate) > 4 * math.sqrt(rate * (1 - rate) / draws)
-            or not 1 / FACTOR < ours_ / theirs < FACTOR
-        ):
+        ratio, standard_error = ours_ / theirs, math.sqrt(rate * (1 - rate) / draws)
+        rows.append([name, f"{rate:.3f}", f"{seen[name]:.3f}", f"{theirs:.2f}", f"{ours_:.2f}", f"{ratio:.2f}"])
+        if abs(seen[name] - rate) > 4 * standard_error or not 1 / FACTOR < ratio < FACTOR:
             wrong.append(name)
     show_table(
-        f"{len(shown)} photos of {dataset}",
+        f"{len(pixels)} photos of {dataset}",
         ["kind", "the notes' rate", "rate here", "Albumentations' change", "change here", "ratio"],
         rows,
     )
     basic = augment.augmentation("basic")
-    with progress(len(shown), "timing"):
+    with progress(len(pixels), "timing"):
         start = time.process_time()
-        for image in shown:
+        for image in pixels:
             basic(image)
-    say(f"basic: {(time.process_time() - start) / len(shown) * 1e3:.2f} ms an image and core at 224 px")
+    say(f"basic: {(time.process_time() - start) / len(pixels) * 1e3:.2f} ms an image and core at 224 px")
     if wrong:
         raise ValueError(f"not as in the notes: {', '.join(wrong)}")
 

@@ -28,7 +28,7 @@ import torch
 import typer
 from PIL import Image, ImageDraw, ImageOps
 
-from cli import misuse, run_app, say, show_table
+from cli import usage_error, run_app, say, show_table
 from data import BOX, Split, find_dataset, image_samples, read_split, relative_boxes, submission_column
 from loading import Photos, batches, make_loader
 from model import box_of, choose_margin, crops_of, load_model, overlaps, predict_logits, score
@@ -88,7 +88,7 @@ def main(
         return
     for name in run:
         if name not in (*RUNS, "none"):
-            raise misuse("--run", f"{name} is none of {', '.join(RUNS)}")
+            raise usage_error("--run", f"{name} is none of {', '.join(RUNS)}")
     data, masks = find_dataset(data.resolve(), 1), masks and find_dataset(masks.resolve(), 1)
     gap.mkdir(exist_ok=True)
     for one_seed in seed:

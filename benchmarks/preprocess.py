@@ -38,7 +38,7 @@ import typer
 from PIL import Image, ImageEnhance, ImageOps
 
 import preprocess
-from cli import misuse, note, run_app, say, show_table
+from cli import note, run_app, say, show_table, usage_error
 from data import csv_name, read_table
 from loading import default_workers
 
@@ -146,7 +146,7 @@ def run_rembg(command: str, photos: Path, out: Path, model: str) -> None:
     except OSError as error:
         made, reason = -1, str(error)
     if made < len(list(photos.iterdir())) or result.returncode:
-        raise misuse("--rembg", f"{command} p does not work: {reason.strip().splitlines()[-1]}")
+        raise usage_error("--rembg", f"{command} p does not work: {reason.strip().splitlines()[-1]}")
 
 
 def run_notes(photos: list[Path], out: Path, model: str) -> None:

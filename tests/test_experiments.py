@@ -1,4 +1,4 @@
-"""The rows are the notes'; they run, are skipped and go on as they should; the statistics against references worked out apart."""
+"""The rows are the notes'; they run, are skipped and resume; the statistics agree with references worked out apart."""
 
 import csv
 import io
@@ -23,7 +23,18 @@ from hypothesis import given, settings, strategies as st
 
 import experiments
 import train
-from experiments import BASE, NAMED, ROWS, garment, interval, merge_flags, parse_flags, per_garment, words_of
+from experiments import (
+    BASE,
+    NAMED,
+    ROWS,
+    content_of,
+    garment,
+    interval,
+    merge_flags,
+    parse_flags,
+    per_garment,
+    words_of,
+)
 
 # ---------------------------------------------------------------- the rows
 
@@ -38,7 +49,7 @@ NOTES = """
 20240818_asymmetric    clean  asymmetric 0.1  10 2 5e-7  1    bbox  -       --asym-gamma-pos 1 --asym-gamma-neg 4
 20240822_153056        raw+clean ce        0.2  10 2 5e-7  1    bbox  0.498
 20240822_222251        clean  ce         0.2  10 2 5e-7  1    bbox  0.4796  --resize random-resized-crop
-20240823_190953        clean  ce         0.2  10 2 5e-7  1    bbox  0.4567  --cutmix Daily --cutmix Gender --cutmix Embellishment
+20240823_190953  clean  ce  0.2  10 2 5e-7  1  bbox  0.4567  --cutmix Daily --cutmix Gender --cutmix Embellishment
 20240825_cutmix_gender clean  ce         0.2  10 2 5e-7  1    bbox  no      --cutmix Gender
 20240826_223053        clean  ce         0.2  10 2 5e-7  1    bbox  -       --epochs 1000
 20240828_181215        clean  ce         0.2  10 2 5e-8  1    bbox  -
@@ -108,7 +119,9 @@ def test_a_row_is_the_notes(line):
     for flag in more[::2]:
         assert flag in merge_flags(row, {})
     assert (
-        row.data == data and row.score.startswith("" if score == "-" else score) and bool(row.score) == (score != "-")
+        row.data == data
+        and row.author_test.startswith("" if score == "-" else score)
+        and bool(row.author_test) == (score != "-")
     )
     assert timm.get_pretrained_cfg(flags["model"]).input_size == (3, 224, 224)
 
@@ -116,7 +129,7 @@ def test_a_row_is_the_notes(line):
 def test_modern_is_ours():
     row = NAMED["modern"]
     flags = parsed(words_of(merge_flags(row, {})))
-    assert "ours" in row.asks and not row.score and row.data == "clean"
+    assert "ours" in row.question and not row.author_test and row.data == "clean"
     assert (
         flags["lr"],
         flags["layer_decay"],
@@ -132,7 +145,7 @@ def test_every_row_is_there_once_and_listed(run):
     done = run("experiments", "list")
     assert done.code == 0
     for row in ROWS:
-        assert f"\n{row.name:<24}" in done.out and row.asks in done.out and row.flags in done.out
+        assert f"\n{row.name:<24}" in done.out and row.question in done.out and row.flags in done.out
 
 
 def test_what_follows_the_dashes_wins_but_not_over_the_subject():
@@ -161,7 +174,7 @@ def test_what_follows_the_dashes_wins_but_not_over_the_subject():
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Instead of train.py something that leaves a run's folder as it would; `commands` holds the command lines, `fails` names rows."""
+    """Leaves a run's folder as train.py would; `commands` holds the command lines, `fails` names rows."""
 
     def start(command):
         stub.commands.append(command)
@@ -183,14 +196,23 @@ def stub(monkeypatch):
 
 
 def leave(
-    name, right=None, more=None, row=None, seed=1103, images=None, labels=("Daily", "Gender"), last=None, code="c"
+    name,
+    right=None,
+    more=None,
+    row=None,
+    seed=1103,
+    images=None,
+    labels=("Daily", "Gender"),
+    last=None,
+    commit="c",
+    truth=1,
 ):
-    """A run's files, and experiment.json where `row` is given. `right`: bool (images, labels); a wrong prediction is 9."""
+    """A run's files; experiment.json where `row` is given. `right`: bool (images, labels); a wrong prediction is 9."""
     folder = Path("runs") / name
     folder.mkdir(parents=True, exist_ok=True)
     right = np.array([[True] * len(labels)] * 4 if right is None else right, dtype=bool)
     images = images or [f"1209/BO{i // 2:05d}-{i % 2 + 1}.jpg" for i in range(len(right))]
-    (folder / "config.json").write_text(json.dumps({"settings": {"monitor": "loss"}}))
+    (folder / "config.json").write_text(json.dumps({"settings": {"monitor": "loss", "seed": seed}, "commit": commit}))
     best = {f"val_top1_{label}": right[:, i].mean() for i, label in enumerate(labels)} | {"val_top1_mean": right.mean()}
     end = dict.fromkeys(best, 0.25 if last is None else last)
     with open(folder / "metrics.csv", "w") as f:
@@ -209,26 +231,21 @@ def leave(
             ["image_name", *(column for label in labels for column in (label, f"{label}_predicted", f"{label}_p0"))]
         )
         for image, correct in zip(images, right):
-            out.writerow([image, *(cell for ok in correct for cell in (1, 1 if ok else 9, 0.5))])
+            out.writerow([image, *(cell for ok in correct for cell in (truth, truth if ok else 9, 0.5))])
     if row:
         record = {
             "row": row,
             "more": more or {},
             "flags": merge_flags(NAMED[row], more or {}),
             "seed": seed,
-            "code": code,
             "data": [],
+            "commit": commit,
         }
         (folder / "experiment.json").write_text(json.dumps(record))
     return folder
 
 
-def test_finished_runs_are_skipped_unless_something_changed(run, stub, drawn, tmp_path, monkeypatch):
-    scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, scripts)
-    monkeypatch.setattr(experiments, "__file__", str(scripts / "experiments.py"))
+def test_finished_runs_are_skipped_unless_something_changed(run, stub, drawn, tmp_path):
     folder = tmp_path / "My data"
     shutil.copytree(drawn, folder)
 
@@ -242,10 +259,6 @@ def test_finished_runs_are_skipped_unless_something_changed(run, stub, drawn, tm
     assert started(*args) == 4 and started(*args) == 0
     assert started(*args, "--", "--lr", "1e-3") == 4 and started(*args, "--", "--lr=1e-3") == 0  # other flags
     assert started(BASE, "--data", folder, "--seeds", 3) == 1  # the same data by another path; one more seed
-    (scripts / "train.py").write_text((scripts / "train.py").read_text() + "\n")
-    assert started(*args) == 4 and started(*args) == 0  # other scripts
-    (scripts / "experiments.py").write_text("# one more row")
-    assert started(*args) == 0
     victim = next((folder / "train").rglob("*.jpg"))
     victim.write_bytes(victim.read_bytes() + b"\0")
     assert started(*args) == 4 and started(*args) == 0  # other images
@@ -254,6 +267,25 @@ def test_finished_runs_are_skipped_unless_something_changed(run, stub, drawn, tm
     assert started(*args) == 4  # other labels
     assert started("20240815_182900", "--data", folder, "--clean-data", drawn, "--seeds", 1) == 1
     assert started("20240815_182900", "--data", folder, "--clean-data", folder, "--seeds", 1) == 1
+
+
+def test_the_content_of_class_folders(tmp_path):
+    for name in ("train/coat/a.jpg", "train/skirt/b.jpg", "val/coat/c.jpg", "test/d.jpg", ".cache/x"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1")
+    before = content_of("--data", str(tmp_path))
+    for name in ("test/d.jpg", ".cache/x"):
+        (tmp_path / name).write_bytes(b"22")
+    assert content_of("--data", str(tmp_path)) == before
+    (tmp_path / "train/skirt/a.jpg").hardlink_to(tmp_path / "train/coat/a.jpg")
+    (tmp_path / "train/coat/a.jpg").unlink()  # of another class now
+    assert content_of("--data", str(tmp_path)) != before
+
+
+def test_torch_is_not_imported():
+    code = "import sys, experiments; sys.exit(bool({'torch', 'scipy'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_commands_share_their_seeds_and_take_the_rows_data(run, stub):
@@ -279,6 +311,8 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
     done = run("experiments", "run", *args)
     assert done.code == 1 and len(stub.commands) == 4
     assert "1 of 4 runs failed: runs/repeat-seed1103-" in done.err
+    record = json.loads(next(Path("runs").glob("repeat-seed1104-*/experiment.json")).read_text())
+    assert (record["row"], record["seed"], record["commit"]) == ("repeat", 1104, "c")
     stub.fails = []
     failed = Path("runs") / parse_flags(stub.commands[0][2:])["--name"][0]
     failed.mkdir()
@@ -511,6 +545,34 @@ def test_runs_on_different_images_are_not_compared(run):
     assert rows["20240815_182900", ""]["verdict"] == "not told apart"
 
 
+def test_classes_are_words_and_an_empty_cell_is_not_known(run):
+    """Of six photos the last has no known label; of the first, only Gender is known."""
+    rng = np.random.default_rng(1)
+    expected = []
+    for seed in (1103, 1104, 1105):
+        means = []
+        for row in (BASE, "repeat"):
+            right = rng.random((6, 2)) < 0.5
+            folder = leave(f"{row}-seed{seed}-00000000", right, row=row, seed=seed, truth="rain coat")
+            path = folder / "val_predictions.csv"
+            lines = path.read_text().splitlines()
+            assert lines[1].split(",")[1] == lines[6].split(",")[4] == "rain coat"
+            lines[1] = lines[1].replace("rain coat", "", 1)
+            lines[6] = ",".join([lines[6].split(",")[0], "", "rain coat", "0.5", "", "rain coat", "0.5"])
+            path.write_text("\n".join(lines))
+            right = right.astype(float)
+            right[0, 0] = right[5] = np.nan
+            means.append(np.nanmean(right[:5], axis=1))
+        expected.append(means[1] - means[0])
+    rows, done = found_rows(run)
+    assert done.code == 0 and "Warning" not in done.err
+    repeat = rows["repeat", ""]
+    units = per_garment([f"1209/BO{i // 2:05d}-{i % 2 + 1}.jpg" for i in range(5)], np.stack(expected, axis=1))
+    mean, half, _ = interval(units)
+    assert (float(repeat["difference"]), float(repeat["low"])) == pytest.approx((mean, mean - half))
+    assert repeat["garments"] == "3"
+
+
 def test_photos_are_paired_by_name_whatever_their_order(run):
     right = np.array([[1, 1], [0, 0], [1, 0], [0, 1], [1, 1], [0, 0]])
     images = [f"{c}.jpg" for c in "abcdef"]
@@ -533,7 +595,7 @@ def test_the_base_is_the_one_with_the_same_flags(run):
             ("5", "20240911_091050", {}),
             ("6", "20240815_182900", {"--epochs": ["8"]}),
         ):
-            leave(f"{row}-seed{seed}-{key * 8}", row=row, more=more, seed=seed, code="other" if key == "5" else "c")
+            leave(f"{row}-seed{seed}-{key * 8}", row=row, more=more, seed=seed, commit="other" if key == "5" else "c")
     rows, done = found_rows(run)
     assert done.code == 0 and len(rows) == 7
     assert rows[BASE, ""]["verdict"] == "the base"
@@ -543,11 +605,8 @@ def test_the_base_is_the_one_with_the_same_flags(run):
     )
     assert rows[BASE, "--cutmix joint --epochs 4 --lr 1e-3"]["note"].endswith("against the base without --cutmix joint")
     assert rows["20240815_182900", "--epochs 8"]["verdict"] == "no base run with these flags"
-    assert (
-        "the same as 20240910_221015: no restart in 4 epochs" in rows["20240911_091050", "--epochs 4 --lr 1e-3"]["note"]
-    )
     alone = rows["20240911_091050", ""]["note"]
-    assert "same as" not in alone and "the scripts changed between these runs" in alone
+    assert "same as" not in alone and "the commits differ" in alone
     assert "same as" not in rows["20240910_221015", "--epochs 4 --lr 1e-3"]["note"]
 
 
@@ -569,10 +628,6 @@ def test_half_written_runs_are_left_aside(run):
         (leave(f"20240814_crop-seed{i}-00000000", row="20240814_crop", seed=i) / name).write_text(text)
     gone = leave("20240814_crop-seed8-00000000", row="20240814_crop", seed=8)
     (gone / "val_predictions.csv").unlink()
-    other = leave("20240814_crop-seed9-00000000", row="20240814_crop", seed=9)
-    (other / "val_predictions.csv").write_text(
-        (other / "val_predictions.csv").read_text().replace(",1,1,", ",1,2,", 1)
-    )  # of another epoch
     rows, done = found_rows(run)
     assert done.code == 0, done.err
     assert {row for row, _ in rows} == {BASE, "repeat"} and rows["repeat", ""]["seeds"] == "3"
@@ -580,8 +635,70 @@ def test_half_written_runs_are_left_aside(run):
         "unfinished: runs/repeat-seed1106-00000000, runs/repeat-seed1107-00000000;" in done.out
         and "20240811_120000" not in done.out
     )
-    for i in (0, 1, 2, 3, 8, 9):
+    for i in (0, 1, 2, 3, 8):
         assert f"left aside: runs/20240814_crop-seed{i}-00000000" in done.out
+
+
+# ---------------------------------------------------------------- compare
+
+
+def test_compare_says_what_the_table_says(run):
+    rng = np.random.default_rng(0)
+    base = draws(rng, 300, 0.5)
+    runs = {"plain": [], "wide": []}
+    for seed in (1103, 1104, 1105):
+        right = base ^ (rng.random(base.shape) < 0.1)
+        better = right | (rng.random(base.shape) < 0.4)
+        for name, row, values in (("plain", BASE, right), ("wide", "20240815_182900", better)):
+            leave(f"{row}-seed{seed}-00000000", values, row=row, seed=seed)
+            runs[name].append(leave(f"{name}-seed{seed}", values, seed=seed))
+    table = found_rows(run)[0]["20240815_182900", ""]
+    done = run("experiments", "compare", *runs["plain"], *reversed(runs["wide"]), "--csv")
+    assert done.code == 0, done.err
+    first, second = csv.DictReader(io.StringIO(done.out))
+    assert (first["row"], first["verdict"], second["row"]) == ("runs/plain", "the first", "runs/wide")
+    for column in table.keys() - {"row", "author_test"}:
+        assert second[column] == table[column], column
+    assert second["verdict"] == "real"
+    out = run("experiments", "compare", *runs["plain"], *runs["wide"]).out
+    assert "difference to runs/plain at the best epoch" in out and "author's test" not in out
+    assert re.search(r"runs/wide +3 +150 +0\.\d+ +\+0\.\d+ +\+0\.\d+ to \+0\.\d+ +real", out)
+
+
+def test_compare_tells_the_flags_of_rows_apart(run):
+    names = []
+    for seed in (1103, 1104, 1105):
+        names.append(leave(f"{BASE}-seed{seed}-0000000{seed % 10}", row=BASE, seed=seed))
+        names.append(leave(f"{BASE}-seed{seed}-1000000{seed % 10}", row=BASE, seed=seed, more={"--lr": ["1e-3"]}))
+    out = run("experiments", "compare", *names, "--markdown").out
+    assert re.search(rf"\| runs/{BASE} --lr 1e-3 \| 3 \| 2 \| .* not told apart \|", out), out
+    assert f"difference to runs/{BASE} at the best epoch" in out
+
+
+def test_compare_takes_single_runs_by_the_seed_of_their_settings(run):
+    a, b, c = (leave(name, seed=seed) for name, seed in (("a", 1103), ("b-seed7", 1103), ("c", 5)))
+    done = run("experiments", "compare", a, b, c, a, "--csv")
+    assert done.code == 0, done.err
+    _, second, third = csv.DictReader(io.StringIO(done.out))
+    assert second["difference"] == "0.0" and second["verdict"] == third["verdict"] == "too few seeds"
+    assert third["difference"] == "" and third["note"] == "0 seeds in common"
+
+
+def test_compare_refuses_in_one_line(run):
+    a, other = leave("a", images=list("abcd")), leave("other", images=list("abce"))
+    twice = leave("a-seed1"), leave("a-seed2")
+    fit_all = leave("fit_all")
+    (fit_all / "val_predictions.csv").unlink()
+    for args, says in (
+        ((a, other), "runs/other and runs/a were validated on different images"),
+        ((a,), "two names"),
+        ((a, *twice), "runs/a-seed1 have one --seed, 1103"),
+        ((a, "runs/none"), "runs/none is no complete run"),
+        ((a, fit_all), "val_predictions.csv"),
+        ((a, leave("b", images=list("abcd")), "--csv", "--markdown"), "--markdown or --csv"),
+    ):
+        done = run("experiments", "compare", *args)
+        assert done.code == 2 and done.err.count("\n") == 1 and says in done.err and not done.out, done
 
 
 # ---------------------------------------------------------------- the whole of it
@@ -602,10 +719,8 @@ def test_a_row_run_twice_by_the_real_script_is_the_same_exactly(run, drawn, tmp_
     assert done.code == 0 and "is finished after 2 epochs; nothing was changed" in done.out, done.err
     assert "2 runs are finished" in done.out and "2 of them before" in run(*args, "--", *more).out
     out = run("experiments", "table").out
-    assert re.search(
-        r"repeat +1 +\d+ +0\.\d+ +0\.000 exactly +too few seeds .*every prediction is the same; the same as 20240811_200032",
-        out,
-    ), out
+    note = "every prediction is the same; the same as 20240811_200032"
+    assert re.search(rf"repeat +1 +\d+ +0\.\d+ +0\.000 exactly +too few seeds .*{note}", out), out
 
 
 def test_an_interrupted_run_ends_its_training(tmp_path):

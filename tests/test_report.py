@@ -1,4 +1,4 @@
-"""The pictures of a run: that they show what was, that nothing in them overlaps, and that the heat is where the model looks."""
+"""The pictures of a run: they show what was, nothing in them overlaps, and the heat is where the model looks."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, TINY
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
@@ -26,30 +27,35 @@ import report
 import train as train_script
 from model import FashionModel
 
-PICTURED = [*TINY[:-1], "--crop-prob", "0.5", "--cutmix", "Gender", "--cutmix", "Embellishment"]
+PICTURED = [*TINY[:-1], "--batch-size", "24", "--crop-prob", "0.5", "--cutmix", "Gender", "--cutmix", "Embellishment"]
 CLASSES = {"Daily": 6, "Gender": 5, "Embellishment": 3}
 
 
 @pytest.fixture(scope="module")
 def pictured(drawn, tmp_path_factory):
-    """A finished run with its pictures, what it printed, and the images of its first steps as the model received them."""
-    folder, received = tmp_path_factory.mktemp("pictured"), []
+    """A finished run, what it printed, the images that the model received first, and the figure of inputs.png."""
+    folder, received, figures = tmp_path_factory.mktemp("pictured"), [], []
 
     def forward(net, images, plain=FashionModel.forward):
         if net.training and images.any():
             received.extend(images.clone())
         return plain(net, images)
 
+    def inputs(*given, plain=report.inputs):
+        figures.append(plain(*given))
+        return figures[0]
+
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.chdir(folder)
         patch.setattr(FashionModel, "forward", forward)
+        patch.setattr(report, "inputs", inputs)
         patch.setattr(sys, "argv", ["train.py", "--data", str(drawn), *PICTURED, "--name", "a b"])
         patch.setattr(cli.console, "print", lambda text, **how: said.append(str(text)))
         with pytest.raises(SystemExit) as stop:
             cli.run_app(train_script.app)
     assert stop.value.code == 0
-    return SimpleNamespace(folder=folder / "runs" / "a b", said=said, received=received)
+    return SimpleNamespace(folder=folder / "runs" / "a b", said=said, received=received, inputs=figures[0])
 
 
 @pytest.fixture
@@ -58,42 +64,28 @@ def copy(pictured, tmp_path):
 
 
 def answers_of(names, classes=CLASSES, seed=0):
-    """Random answers in the form of `read_answers`."""
+    """Random answers."""
     generator = torch.Generator().manual_seed(seed)
-    probabilities = {label: torch.rand(len(names), n, generator=generator).softmax(-1) for label, n in classes.items()}
     truth = {label: torch.randint(n, (len(names),), generator=generator) for label, n in classes.items()}
-    predicted = {label: p.argmax(-1) for label, p in probabilities.items()}
-    return SimpleNamespace(names=names, truth=truth, predicted=predicted, probabilities=probabilities, learned=None)
+    predicted = {label: torch.randint(n, (len(names),), generator=generator) for label, n in classes.items()}
+    confidence = {label: torch.rand(len(names), generator=generator) for label in classes}
+    return report.Answers(names, truth, predicted, confidence, [{}] * len(names))
 
 
 def nothing_overlaps(figure):
-    """Draws the figure without a warning; all of its texts lie inside it, and no two over each other."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        FigureCanvasAgg(figure).draw()
-    ticks = {
-        t
-        for ax in figure.axes
-        for axis in (ax.xaxis, ax.yaxis)
-        for tick in axis.get_major_ticks()
-        for t in (tick.label1, tick.label2)
-    }
-    drawn = {
-        t
-        for ax in figure.axes
-        for axis in (ax.xaxis, ax.yaxis)
-        for tick in axis._update_ticks()
-        for t in (tick.label1, tick.label2)
-    }
-    texts = {
-        t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and (t not in ticks or t in drawn)
-    }
+    """Draws the figure; all of its texts lie inside it, and no two over each other."""
+    FigureCanvasAgg(figure).draw()
+    ticks, drawn = set(), set()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            ticks |= {text for tick in axis.get_major_ticks() for text in (tick.label1, tick.label2)}
+            drawn |= {text for tick in axis._update_ticks() for text in (tick.label1, tick.label2)}
+    texts = {t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()} - (ticks - drawn)
     boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
     assert len(boxes) > 5
     for text, box in boxes:
-        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, (
-            text
-        )
+        assert box.x0 >= -1 and box.y0 >= -1, text
+        assert box.x1 <= figure.bbox.width + 1 and box.y1 <= figure.bbox.height + 1, text
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         across, up = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
         assert across <= 1 or up <= 1.5, (one, other)
@@ -124,17 +116,15 @@ def test_every_column_and_key_is_described(pictured):
     } == set()
 
 
-def test_the_inputs_are_the_pixels_that_the_model_received(pictured, drawn):
+def test_the_inputs_are_the_pixels_that_the_model_received(pictured):
     with Image.open(pictured.folder / "inputs.png") as picture:
         sheet = np.asarray(picture.convert("RGB"))
-    side, shown = 192, []
-    tall = side + 2 + report.LINE * 4 + report.GAP
-    for i, image in enumerate(pictured.received[:24]):
-        x, y = report.GAP + i % 6 * (side + report.GAP), 40 + i // 6 * tall
-        shown.append(
-            np.array_equal(sheet[y : y + side, x : x + side], image.permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1))
-        )
-    assert len(shown) == 24 and all(shown)
+    x, y = np.meshgrid(np.arange(32), np.arange(32))
+    assert len(pictured.inputs.axes) == 24
+    for ax, image in zip(pictured.inputs.axes, pictured.received):
+        places = ax.transData.transform(np.stack([x.ravel(), y.ravel()], axis=1)).astype(int)  # from the lower left
+        shown = sheet[len(sheet) - 1 - places[:, 1], places[:, 0]].reshape(32, 32, 3)
+        assert np.array_equal(shown, image.permute(1, 2, 0).numpy())
 
 
 def test_the_view_named_is_the_view_seen(drawn):
@@ -157,7 +147,7 @@ def test_mistakes_are_the_surest_errors(pictured, drawn):
         } and errors
         for i, sure in errors:
             assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in range(CLASSES[label])))
-    answers.learned = [(5, 5, 60, 70)] * len(written)
+    answers.learned = [{"learned": (5, 5, 60, 70)}] * len(written)
     split = data.read_split(drawn, "val", CLASSES)
     texts = [t.get_text() for t in report.mistakes(answers, split).findobj(Text)]
     assert "given box" in texts and "learned box" in texts and "mask box" not in texts
@@ -168,7 +158,7 @@ def test_mistakes_are_the_surest_errors(pictured, drawn):
 
 def test_confusion_counts_rows_and_scores(pictured):
     answers = report.read_answers(pictured.folder / "val_predictions.csv", CLASSES)
-    figure = report.confusion(answers)
+    figure = report.confusion(answers, CLASSES)
     best = max(rows(pictured.folder / "metrics.csv"), key=lambda row: float(row["val_top1_mean"]))
     for ax, label in zip(figure.axes, CLASSES):
         counts = [text.get_text().split("\n") for text in ax.texts]
@@ -181,7 +171,7 @@ def test_confusion_counts_rows_and_scores(pictured):
 
 @pytest.mark.parametrize("kind", ["class token", "averaged tokens", "convolutional"])
 def test_the_heat_is_where_the_garment_is(kind):
-    """A square on noise, whose colour is its class, is learned; then the heat lies on it, and the logits are the model's."""
+    """The colour of a square on noise is its class: once learned, the heat lies on the square."""
     torch.manual_seed(0)
     backbone = timm.create_model("test_resnet", num_classes=0)
     if kind != "convolutional":
@@ -219,7 +209,7 @@ def test_the_heat_is_where_the_garment_is(kind):
 
 
 @pytest.mark.slow
-def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch):
+def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch, capsys):
     long = tuple(f"a class with quite a long name $_{c}" for c in range(6))
     monkeypatch.setitem(data.CLASS_NAMES, "Daily", long)
     monkeypatch.setitem(data.CLASS_NAMES, "Gender", ("한글 이름",) * 5)
@@ -235,40 +225,39 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
     samples = [data.replace(sample, name=odd[i % len(odd)]) for i, sample in enumerate(split.samples)]
     split = data.replace(split, samples=samples)
     answers = answers_of([sample.name for sample in samples])
-    settings = {"batch_size": 8, "seed": 1, "cutmix": ["joint"], "t_0": 2, "t_mult": 2}
+    settings = SimpleNamespace(batch_size=8, seed=1, cutmix=["joint"], t_0=2, t_mult=2)
     photos = loading.Photos(samples, 48, "bbox", 0.5)
     net = FashionModel(timm.create_model("test_resnet", num_classes=0), 96, CLASSES, (0.5,) * 3, (0.25,) * 3)
-    metrics = {
-        key: np.linspace(0.2, 0.9, 9)
-        for key in ("lr", "train_loss", "val_loss", *(f"val_top1_{label}" for label in (*CLASSES, "스타일", "mean")))
-    }
-    runs = [
-        SimpleNamespace(
-            folder="runs/" + name, settings=settings, metrics=metrics | {"epoch": np.arange(1.0, 10)}, best=4
-        )
-        for name in odd[1:]
-    ]
-    with report.drawing():
-        nothing_overlaps(report.mistakes(answers, split))
-        nothing_overlaps(report.inputs(photos, settings, CLASSES))
-        nothing_overlaps(report.confusion(answers))
-        nothing_overlaps(report.confusion(answers_of(odd * 9, {"Color": 19, "Daily": 6, "fit.type": 2, "many": 32})))
-        nothing_overlaps(report.looks(net, {"image_size": 48, "data": {"view": "bbox"}}, split, answers)[0])
-        nothing_overlaps(report.curves(runs[:1]))
-        nothing_overlaps(report.curves(runs))
+    top1 = [f"val_top1_{label}" for label in (*CLASSES, "스타일", "mean")]
+    metrics = {key: np.linspace(0.2, 0.9, 9) for key in ("lr", "train_loss", "val_loss", *top1)}
+    metrics["epoch"] = np.arange(1.0, 10)
+    runs = [report.Run("runs/" + name, settings, metrics, 4) for name in odd[1:]]
+    many = {"Color": 19, "Daily": 6, "fit.type": 2, "many": 32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with report.drawing():
+            nothing_overlaps(report.mistakes(answers, split))
+            nothing_overlaps(report.inputs(photos, settings, CLASSES))
+            nothing_overlaps(report.confusion(answers, CLASSES))
+            nothing_overlaps(report.confusion(answers_of(odd * 9, many), many))
+            nothing_overlaps(report.looks(net, {"image_size": 48, "data": {"view": "bbox"}}, split, answers)[0])
+            nothing_overlaps(report.curves(runs[:1]))
+            nothing_overlaps(report.curves(runs))
+    if {font.name for font in font_manager.fontManager.ttflist}.isdisjoint(report.HANGUL_FONTS):
+        assert "NanumGothic" in capsys.readouterr().out
 
 
 def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
     read = report.read_run(copy)
-    read.settings |= {"t_0": 2, "t_mult": 2}
+    read.settings.t_0 = read.settings.t_mult = 2
     read.metrics = {key: np.resize(values, 9) for key, values in read.metrics.items()} | {"epoch": np.arange(1.0, 10)}
-    assert list(islice(report.restarts(read.settings), 3)) == [3, 7, 15]
+    assert list(islice(report.restart_epochs(2, 2), 3)) == [3, 7, 15]
     with report.drawing():
         figure = report.curves([read])
         loss, accuracy, rate = figure.axes
-        assert [line.get_label() for line in accuracy.lines[:4]] == [" Daily", " Gender", " Embellishment", " mean"]
+        assert [line.get_label() for line in accuracy.lines[:4]] == ["Daily", "Gender", "Embellishment", "mean"]
         for ax in (loss, accuracy, rate):
-            assert {3, 7, read.best} <= {line.get_xdata()[0] for line in ax.lines} and 15 not in {
+            assert {3, 7, read.best_epoch} <= {line.get_xdata()[0] for line in ax.lines} and 15 not in {
                 line.get_xdata()[0] for line in ax.lines
             }
     done = run("report", pictured.folder, copy)
@@ -293,9 +282,9 @@ def test_a_run_without_validation_has_the_other_pictures(copy, run):
 
 def test_a_damaged_run_is_one_line(copy, run, tmp_path):
     assert run("report", tmp_path).code == 2 and run("report").code == 2
-    for name, text in {
-        "config.json": "{}", "metrics.csv": "epoch,lr\n1", "best.pt": "x", "val_predictions.csv": "image_name,Daily\na.jpg,9",
-    }.items():  # fmt: skip
+    damaged = {"config.json": "{}", "metrics.csv": "epoch,lr\n1", "best.pt": "x"}
+    damaged["val_predictions.csv"] = "image_name,Daily\na.jpg,9"
+    for name, text in damaged.items():
         whole = (copy / name).read_bytes()
         (copy / name).write_text(text)
         done = run("report", copy)

@@ -1,0 +1,239 @@
+"""The logits of a split, by one look or two; scores. Used alike by validation and prediction."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from cli import write_csv
+from data import BOX, Split
+from model import FashionModel, box_from_logits
+from photos import box_iou, crop_box, placement, to_photo
+
+CHUNK = 16  # images that a CPU core predicts at a time; the activations of more would not fit its cache
+
+# The view `learned`: the predicted box is grown by BOX_MARGIN of its sides on each side; the second look, at that crop,
+# decides together with FIRST_LOOK_WEIGHT of the log-probabilities of the first one, at the whole photo.
+BOX_MARGIN = 0.05
+FIRST_LOOK_WEIGHT = 0.5
+
+
+@dataclass
+class Prediction:
+    """What a model says of N photos."""
+
+    logits: dict[str, Tensor]  # float32 (N, classes) of each label
+    targets: dict[str, Tensor]  # int64 (N,) of each label that is known, -1 where it is not
+    boxes: Tensor | None = None  # the predicted boxes, float32 (N, 4) in 0..1 of each photo, of the view `learned`
+    problems: dict[int, str] | None = None  # what is wrong with photos that could not be read, by index
+
+
+def predict_split(
+    model: FashionModel,
+    loader: DataLoader,
+    view: str,
+    amp_dtype: torch.dtype | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Prediction:
+    """What the model says of the photos of `make_eval_loader`; in several processes each takes its part, all get all.
+
+    The view `learned` is two looks: at the whole photos, and at the boxes that the first one predicts. `advance` is
+    called with the number of images that are done, of each look.
+    """
+    sampler, dataset = loader.batch_sampler, loader.dataset
+    sampler.crops = None
+    first, targets, problems = run_batches(model, loader, view != "learned", amp_dtype, advance)
+    result = Prediction(first, targets, None, problems)
+    if view == "learned" and dataset.samples:
+        place = placement([sample.size for sample in dataset.samples], dataset.size, dataset.resize)
+        result.boxes = to_photo(box_from_logits(first.pop(BOX))[0], place)
+        sampler.crops = grow_boxes(result.boxes)
+        second, *_ = run_batches(model, loader, True, amp_dtype, advance)
+        result.logits = join_looks(first, second)
+    return gather(model, result) if dist.is_initialized() else result
+
+
+def run_batches(
+    model: FashionModel,
+    batches: Iterable,
+    labels_only: bool,
+    amp_dtype: torch.dtype | None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, str]]:
+    """The model's outputs, the targets and the problems of all batches, on the CPU.
+
+    On a CPU each thread predicts CHUNK images at a time by itself, while the next are decoded: nothing waits for the
+    slowest, and the bits are the same at any number of threads. On CUDA attention is the plain one, as in deterministic
+    training.
+    """
+    device = model.eval().mean.device
+    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    chunk, workers, threads_each = (CHUNK, threads, 1) if on_cpu else (sys.maxsize, 1, threads)
+    options = {"labels_only": True} if labels_only else {}
+    outputs: list[dict[str, Tensor]] = []
+    targets: list[dict[str, Tensor]] = []
+    problems: dict[int, str] = {}
+    running: deque[tuple[int, Future]] = deque()
+
+    @torch.inference_mode()
+    def forward(images: Tensor) -> dict[str, Tensor]:
+        plain_attention = nullcontext() if on_cpu else sdpa_kernel(SDPBackend.MATH)
+        with plain_attention, torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+            logits = model(images.to(device, non_blocking=True), **options)
+        return {head: values.float().cpu() for head, values in logits.items()}
+
+    def collect(left: int) -> None:
+        while len(running) > left:
+            n, future = running.popleft()
+            outputs.append(future.result())
+            advance(n)
+
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads_each,))
+    try:
+        done = 0
+        for images, labels, messages in batches:
+            running.extend((len(part), pool.submit(forward, part)) for part in images.split(chunk))
+            targets.append(labels)
+            problems |= {done + i: message for i, message in enumerate(messages) if message}
+            done += len(images)
+            collect(left=2 * workers)
+        collect(left=0)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # the pool's threads set the default of those to come
+    return concatenated(outputs), concatenated(targets), problems
+
+
+def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {head: torch.cat([part[head] for part in parts]) for head in (parts[0] if parts else ())}
+
+
+def grow_boxes(boxes: Tensor) -> Tensor:
+    """Boxes (N, 4) in 0..1 grown by BOX_MARGIN of their sides on each side, within the photo."""
+    grow = BOX_MARGIN * (boxes[:, 2:] - boxes[:, :2])
+    return (boxes + torch.cat([-grow, grow], dim=1)).clamp(0, 1)
+
+
+def join_looks(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Logits of the view `learned`, {label: (N, classes)}, from those of both looks."""
+    return {label: second[label].log_softmax(-1) + FIRST_LOOK_WEIGHT * first[label].log_softmax(-1) for label in first}
+
+
+def gather(model: FashionModel, part: Prediction) -> Prediction:
+    """The predictions of all processes, in their order."""
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    parts = [part for part in parts if part.logits]
+    boxes = torch.cat([part.boxes for part in parts]) if parts[0].boxes is not None else None
+    logits, targets = (concatenated([getattr(part, name) for part in parts]) for name in ("logits", "targets"))
+    return Prediction(logits, targets, boxes, {i: text for part in parts for i, text in part.problems.items()})
+
+
+# ---------------------------------------------------------------- scores
+
+
+def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, float]:
+    """`top1_<label>`: share of right answers; `acsa_<label>`: mean recall of the classes that occur; `_mean` of both.
+
+    Photos whose label is not known (target -1) count for the other labels alone.
+    """
+    scores: dict[str, float] = {}
+    for label, target in targets.items():
+        known = target >= 0
+        right, target = (logits[label].argmax(-1) == target)[known], target[known]
+        if len(target):
+            recalls = [right[target == c].sum().item() / (target == c).sum().item() for c in target.unique()]
+            scores[f"top1_{label}"] = right.sum().item() / len(target)
+            scores[f"acsa_{label}"] = sum(recalls) / len(recalls)
+    for kind in ("top1", "acsa") if scores else ():
+        values = [value for key, value in scores.items() if key.startswith(f"{kind}_")]
+        scores[f"{kind}_mean"] = sum(values) / len(values)
+    return scores
+
+
+def validation_loss(prediction: Prediction, criterion: nn.Module) -> dict[str, float]:
+    """{"loss": the mean loss, summed over the labels}. Raises ValueError where one is not finite."""
+    losses = criterion(prediction.logits, prediction.targets)
+    for label, value in losses.items():
+        if not value.isfinite():
+            raise ValueError(f"the validation loss of {label} is not finite; lower --lr, or try --amp off")
+    return {"loss": sum(value.item() for value in losses.values())}
+
+
+def score_boxes(boxes: Tensor, targets: Tensor) -> dict[str, float]:
+    """`iou`: mean IoU of boxes with the given ones where these are known, both (N, 4); the shares above 0.5 and 0.8."""
+    iou = box_iou(boxes, targets)[targets.isfinite().all(-1)]
+    if not len(iou):
+        return {}
+    values = {"iou": iou, "iou_over_0.5": iou > 0.5, "iou_over_0.8": iou > 0.8}
+    return {key: value.float().mean().item() for key, value in values.items()}
+
+
+def write_predictions(path: Path, split: Split, prediction: Prediction) -> None:
+    """val_predictions.csv: for each label its class, empty where not known, the predicted one and all probabilities.
+
+    Where the model predicted boxes, these in pixels of the photo too.
+    """
+    header, columns = ["image_name"], [[sample.name for sample in split.samples]]
+    for label, names in split.classes.items():
+        logits = prediction.logits[label]
+        header += [label, f"{label}_predicted", *(f"{label}_p{c}" for c in range(len(names)))]
+        columns += [[names[c] if c >= 0 else "" for c in prediction.targets[label].tolist()]]
+        columns += [[names[c] for c in logits.argmax(-1).tolist()], *logits.softmax(-1).T.tolist()]
+    if prediction.boxes is not None:
+        header += [f"Learned_{side}" for side in ("xmin", "ymin", "xmax", "ymax")]
+        columns += zip(*(crop_box(box, s.size) for box, s in zip(prediction.boxes.tolist(), split.samples)))
+    write_csv(path, header, zip(*columns))
+
+
+# ---------------------------------------------------------------- one process or several (torchrun)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def parallel(model: FashionModel) -> nn.Module:
+    """The model, or in several processes its DistributedDataParallel."""
+    if world_size() == 1:
+        return model
+    devices = [model.mean.device] if model.mean.device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, find_unused_parameters=True)
+
+
+def from_first(value: object) -> object:
+    """The first process's value, in all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def in_any_process(asked: bool) -> bool:
+    if not dist.is_initialized():
+        return asked
+    flag = torch.tensor(int(asked))
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def mean_over_processes(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    if dist.is_initialized():
+        for loss in losses.values():
+            dist.all_reduce(loss)
+            loss /= world_size()
+    return losses

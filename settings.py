@@ -1,0 +1,264 @@
+"""What a run can be told: one frozen dataclass is train.py's command line, config.json and every function's argument.
+
+A setting of your own is one line in `Settings`; it acts where you use `settings.NAME`. Imports no torch.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cli import note, usage_error
+
+MAX_IMAGE_SIZE = 4096
+# What may change on resume, since the bits do not; `data` and `teacher` may be the same ones elsewhere.
+CHANGEABLE = {"resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache", "pictures"}
+# Settings of earlier versions with their defaults: a run that used another value cannot be resumed.
+WITHDRAWN = {"box_weight": 1.0, "box_jitter": 0.0, "distill_temperature": 4.0, "cache_dir": None, "no_cache": False}
+
+
+def option(panel: str, help: str, *names: str, **more: Any) -> typer.models.OptionInfo:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+in_data, in_model, in_loss = (partial(option, panel) for panel in ("Data", "Model", "Loss"))
+in_optimisation, in_run = (partial(option, panel) for panel in ("Optimisation", "Run"))
+SHARE = {"min": 0, "max": 1}
+OFF = {"show_default": "off"}
+NONE = {"show_default": "none"}
+ACCUM_HELP = (
+    "Micro-batches a step, for less memory. Each one's mean loss counts by its images: with class weights or a box "
+    "head the step differs slightly."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train on a dataset's train split, validate on its val split, keep the best epoch."""
+
+    data: Annotated[list[str], in_data("Dataset folder, or `demo`; repeats: validates on the last.")] = ("Dataset",)
+    subtask: Annotated[int, in_data("Which sub-task's CSVs to read.", min=1, max=2)] = 1
+    crop_prob: Annotated[float, in_data("Probability that a photo is cropped to --train-view.", **SHARE)] = 1.0
+    train_view: Annotated[
+        Literal["bbox", "mask"], in_data("Crop to the CSV's box, or to the foreground's (preprocess.py).")
+    ] = "bbox"
+    val_view: Annotated[
+        Literal["bbox", "full", "mask", "learned"] | None,
+        in_data("What validation sees.", show_default="bbox; with --box-head learned"),
+    ] = None
+    resize: Annotated[
+        Literal["squash", "letterbox", "random-resized-crop"],
+        in_data("How a view becomes square: squashed, in shape on black, or (training) a random part of it."),
+    ] = "squash"
+    augment: Annotated[
+        Literal["basic", "randaugment", "none"], in_data("Augmentation: the notes', RandAugment, none.")
+    ] = "basic"
+    cutmix: Annotated[list[str] | None, in_data("CutMix for this label; repeats. `joint`: for all in one.", **OFF)] = (
+        None
+    )
+    image_size: Annotated[
+        int | None, in_data("Image side in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the model's")
+    ] = None
+    fit_all: Annotated[bool, in_data("Train on validation rows too, keep the last epoch.", "--fit-all", **OFF)] = False
+    workers: Annotated[
+        int | None, in_data("Loading processes; 0: none.", min=0, max=256, show_default="one a core, at most 8")
+    ] = None
+    cache: Annotated[str | None, in_data("Folder of decoded photos, or `off`.", show_default="DATASET/.cache")] = None
+
+    model: Annotated[str, in_model("Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k"
+    pretrained: Annotated[bool, in_model("Start from timm's pretrained weights (downloaded once).")] = True
+    weights: Annotated[str | None, in_model("Start from a .safetensors, .pth or .pt file, or a best.pt.", **NONE)] = (
+        None
+    )
+    drop_path: Annotated[float, in_model("Drop path rate of the last block, less towards the first.", **SHARE)] = 0.0
+    box_head: Annotated[bool, in_model("Predict the garment's box, for a second look at it.", "--box-head", **OFF)] = (
+        False
+    )
+    export_dtype: Annotated[Literal["fp32", "fp16"], in_model("Precision of the weights in best.pt.")] = "fp32"
+    max_mb: Annotated[float, in_model("Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0
+
+    loss: Annotated[Literal["ce", "focal", "asymmetric"], in_loss("Loss of each label; ce: cross-entropy.")] = "ce"
+    label_smoothing: Annotated[float, in_loss("Label smoothing of ce and asymmetric.", **SHARE)] = 0.1
+    focal_gamma: Annotated[float, in_loss("Gamma of focal.", min=0)] = 2.0
+    asym_gamma_pos: Annotated[float, in_loss("Gamma of asymmetric for the target class.", min=0)] = 1.0
+    asym_gamma_neg: Annotated[float, in_loss("Gamma of asymmetric for the other classes.", min=0)] = 4.0
+    class_weights: Annotated[bool, in_loss("Weight classes by 1 - their frequency.", "--class-weights", **OFF)] = False
+    teacher: Annotated[str | None, in_loss("Distil this best.pt, of any backbone and size.", **NONE)] = None
+    distill_weight: Annotated[float, in_loss("Weight of the teacher; the labels have the rest.", **SHARE)] = 0.9
+
+    epochs: Annotated[int, in_optimisation("Passes over the training rows.", min=1)] = 300
+    batch_size: Annotated[int, in_optimisation("Images a step, of all processes together.", min=1)] = 256
+    grad_accum: Annotated[int, in_optimisation(ACCUM_HELP, min=1)] = 1
+    lr: Annotated[float, in_optimisation("Learning rate of AdamW at each restart.")] = 5e-6
+    layer_decay: Annotated[float, in_optimisation("Factor on it for each layer below the heads.", max=1)] = 1.0
+    warmup_epochs: Annotated[float, in_optimisation("Epochs over which it rises linearly.", min=0)] = 0.0
+    weight_decay: Annotated[float, in_optimisation("Weight decay of AdamW.", min=0)] = 0.01
+    clip_grad: Annotated[float, in_optimisation("Largest norm of the gradient; 0: no limit.", min=0)] = 0.0
+    ema: Annotated[float, in_optimisation("Decay of averaged weights, which are validated; 0: off.", **SHARE)] = 0.0
+    t_0: Annotated[int, in_optimisation("Epochs to the cosine schedule's first restart.", "--t-0", min=1)] = 30
+    t_mult: Annotated[int, in_optimisation("Factor from one cosine's length to the next.", min=1)] = 2
+    eta_min: Annotated[float, in_optimisation("Lowest learning rate.", min=0)] = 5e-8
+    patience: Annotated[int, in_optimisation("Stop after this many epochs without a better one.", min=1)] = 50
+    monitor: Annotated[
+        Literal["top1", "acsa", "loss"], in_optimisation("Validation figure that picks the best epoch.")
+    ] = "top1"
+    amp: Annotated[
+        Literal["auto", "fp16", "bf16", "off"], in_optimisation("Mixed precision; auto: the fastest on the device.")
+    ] = "auto"
+
+    name: Annotated[str | None, in_run("Name of the folder under runs/.", show_default="date and time")] = None
+    seed: Annotated[int, in_run("Seed of everything random.", min=0)] = 1103
+    save_every: Annotated[float, typer.Option(hidden=True, min=0)] = 300.0  # seconds between last.pt within an epoch
+    deterministic: Annotated[bool, in_run("The same bits every time, at some cost on GPUs.")] = True
+    resume: Annotated[str | None, in_run("Continue this run (runs/NAME) with its settings.", **NONE)] = None
+    device: Annotated[str, in_run("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    threads: Annotated[int | None, in_run("CPU threads of the model.", min=1, show_default="torch's")] = None
+    pictures: Annotated[bool, in_run("Draw the run's pictures at the end (report.py).")] = True
+    debug: Annotated[bool, in_run("Show the traceback of an error.", "--debug", **OFF)] = False
+
+    def __post_init__(self) -> None:
+        """Lists become tuples and paths str: a parsed instance equals one that was built."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(value, Path):
+                object.__setattr__(self, field.name, str(value))
+
+
+def flag_of(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def check_settings(settings: Settings) -> None:
+    """Check what Typer's bounds do not cover. Raises BadParameter."""
+    for key, value in vars(settings).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise usage_error(flag_of(key), f"{value} is not a finite number")
+    for key in ("lr", "layer_decay"):
+        if getattr(settings, key) <= 0:
+            raise usage_error(flag_of(key), f"{getattr(settings, key)} is not above 0")
+    if settings.eta_min > settings.lr:
+        raise usage_error("--eta-min", f"{settings.eta_min} is above --lr {settings.lr}")
+    name = settings.name
+    if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name or len(name) > 100):
+        raise usage_error("--name", f"{name!r} cannot name a folder under runs/")
+    if settings.val_view == "learned" and not settings.box_head:
+        raise usage_error("--val-view", "`learned` is the box that a box head predicts; add --box-head")
+    if settings.box_head and (settings.cutmix or settings.resize == "random-resized-crop"):
+        other = "--cutmix" if settings.cutmix else "--resize random-resized-crop"
+        raise usage_error("--box-head", f"it needs the garment where it was in the photo; leave out {other}")
+    if settings.box_head and settings.crop_prob == 1:
+        raise usage_error(
+            "--box-head", "it learns from uncropped photos, which --crop-prob 1 leaves out; 0.7 keeps three in ten"
+        )
+    if settings.grad_accum > settings.batch_size:
+        raise usage_error("--grad-accum", f"{settings.grad_accum} micro-batches of a batch of {settings.batch_size}")
+
+
+def print_notes(settings: Settings) -> None:
+    """Say what costs a day where it goes unnoticed."""
+    if settings.t_0 > settings.epochs:
+        note(
+            f"--t-0 {settings.t_0} is longer than {settings.epochs} epochs: the learning rate does not reach --eta-min"
+        )
+    if settings.fit_all:
+        note(f"--fit-all trains for all {settings.epochs} epochs and keeps the last one; it measures nothing")
+        end = next(epoch - 1 for epoch in restart_epochs(settings) if epoch > settings.epochs)
+        if end != settings.epochs:
+            note(f"the learning rate is lowest after {end} epochs, not at the end; --t-0 {settings.epochs} ends there")
+    if not settings.pretrained and not settings.weights and settings.lr < 1e-4:
+        note(f"--lr {settings.lr:g} is for pretrained weights: from scratch 1e-3 to 4e-3 are usual")
+    elif settings.box_head and settings.lr < 2e-5:
+        note(f"--lr {settings.lr:g} hardly moves the new box head; 5e-5 does")
+    if settings.subtask == 2 and (settings.pretrained or settings.weights):
+        note("the rules of sub-task 2 admit no pretrained models: an entry needs --no-pretrained and raw photos")
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+def restart_epochs(settings: Settings) -> Iterator[int]:
+    """The epochs, counted from 1, that begin with the full learning rate again; endless."""
+    epoch, length = 1, settings.t_0
+    while True:
+        epoch, length = epoch + length, length * settings.t_mult
+        yield epoch
+
+
+def learning_rate(settings: Settings, scheduled: float, epochs: float) -> float:
+    """The heads' learning rate after `epochs` epochs, a part of one included: the scheduler's, less in the warm-up."""
+    return scheduled if epochs >= settings.warmup_epochs else scheduled * epochs / settings.warmup_epochs
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def read_settings(run: str | Path) -> Settings:
+    """The settings in a run's config.json; what it lacks has its default. Raises BadParameter, ValueError."""
+    path = Path(run) / "config.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        known = {field.name for field in dataclasses.fields(Settings)}
+        settings = Settings(**{key: value for key, value in written.items() if key in known})
+        check_types(settings)
+    except (FileNotFoundError, NotADirectoryError):
+        raise usage_error("--resume", f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged or of another version of this program") from None
+    for key, value in written.items():
+        if key not in known and (key not in WITHDRAWN or value != WITHDRAWN[key]):
+            raise ValueError(
+                f"{path}: this version has no setting {key}, which the run had as {value}; start a new run"
+            )
+    return settings
+
+
+def check_types(settings: Settings) -> None:
+    """Raises ValueError where a value is not of its default's type, or a count is not positive."""
+    for field in dataclasses.fields(settings):
+        value, default = getattr(settings, field.name), field.default
+        if (
+            default is not None
+            and type(value) is not type(default)
+            and not (type(default) is float and type(value) is int)
+        ):
+            raise ValueError(field.name)
+    if min(settings.epochs, settings.t_0, settings.t_mult, settings.batch_size) < 1:
+        raise ValueError("a count is not positive")
+
+
+def resumed_settings(given: Settings, names: Collection[str]) -> Settings:
+    """The settings of the run `given.resume`, with those of the command line that were given (`names`) and may change.
+
+    Raises BadParameter for one that may not, ValueError where config.json is damaged.
+    """
+    before = read_settings(given.resume)
+    changes = {name: getattr(given, name) for name in names}
+    for name, value in changes.items():
+        if name not in CHANGEABLE and value != getattr(before, name):
+            may = ", ".join(flag_of(key) for key in sorted(CHANGEABLE - {"resume", "save_every"}))
+            raise usage_error(flag_of(name), f"the run was started with {getattr(before, name)}; only {may} may change")
+    settings = dataclasses.replace(before, **changes)
+    if settings.epochs < before.epochs:
+        raise usage_error("--epochs", f"the run was started with {before.epochs}; fewer cannot be asked for")
+    restart = next(epoch for epoch in restart_epochs(settings) if epoch > before.epochs)
+    if restart <= settings.epochs:
+        end = next(epoch - 1 for epoch in restart_epochs(settings) if epoch > settings.epochs)
+        note(f"the learning rate restarts in epoch {restart} (--t-0, --t-mult); it is lowest after {end} epochs")
+    return settings
+
+
+def absolute_paths(settings: Settings) -> Settings:
+    """The settings with whole paths, so that config.json holds from any folder."""
+    data = tuple(data if data == "demo" else os.path.abspath(data) for data in settings.data)
+    paths = {key: getattr(settings, key) for key in ("weights", "teacher", "cache")}
+    whole = {key: os.path.abspath(path) for key, path in paths.items() if path and path != "off"}
+    return dataclasses.replace(settings, data=data, **whole)
