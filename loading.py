@@ -272,11 +272,11 @@ def default_workers(workers: int | None) -> int:
 
 
 class DecodedViews:
-    """The pixels of one view of some samples, decoded once, in memory-mapped files: one a dataset and split."""
+    """The pixels of one view, decoded once, in memory-mapped files: one a dataset and split. Index 0 is at `start`."""
 
-    def __init__(self, files: list[tuple[Path, int]], size: int):
+    def __init__(self, files: list[tuple[Path, int]], size: int, start: int = 0):
         self.files, self.size = files, size
-        self.starts = np.cumsum([0, *(n for _, n in files)])
+        self.starts = np.cumsum([-start, *(n for _, n in files)])
         self.open()
 
     def open(self) -> None:
@@ -294,11 +294,19 @@ class DecodedViews:
         self.open()
 
 
-def add_decoded(dataset: TrainPhotos | EvalPhotos, views: Sequence[str], cache: str | None, workers: int) -> list[str]:
+def add_decoded(
+    dataset: TrainPhotos | EvalPhotos,
+    views: Sequence[str],
+    cache: str | None,
+    workers: int,
+    split: Sequence[Sample] | None = None,
+    start: int = 0,
+) -> list[str]:
     """Let a dataset read these views from the cache, which is built first where need be.
 
     Returns what is wrong with photos that cannot be decoded. `cache`: a folder, "off", or None for DATASET/.cache.
     Where it cannot be written, a note says so, and the photos are decoded in every epoch.
+    `split`: all samples of the split, where the dataset has a part of them, which begins at `start`.
     """
     problems: list[str] = []
     if cache == "off" or dataset.resize == "random-resized-crop":
@@ -306,14 +314,14 @@ def add_decoded(dataset: TrainPhotos | EvalPhotos, views: Sequence[str], cache: 
     try:
         for view in views:
             files = []
-            for csv, group in groupby(dataset.samples, key=lambda sample: sample.csv):
+            for csv, group in groupby(split or dataset.samples, key=lambda sample: sample.csv):
                 samples = list(group)
                 folder = cache_folder(csv.parent, cache)
                 path, damaged = decode_views(samples, view, dataset.size, dataset.resize, folder, workers)
                 files.append((path, len(samples)))
                 problems += damaged
             if not problems:
-                dataset.decoded[view] = DecodedViews(files, dataset.size)
+                dataset.decoded[view] = DecodedViews(files, dataset.size, start)
     except OSError as error:
         note(f"no cache ({error}): photos are decoded again in every epoch; --cache DIR names another place")
         dataset.decoded = {}

@@ -445,7 +445,8 @@ def make_loaders(
     part = slice(*(len(val_split.samples) * i // world_size() for i in (rank(), rank() + 1)))
     val_photos = EvalPhotos(val_split.samples[part], model.image_size, view, eval_resize(settings))
     problems = loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
-    problems += loading.add_decoded(val_photos, [val_photos.view], settings.cache, workers)
+    view = val_photos.view
+    problems += loading.add_decoded(val_photos, [view], settings.cache, workers, val_split.samples, part.start)
     if problems := list(dict.fromkeys(problems)):  # a photo may be damaged in two views
         raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
     train_loader = loading.make_loader(train_photos, sampler, workers)
