@@ -98,10 +98,10 @@ class Run:
 def train(settings: Settings) -> None:
     """Train until the last epoch, or until none was better for `patience` epochs."""
     check_settings(settings)
-    settings = absolute_paths(settings)
     device, amp_dtype = set_up_torch(settings)
 
-    roots = [find_dataset(data, settings.subtask) for data in settings.data]
+    roots = [find_dataset(data, settings.subtask) for data in settings.data]  # errors name it as it was given
+    settings = absolute_paths(settings)
     train_split, val_split = read_splits(roots, settings.subtask, settings.fit_all)
     view = choose_view(settings, train_split, val_split)
     check_cutmix(settings.cutmix or (), train_split.classes)
@@ -448,7 +448,8 @@ def make_loaders(
     view = val_photos.view
     problems += loading.add_decoded(val_photos, [view], settings.cache, workers, val_split.samples, part.start)
     if problems := list(dict.fromkeys(problems)):  # a photo may be damaged in two views
-        raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
+        title = f"{len(problems)} photos cannot be decoded"
+        raise ValueError(list_problems(title, problems) if len(problems) > 1 else problems[0])
     train_loader = loading.make_loader(train_photos, sampler, workers)
     return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers)
 
