@@ -37,6 +37,7 @@ class Checkpoint:
     backbone: str
     image_size: int
     classes: dict[str, tuple[str, ...]]
+    common_classes: dict[str, int]  # the commonest class of each label in training: the answer where a photo is damaged
     mean: list[float]
     std: list[float]
     box_head: bool
@@ -168,6 +169,8 @@ def _parse(content: dict) -> Checkpoint:
         raise ValueError("its classes or image size make no sense")
     if any(not isinstance(name, str) for names in classes.values() for name in names):
         raise ValueError("its classes are no texts")
+    if any(not 0 <= checkpoint.common_classes[label] < len(names) for label, names in classes.items()):
+        raise ValueError("its commonest classes make no sense")
     if checkpoint.view not in ("full", "bbox", "mask", "learned") or checkpoint.resize not in ("squash", "letterbox"):
         raise ValueError("it does not say how its photos were prepared")
     if not all(isinstance(value, int | float) for value in checkpoint.scores.values()):

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -69,12 +69,13 @@ class TrainPhotos(Dataset):
         self.view, self.crop_prob = settings.train_view, settings.crop_prob
         self.augment = augmentation(settings.augment)
         self.targets = label_targets(samples)
-        self.has_box = torch.tensor([self.view in sample.boxes for sample in samples])
+        if not any(self.view in sample.boxes for sample in samples):
+            self.view = "full"
         self.boxes = None  # of uncropped photos, in 0..1 of the image
         if settings.box_head:
             place = placement([sample.size for sample in samples], size, self.resize)
             self.boxes = to_image(relative_boxes(samples, self.view), place)
-        self.views = [view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0]
+        self.views = {view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0}
         self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class TrainPhotos(Dataset):
             torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
             torch.set_num_threads(1)  # as in a loading process: more might add floats in another order
             try:
-                view = self.draw_view(index)
+                view = self.view if torch.rand(()).item() < self.crop_prob else "full"
                 image = self.read(index, view)
                 targets = {label: values[index] for label, values in self.targets.items()}
                 if self.boxes is None:
@@ -102,10 +103,6 @@ class TrainPhotos(Dataset):
             finally:
                 torch.set_num_threads(threads)
         return image, targets, view
-
-    def draw_view(self, index: int) -> str:
-        cropped = torch.rand(()).item() < self.crop_prob
-        return self.view if cropped and self.has_box[index] else "full"
 
     def read(self, index: int, view: str) -> Tensor:
         if view in self.decoded:
@@ -292,7 +289,7 @@ class DecodedViews:
         self.open()
 
 
-def add_decoded(dataset: TrainPhotos | EvalPhotos, views: Sequence[str], cache: str | None, workers: int) -> None:
+def add_decoded(dataset: TrainPhotos | EvalPhotos, views: Collection[str], cache: str | None, workers: int) -> None:
     """Let a dataset read these views from the cache, which is built first where need be.
 
     `cache`: a folder, "off", or None for DATASET/.cache. Where it cannot be written, a note says so, and the photos are
@@ -301,7 +298,7 @@ def add_decoded(dataset: TrainPhotos | EvalPhotos, views: Sequence[str], cache: 
     if cache == "off" or dataset.resize == "random-resized-crop":
         return
     try:
-        for view in views:
+        for view in sorted(views):
             files = []
             for csv, group in groupby(dataset.samples, key=lambda sample: sample.csv):
                 samples = list(group)

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -109,7 +110,7 @@ def train(settings: Settings) -> None:
 
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
-    checkpoint = new_checkpoint(settings, model, view, read_preparation(roots[-1]))
+    checkpoint = new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
     checkpoints.check_budget(checkpoint, settings)
     criterion = MultiHeadLoss(settings, train_split)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None
@@ -375,11 +376,13 @@ def choose_view(settings: Settings, train_split: Split, val_split: Split) -> str
     without = sum(settings.train_view not in sample.boxes for sample in train_split.samples)
     if settings.box_head and without == len(train_split.samples):
         raise usage_error("--box-head", f"it learns boxes, and {train_split.csv} has no {settings.train_view} boxes")
-    if settings.crop_prob > 0 and without:
-        photos = f"{without:,} of {len(train_split.samples):,} training photos"
-        note(f"{photos} have no {settings.train_view} box: they are seen whole")
+    if without == len(train_split.samples):
+        note("training has no boxes: it sees whole photos")
+    elif settings.crop_prob > 0 and without:
+        note(f"{without:,} training photos have no {settings.train_view} box: they are seen whole")
     if view in ("bbox", "mask") and not val_split.has(view):
-        note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
+        if settings.val_view:
+            note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
         return "full"
     return view
 
@@ -406,13 +409,19 @@ def new_model(settings: Settings, split: Split) -> FashionModel:
     return model
 
 
-def new_checkpoint(settings: Settings, model: FashionModel, view: str, preparation: dict | None) -> Checkpoint:
+def new_checkpoint(
+    settings: Settings, model: FashionModel, split: Split, view: str, preparation: dict | None
+) -> Checkpoint:
     """best.pt before the first epoch: as large as it will be."""
     labels = [*model.classes, "mean"]
+    counts = {label: Counter(sample.labels[label] for sample in split.samples) for label in model.classes}
     return Checkpoint(
         backbone=settings.model,
         image_size=model.image_size,
         classes=model.classes,
+        common_classes={
+            label: max(range(len(of)), key=counts[label].__getitem__) for label, of in model.classes.items()
+        },
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         box_head=settings.box_head,
@@ -445,7 +454,7 @@ def make_loaders(
     part = slice(*(len(val_split.samples) * i // world_size() for i in (rank(), rank() + 1)))
     val_photos = EvalPhotos(val_split.samples[part], model.image_size, view, eval_resize(settings))
     loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
-    loading.add_decoded(val_photos, [val_photos.view], settings.cache, workers)
+    loading.add_decoded(val_photos, {val_photos.view}, settings.cache, workers)
     train_loader = loading.make_loader(train_photos, sampler, workers)
     return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers)
 
