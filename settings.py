@@ -81,7 +81,9 @@ class Settings:
     box_head: Annotated[bool, in_model("Predict the garment's box, for a second look at it.", "--box-head", **OFF)] = (
         False
     )
-    export_dtype: Annotated[Literal["fp32", "fp16"], in_model("Precision of the weights in best.pt.")] = "fp32"
+    export_dtype: Annotated[
+        Literal["fp32", "fp16", "int8"], in_model("Precision of best.pt; int8: 8 bits a weight, predicts in float32.")
+    ] = "fp32"
     max_mb: Annotated[float, in_model("Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0
 
     loss: Annotated[Literal["ce", "focal", "asymmetric"], in_loss("Loss of each label; ce: cross-entropy.")] = "ce"

@@ -111,7 +111,7 @@ def train(settings: Settings) -> None:
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
     checkpoint = new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
-    checkpoints.check_budget(checkpoint, settings)
+    checkpoints.check_budget(checkpoint, model, settings)
     criterion = MultiHeadLoss(settings, train_split)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None
     train_loader, val_loader = make_loaders(settings, model, train_split, val_split, view)
@@ -242,7 +242,7 @@ def validate(
     """What a model with these weights, as they are saved, predicts. Raises ValueError for damaged photos, Stopped."""
     view, n = run.checkpoint.view, len(loader.dataset)
     model = copy.deepcopy(state.model)
-    model.load_state_dict(weights)
+    model.load_state_dict(checkpoints.restored_weights(weights))
     with progress(n * (1 + (view == "learned")), f"epoch {state.epoch + 1}/{settings.epochs}, validation") as bar:
 
         def advance(images: int) -> None:
