@@ -203,7 +203,7 @@ def learning_rate(settings: Settings, scheduled: float, epochs: float) -> float:
 # ---------------------------------------------------------------- config.json
 
 
-def read_settings(run: str | Path) -> Settings:
+def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
     """The settings in a run's config.json; what it lacks has its default. Raises BadParameter, ValueError."""
     path = Path(run) / "config.json"
     try:
@@ -212,7 +212,7 @@ def read_settings(run: str | Path) -> Settings:
         settings = Settings(**{key: value for key, value in written.items() if key in known})
         check_types(settings)
     except (FileNotFoundError, NotADirectoryError):
-        raise usage_error("--resume", f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
+        raise usage_error(flag, f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():
