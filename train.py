@@ -38,7 +38,7 @@ import loading
 from augment import check_cutmix, cutmix
 from checkpoint import Checkpoint
 from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
-from data import Split, find_dataset, read_preparation, read_splits
+from data import Split, find_dataset, list_problems, read_preparation, read_splits
 from evaluate import Prediction, rank, world_size
 from loading import EvalPhotos, TrainPhotos, derive_seed
 from losses import MultiHeadLoss
@@ -240,7 +240,7 @@ def validate(
     settings: Settings, state: TrainState, weights: dict[str, Tensor], loader: DataLoader, run: Run
 ) -> Prediction:
     """What a model with these weights, as they are saved, predicts. Raises ValueError for damaged photos, Stopped."""
-    view, n = run.checkpoint.view, len(loader.dataset)
+    view, n = run.checkpoint.view, len(loader.batch_sampler.part)
     model = copy.deepcopy(state.model)
     model.load_state_dict(checkpoints.restored_weights(weights))
     with progress(n * (1 + (view == "learned")), f"epoch {state.epoch + 1}/{settings.epochs}, validation") as bar:
@@ -451,12 +451,14 @@ def make_loaders(
     sampler = loading.EpochSampler(n, settings.batch_size, settings.seed, rank(), world_size(), smallest)
     if not sampler.steps:
         raise usage_error("--data", f"{n} training photos are too few: {smallest * world_size()} are needed")
-    part = slice(*(len(val_split.samples) * i // world_size() for i in (rank(), rank() + 1)))
-    val_photos = EvalPhotos(val_split.samples[part], model.image_size, view, eval_resize(settings))
-    loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
-    loading.add_decoded(val_photos, {val_photos.view}, settings.cache, workers)
+    val_photos = EvalPhotos(val_split.samples, model.image_size, view, eval_resize(settings))
+    part = range(*(len(val_photos) * i // world_size() for i in (rank(), rank() + 1)))
+    problems = loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
+    problems += loading.add_decoded(val_photos, {val_photos.view}, settings.cache, workers)
+    if problems := list(dict.fromkeys(problems)):  # a photo may be damaged in two views
+        raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
     train_loader = loading.make_loader(train_photos, sampler, workers)
-    return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers)
+    return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers, part)
 
 
 def new_state(settings: Settings, model: FashionModel) -> TrainState:
