@@ -193,10 +193,10 @@ def optimizer_step(settings: Settings, state: TrainState, steps: int) -> None:
 
 
 def micro_batches(n: int, parts: int, smallest: int) -> Iterator[slice]:
-    """`n` images in this many parts; a part of fewer than `smallest` is left out."""
-    for part in torch.arange(n).chunk(parts):
-        if len(part) >= smallest:
-            yield slice(int(part[0]), int(part[-1]) + 1)
+    """`n` images in this many parts, or in fewer: none has less than `smallest` where `n` is not less."""
+    parts = max(1, min(parts, n // smallest))
+    for i in range(parts):
+        yield slice(n * i // parts, n * (i + 1) // parts)
 
 
 def smallest_part(model: FashionModel) -> int:
@@ -386,7 +386,8 @@ def choose_view(settings: Settings, train_split: Split, val_split: Split) -> str
 
 def new_model(settings: Settings, split: Split) -> FashionModel:
     """The model with its first weights; a resumed run replaces them by last.pt's. Raises BadParameter, OSError."""
-    pretrained = settings.pretrained and not settings.weights and not settings.resume
+    fresh = not (settings.resume and (Path(settings.resume) / "last.pt").exists())
+    pretrained = settings.pretrained and not settings.weights and fresh
     options = (settings.image_size, pretrained, settings.drop_path, settings.box_head)
     try:
         model = build_model(settings.model, split.classes, *options)
@@ -399,7 +400,7 @@ def new_model(settings: Settings, split: Split) -> FashionModel:
     part = math.ceil(settings.batch_size / world_size() / settings.grad_accum)
     if part < smallest_part(model):
         raise usage_error("--batch-size", f"{settings.model} has batch norm, which cannot train on one image at a time")
-    if settings.weights and not settings.resume:
+    if settings.weights and fresh:
         counts = checkpoints.load_weights(model, settings.weights, settings.model)
         if counts:
             note(f"{settings.weights}: {counts}")
