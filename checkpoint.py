@@ -1,4 +1,8 @@
-"""best.pt and last.pt: precision, size, safe reading and writing; weights from other files."""
+"""best.pt and last.pt: precision, size, safe reading and writing; weights from other files; config.json.
+
+python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8                # in another precision
+python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8 --data demo    # scored before and after
+"""
 
 import hashlib
 import io
@@ -10,23 +14,31 @@ import sys
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import timm
 import torch
 import torchvision
+import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from cli import atomic_write, note, usage_error
-from data import Split, check_preparation, needs_remover
-from evaluate import world_size
-from model import FashionModel, build_model
+from cli import atomic_write, note, run_app, say, show_scores, usage_error
+from data import Split, check_preparation, find_dataset, needs_remover, read_split
+from evaluate import predict_split, score, world_size
+from loading import EvalPhotos, default_workers, make_eval_loader
+from model import FashionModel, build_model, choose_amp
 from settings import MAX_IMAGE_SIZE, Settings
 
 FORMAT = "fashion-attributes 2"
-EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+EXPORT_DTYPES = ("fp32", "fp16", "int8")
+SCALE = ":scale"  # behind the key of a weight that is stored as int8
+ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # whose weights are stored as int8 ...
+MIN_INT8 = 1024  # ... from so many numbers on
+FRACTIONS = [1 - step / 40 for step in range(17)]  # of maximum / 127, tried as a channel's scale
+MAX_SCALE = 1e4  # no weight of a network that works is as large
 WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")  # keys under which other programs keep the weights
 
 
@@ -37,6 +49,7 @@ class Checkpoint:
     backbone: str
     image_size: int
     classes: dict[str, tuple[str, ...]]
+    common_classes: dict[str, int]  # the commonest class of each label in training: the answer where a photo is damaged
     mean: list[float]
     std: list[float]
     box_head: bool
@@ -59,17 +72,66 @@ class Checkpoint:
 
 
 def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, Tensor]:
-    """The model's tensors on the CPU as best.pt holds them: floating-point ones in this precision.
+    """The model's tensors on the CPU as best.pt holds them.
 
-    Raises ValueError where a number is too large for it.
+    fp16 rounds all floating-point ones. int8 stores the weights of convolutions and linear layers of at least
+    MIN_INT8 numbers as int8 beside a float32 scale an output channel (KEY:scale), running statistics in float32 and the
+    rest in fp16. Raises ValueError where a number is not finite, or too large.
     """
-    dtype = EXPORT_DTYPES[export_dtype]
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    if export_dtype == "fp32":
+        return weights
+    stored = {}
+    large = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ROUNDED)}
     for key, value in weights.items():
-        if value.is_floating_point() and value.dtype != dtype:
-            weights[key] = value.to(dtype)
-            if not weights[key].isfinite().all():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are not finite")
+        if export_dtype == "int8" and key in large and value.numel() >= MIN_INT8:
+            stored[key], stored[key + SCALE] = quantised(value)
+        elif value.is_floating_point() and not (export_dtype == "int8" and "running_" in key):
+            stored[key] = value.half()
+            if not stored[key].isfinite().all():
                 raise ValueError(f"{key} holds numbers too large for {export_dtype}; use --export-dtype fp32")
+        else:
+            stored[key] = value
+    return stored
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values of a weight (C, ...) and a float32 scale an output channel (C,): weight = values * scale.
+
+    A channel's scale is the fraction of maximum / 127 with the least squared error. Scales have 16 bits of mantissa, so
+    that values * scale is exact, and an int8 weight that is quantised again gives the same values and scales.
+    """
+    rows = weight.double().flatten(1)
+    largest = rows.abs().amax(1)
+    least = torch.full_like(largest, torch.inf)
+    values, scales = torch.zeros(rows.shape, dtype=torch.int8), torch.ones(len(rows))
+    for fraction in FRACTIONS:
+        scale = torch.where(largest > 0, fraction * largest / 127, 1.0)
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
+        rounded = (rows / scale[:, None]).round().clamp(-127, 127)
+        error = (rounded * scale[:, None] - rows).square().sum(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        values[better], scales[better] = rounded[better].to(torch.int8), scale[better].float()
+    return values.view(weight.shape), scales
+
+
+def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `exported_weights` stored, for load_state_dict. Raises ValueError where scales make no sense."""
+    weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
+    scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
+    rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
+    if rounded != scales.keys():
+        raise ValueError(f"{min(rounded ^ scales.keys())} has int8 values without a scale, or a scale without values")
+    for key, scale in scales.items():
+        values = weights[key]
+        sensible = scale.dtype == torch.float32 and scale.shape == values.shape[:1] and scale.isfinite().all()
+        if not sensible or not ((scale > 0) & (scale < MAX_SCALE)).all():
+            raise ValueError(f"the scale of {key} makes no sense")
+        weights[key] = values.float() * scale.view(-1, *[1] * (values.ndim - 1))
     return weights
 
 
@@ -78,10 +140,15 @@ def megabytes(checkpoint: Checkpoint) -> float:
     return len(_serialised(checkpoint.content())) / 1e6
 
 
-def check_budget(checkpoint: Checkpoint, settings: Settings) -> None:
+def check_budget(checkpoint: Checkpoint, model: FashionModel, settings: Settings) -> None:
     """Raises BadParameter where best.pt is over --max-mb; says where it is with the remover that prediction needs."""
     size, preparation = megabytes(checkpoint), checkpoint.preparation
-    advice = "--export-dtype fp16 halves it" if settings.export_dtype == "fp32" else "choose a smaller backbone"
+    advice = "choose a smaller backbone"
+    for export_dtype in EXPORT_DTYPES[EXPORT_DTYPES.index(settings.export_dtype) + 1 :]:
+        smaller = megabytes(replace(checkpoint, weights=exported_weights(model, export_dtype)))
+        if smaller <= settings.max_mb:
+            advice = f"--export-dtype {export_dtype} takes {smaller:.2f} MB"
+            break
     if 0 < settings.max_mb < size:
         limit = f"over --max-mb {settings.max_mb:g}; {advice}, or --max-mb 0 where the model is not sent in"
         raise usage_error("--model", f"best.pt would take {size:.2f} MB, {limit}")
@@ -150,7 +217,7 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
         model = build_model(
             checkpoint.backbone, checkpoint.classes, checkpoint.image_size, box_head=checkpoint.box_head
         )
-        model.load_state_dict(checkpoint.weights)
+        model.load_state_dict(restored_weights(checkpoint.weights))
         model.mean.copy_(torch.tensor(checkpoint.mean).view(3, 1, 1))
         model.std.copy_(torch.tensor(checkpoint.std).view(3, 1, 1))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -168,6 +235,8 @@ def _parse(content: dict) -> Checkpoint:
         raise ValueError("its classes or image size make no sense")
     if any(not isinstance(name, str) for names in classes.values() for name in names):
         raise ValueError("its classes are no texts")
+    if any(not 0 <= checkpoint.common_classes[label] < len(names) for label, names in classes.items()):
+        raise ValueError("its commonest classes make no sense")
     if checkpoint.view not in ("full", "bbox", "mask", "learned") or checkpoint.resize not in ("squash", "letterbox"):
         raise ValueError("it does not say how its photos were prepared")
     if not all(isinstance(value, int | float) for value in checkpoint.scores.values()):
@@ -222,7 +291,8 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> str
         if "weights" not in given:
             raise ValueError(f"{path} is no best.pt (a last.pt is for --resume)")
         saved = _parse(given)
-        given = {k.removeprefix("backbone."): v for k, v in given["weights"].items() if k.startswith("backbone.")}
+        given = restored_weights(given["weights"])
+        given = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
     given = _timm_names(given, model.backbone, path, name)
     own = model.backbone.state_dict()
     fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
@@ -271,7 +341,8 @@ def _load_heads(model: FashionModel, checkpoint: Checkpoint) -> int:
     for (label, classes), head in zip(model.classes.items(), model.heads):
         if checkpoint.classes.get(label) == classes:
             prefix = f"heads.{labels.index(label)}."
-            weights = {k.removeprefix(prefix): v for k, v in checkpoint.weights.items() if k.startswith(prefix)}
+            given = restored_weights(checkpoint.weights)
+            weights = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
             if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in head.state_dict().items()}:
                 head.load_state_dict(weights)
                 loaded += 1
@@ -320,3 +391,40 @@ def commit() -> str | None:
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# ---------------------------------------------------------------- python checkpoint.py
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    export_dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of its weights.")],
+    data: Annotated[str | None, typer.Option(help="Score both on this dataset's validation split.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Store a best.pt in another precision."""
+    if out.exists() or not out.parent.is_dir():
+        raise usage_error("OUT", f"{out} exists" if out.exists() else f"no folder {out.parent}")
+    model, saved = load_model(checkpoint)
+    converted = replace(saved, weights=exported_weights(model, export_dtype))
+    save(converted.content(), out)
+    say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
+    if data is None:
+        return
+    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
+    photos = EvalPhotos(split.samples, saved.image_size, saved.view, saved.resize)
+    loader = make_eval_loader(photos, saved.batch_size, default_workers(None))
+    answers = []
+    for path in (checkpoint, out):
+        prediction = predict_split(load_model(path)[0], loader, saved.view, choose_amp(saved.amp, torch.device("cpu")))
+        show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
+        answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
+    say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
+
+
+if __name__ == "__main__":
+    run_app(app)

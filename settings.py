@@ -81,7 +81,9 @@ class Settings:
     box_head: Annotated[bool, in_model("Predict the garment's box, for a second look at it.", "--box-head", **OFF)] = (
         False
     )
-    export_dtype: Annotated[Literal["fp32", "fp16"], in_model("Precision of the weights in best.pt.")] = "fp32"
+    export_dtype: Annotated[
+        Literal["fp32", "fp16", "int8"], in_model("Precision of best.pt; int8: 8 bits a weight, predicts in float32.")
+    ] = "fp32"
     max_mb: Annotated[float, in_model("Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0
 
     loss: Annotated[Literal["ce", "focal", "asymmetric"], in_loss("Loss of each label; ce: cross-entropy.")] = "ce"
@@ -201,7 +203,7 @@ def learning_rate(settings: Settings, scheduled: float, epochs: float) -> float:
 # ---------------------------------------------------------------- config.json
 
 
-def read_settings(run: str | Path) -> Settings:
+def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
     """The settings in a run's config.json; what it lacks has its default. Raises BadParameter, ValueError."""
     path = Path(run) / "config.json"
     try:
@@ -210,7 +212,7 @@ def read_settings(run: str | Path) -> Settings:
         settings = Settings(**{key: value for key, value in written.items() if key in known})
         check_types(settings)
     except (FileNotFoundError, NotADirectoryError):
-        raise usage_error("--resume", f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
+        raise usage_error(flag, f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():

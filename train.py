@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -37,7 +38,7 @@ import loading
 from augment import check_cutmix, cutmix
 from checkpoint import Checkpoint
 from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
-from data import Split, find_dataset, read_preparation, read_splits
+from data import Split, find_dataset, list_problems, read_preparation, read_splits
 from evaluate import Prediction, rank, world_size
 from loading import EvalPhotos, TrainPhotos, derive_seed
 from losses import MultiHeadLoss
@@ -109,8 +110,8 @@ def train(settings: Settings) -> None:
 
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
-    checkpoint = new_checkpoint(settings, model, view, read_preparation(roots[-1]))
-    checkpoints.check_budget(checkpoint, settings)
+    checkpoint = new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
+    checkpoints.check_budget(checkpoint, model, settings)
     criterion = MultiHeadLoss(settings, train_split)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None
     train_loader, val_loader = make_loaders(settings, model, train_split, val_split, view)
@@ -239,9 +240,9 @@ def validate(
     settings: Settings, state: TrainState, weights: dict[str, Tensor], loader: DataLoader, run: Run
 ) -> Prediction:
     """What a model with these weights, as they are saved, predicts. Raises ValueError for damaged photos, Stopped."""
-    view, n = run.checkpoint.view, len(loader.dataset)
+    view, n = run.checkpoint.view, len(loader.batch_sampler.part)
     model = copy.deepcopy(state.model)
-    model.load_state_dict(weights)
+    model.load_state_dict(checkpoints.restored_weights(weights))
     with progress(n * (1 + (view == "learned")), f"epoch {state.epoch + 1}/{settings.epochs}, validation") as bar:
 
         def advance(images: int) -> None:
@@ -375,11 +376,13 @@ def choose_view(settings: Settings, train_split: Split, val_split: Split) -> str
     without = sum(settings.train_view not in sample.boxes for sample in train_split.samples)
     if settings.box_head and without == len(train_split.samples):
         raise usage_error("--box-head", f"it learns boxes, and {train_split.csv} has no {settings.train_view} boxes")
-    if settings.crop_prob > 0 and without:
-        photos = f"{without:,} of {len(train_split.samples):,} training photos"
-        note(f"{photos} have no {settings.train_view} box: they are seen whole")
+    if without == len(train_split.samples):
+        note("training has no boxes: it sees whole photos")
+    elif settings.crop_prob > 0 and without:
+        note(f"{without:,} training photos have no {settings.train_view} box: they are seen whole")
     if view in ("bbox", "mask") and not val_split.has(view):
-        note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
+        if settings.val_view:
+            note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
         return "full"
     return view
 
@@ -407,13 +410,19 @@ def new_model(settings: Settings, split: Split) -> FashionModel:
     return model
 
 
-def new_checkpoint(settings: Settings, model: FashionModel, view: str, preparation: dict | None) -> Checkpoint:
+def new_checkpoint(
+    settings: Settings, model: FashionModel, split: Split, view: str, preparation: dict | None
+) -> Checkpoint:
     """best.pt before the first epoch: as large as it will be."""
     labels = [*model.classes, "mean"]
+    counts = {label: Counter(sample.labels[label] for sample in split.samples) for label in model.classes}
     return Checkpoint(
         backbone=settings.model,
         image_size=model.image_size,
         classes=model.classes,
+        common_classes={
+            label: max(range(len(of)), key=counts[label].__getitem__) for label, of in model.classes.items()
+        },
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         box_head=settings.box_head,
@@ -443,12 +452,14 @@ def make_loaders(
     sampler = loading.EpochSampler(n, settings.batch_size, settings.seed, rank(), world_size(), smallest)
     if not sampler.steps:
         raise usage_error("--data", f"{n} training photos are too few: {smallest * world_size()} are needed")
-    part = slice(*(len(val_split.samples) * i // world_size() for i in (rank(), rank() + 1)))
-    val_photos = EvalPhotos(val_split.samples[part], model.image_size, view, eval_resize(settings))
-    loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
-    loading.add_decoded(val_photos, [val_photos.view], settings.cache, workers)
+    val_photos = EvalPhotos(val_split.samples, model.image_size, view, eval_resize(settings))
+    part = range(*(len(val_photos) * i // world_size() for i in (rank(), rank() + 1)))
+    problems = loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
+    problems += loading.add_decoded(val_photos, {val_photos.view}, settings.cache, workers)
+    if problems := list(dict.fromkeys(problems)):  # a photo may be damaged in two views
+        raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
     train_loader = loading.make_loader(train_photos, sampler, workers)
-    return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers)
+    return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers, part)
 
 
 def new_state(settings: Settings, model: FashionModel) -> TrainState:
