@@ -138,11 +138,7 @@ def gather(part: Prediction) -> Prediction:
     parts = [part for part in parts if part.logits]
     boxes = torch.cat([part.boxes for part in parts]) if parts[0].boxes is not None else None
     logits, targets = (concatenated([getattr(part, name) for part in parts]) for name in ("logits", "targets"))
-    problems, start = {}, 0
-    for part in parts:
-        problems |= {start + i: text for i, text in part.problems.items()}
-        start += len(next(iter(part.logits.values())))
-    return Prediction(logits, targets, boxes, problems)
+    return Prediction(logits, targets, boxes, {i: text for part in parts for i, text in part.problems.items()})
 
 
 # ---------------------------------------------------------------- scores
