@@ -323,11 +323,11 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-    heads, given = 0, _read_weights(path)
+    saved, given = None, _read_weights(path)
     if isinstance(given, dict) and given.get("format") == FORMAT:
         if "weights" not in given:
             raise ValueError(f"{path} is no best.pt (a last.pt is for --resume)")
-        heads = _load_heads(model, _parse(given))
+        saved = _parse(given)
         given = restored_weights(given["weights"])
         given = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
     given = _timm_names(given, model.backbone, path, name)
@@ -336,6 +336,7 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
     if not fitting:
         raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
     model.backbone.load_state_dict(fitting, strict=False)
+    heads = _load_heads(model, saved) if saved else 0
     missing = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
     counts = {
         f"{len(missing)} of the backbone's {len(own)} tensors stay random": len(missing),
@@ -380,8 +381,9 @@ def _load_heads(model: FashionModel, checkpoint: Checkpoint) -> int:
             prefix = f"heads.{labels.index(label)}."
             given = restored_weights(checkpoint.weights)
             weights = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
-            head.load_state_dict(weights)
-            loaded += 1
+            if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+                head.load_state_dict(weights)
+                loaded += 1
     return loaded
 
 

@@ -187,10 +187,10 @@ def optimizer_step(settings: Settings, state: TrainState, steps: int) -> None:
 
 
 def micro_batches(n: int, parts: int, smallest: int) -> Iterator[slice]:
-    """`n` images in this many parts; a part of fewer than `smallest` is left out."""
-    for part in torch.arange(n).chunk(parts):
-        if len(part) >= smallest:
-            yield slice(int(part[0]), int(part[-1]) + 1)
+    """`n` images in this many parts, or in fewer: none has less than `smallest` where `n` is not less."""
+    parts = max(1, min(parts, n // smallest))
+    for i in range(parts):
+        yield slice(n * i // parts, n * (i + 1) // parts)
 
 
 def step_seed(settings: Settings, state: TrainState, purpose: str) -> int:
@@ -340,13 +340,14 @@ def set_up_torch(settings: Settings) -> tuple[torch.device, torch.dtype | None]:
 
 def new_model(settings: Settings, split: Split) -> FashionModel:
     """The model with its first weights; a resumed run replaces them by last.pt's. Raises BadParameter, OSError."""
-    pretrained = settings.pretrained and not settings.weights and not settings.resume
+    fresh = not (settings.resume and (Path(settings.resume) / "last.pt").exists())
+    pretrained = settings.pretrained and not settings.weights and fresh
     options = (settings.image_size, pretrained, settings.drop_path, settings.box_head)
     model = build_model(settings.model, split.classes, *options)
     part = math.ceil(settings.batch_size / world_size() / settings.grad_accum)
     if part < model.min_images:
         raise usage_error("--batch-size", f"{settings.model} has batch norm, which cannot train on one image at a time")
-    if settings.weights and not settings.resume:
+    if settings.weights and fresh:
         checkpoints.load_weights(model, settings.weights, settings.model)
     return model
 
