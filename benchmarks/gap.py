@@ -28,7 +28,7 @@ import torch
 import typer
 from PIL import Image, ImageDraw, ImageOps
 
-from cli import usage_error, run_app, say, show_table
+from cli import run_app, say, show_table, usage_error
 from data import BOX, Split, find_dataset, image_samples, read_split, relative_boxes, submission_column
 from loading import Photos, batches, make_loader
 from model import box_of, choose_margin, crops_of, load_model, overlaps, predict_logits, score
