@@ -180,7 +180,7 @@ def growth(folder: Path, workers: int) -> None:
     rows, times = [], []
     for n in (1_000, 10_000, 100_000):
         root = bench.make_dataset(folder / str(n), n, size=(75, 100))
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
             numbers = pool.submit(measure_growth, root, n, workers).result()
         times.append(numbers[2])
         rows.append([f"{n:,}", *(f"{value:.{digits}f}" for value, digits in zip(numbers, (1, 1, 3, 0, 0, 0)))])
