@@ -4,17 +4,20 @@ python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8             
 python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8 --data demo    # scored before and after
 """
 
-import hashlib
 import io
-import json
 import os
 import platform
-import subprocess
+import shutil
 import sys
+import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import timm
 import torch
@@ -25,12 +28,15 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from cli import atomic_write, note, run_app, say, show_scores, usage_error
+import cli
+from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, run_app, say, usage_error
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
-from evaluate import predict_split, score, world_size
-from loading import EvalPhotos, default_workers, make_eval_loader
+from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_amp
-from settings import MAX_IMAGE_SIZE, Settings
+from settings import MAX_IMAGE_SIZE, Settings, read_fingerprint, write_config
+
+if TYPE_CHECKING:
+    from train import Run, TrainState
 
 FORMAT = "fashion-attributes 2"
 EXPORT_DTYPES = ("fp32", "fp16", "int8")
@@ -66,6 +72,38 @@ class Checkpoint:
 
     def content(self) -> dict:
         return {"format": FORMAT} | {key.name: getattr(self, key.name) for key in fields(self)}
+
+
+def new_checkpoint(
+    settings: Settings, model: FashionModel, split: Split, view: str, preparation: dict | None
+) -> Checkpoint:
+    """best.pt before the first epoch: as large as it will be."""
+    labels = [*model.classes, "mean"]
+    counts = {label: Counter(sample.labels[label] for sample in split.samples) for label in model.classes}
+    return Checkpoint(
+        backbone=settings.model,
+        image_size=model.image_size,
+        classes=model.classes,
+        common_classes={
+            label: max(range(len(of)), key=counts[label].__getitem__) for label, of in model.classes.items()
+        },
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        box_head=settings.box_head,
+        data=settings.data[-1],
+        subtask=settings.subtask,
+        view=view,
+        resize=eval_resize(settings),
+        preparation=preparation,
+        batch_size=settings.batch_size,
+        amp=settings.amp,
+        weights=exported_weights(model, settings.export_dtype),
+        scores={f"{kind}_{label}": 0.0 for label in labels for kind in ("top1", "acsa")},
+    )
+
+
+def eval_resize(settings: Settings) -> str:
+    return "squash" if settings.resize == "random-resized-crop" else settings.resize
 
 
 # ---------------------------------------------------------------- precision and size
@@ -220,7 +258,7 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
         model.load_state_dict(restored_weights(checkpoint.weights))
         model.mean.copy_(torch.tensor(checkpoint.mean).view(3, 1, 1))
         model.std.copy_(torch.tensor(checkpoint.std).view(3, 1, 1))
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, typer.BadParameter) as error:
         raise ValueError(f"{path} is no complete best.pt ({' '.join(str(error).split())[:200]})") from None
     return model, checkpoint
 
@@ -278,11 +316,10 @@ class Teacher(nn.Module):
 # ---------------------------------------------------------------- weights to start from
 
 
-def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> str:
+def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> None:
     """Load a file of weights into the backbone `name`, or a best.pt into the backbone and the heads of the same labels.
 
-    Returns one line that counts what did not fit, "" where all did. Raises FileNotFoundError, and ValueError where
-    nothing of the backbone fits.
+    Says in one line how much did not fit. Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
@@ -306,7 +343,8 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> str
         f"{len(given) - len(fitting)} tensors of the file have no place": len(given) - len(fitting),
         f"{heads} of {len(model.heads)} heads came with it": heads,
     }
-    return "; ".join(text for text, n in counts.items() if n)
+    if any(counts.values()):
+        note(f"{path}: " + "; ".join(text for text, n in counts.items() if n))
 
 
 def _read_weights(path: str | os.PathLike) -> object:
@@ -349,48 +387,83 @@ def _load_heads(model: FashionModel, checkpoint: Checkpoint) -> int:
     return loaded
 
 
-# ---------------------------------------------------------------- config.json
+# ---------------------------------------------------------------- the run's folder
 
 
-def write_config(
-    settings: Settings, folder: Path, device: torch.device, amp: torch.dtype | None, fingerprint: dict[str, str]
-) -> None:
-    """config.json: every setting, and what else decides the numbers. Says what differs from a resumed run's start."""
-    path = folder / "config.json"
-    packages = {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = {"versions": {"python": platform.python_version(), **packages}, "device": str(device), "chip": chip}
-    machine |= {"threads": torch.get_num_threads(), "processes": world_size(), "precision": str(amp or torch.float32)}
-    if settings.resume:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if other := [key for key, value in machine.items() if before.get(key) != value]:
-            note(f"the run was started with other {', '.join(other)}: its last digits may differ")
-    config = {"settings": asdict(replace(settings, resume=None)), **machine, "commit": commit(), "data": fingerprint}
-    with atomic_write(path) as f:
-        f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+def new_folder(settings: Settings) -> Path:
+    """The run's folder, which is not there yet. Raises BadParameter."""
+    folder = Path("runs") / from_first(settings.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
+    if not console.quiet and folder.exists():
+        raise usage_error("--name", f"{folder} exists; choose another --name, or continue it: --resume {folder}")
+    return folder
 
 
-def read_fingerprint(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("data")
-
-
-def data_fingerprint(settings: Settings, *splits: Split) -> dict[str, str]:
-    """What tells the run's data, and its teacher, from others."""
-    fingerprint = {name: split.fingerprint for name, split in zip(("train", "val"), splits)}
-    if settings.teacher:
-        with open(settings.teacher, "rb") as f:
-            fingerprint["teacher"] = hashlib.file_digest(f, "sha256").hexdigest()
-    return fingerprint
-
-
-def commit() -> str | None:
-    """The commit of these scripts, with "+changes" where files differ from it; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
+def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]) -> Path:
+    """Load last.pt into the state; returns the run's folder. Raises ValueError where data or files do not fit."""
+    folder = Path(settings.resume)
+    if read_fingerprint(folder) != fingerprint:
+        changed = "rows, labels, image files or the teacher changed"
+        raise ValueError(f"the data are not those that {folder} was started with ({changed}); start a new run")
+    if not (folder / "last.pt").exists():
+        note(f"{folder} was stopped before its first state was saved: it starts again")
+        return folder
     try:
-        done = subprocess.run([*command, "--dirty=+changes"], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        state.load_state_dict(read(folder / "last.pt"))
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder / 'last.pt'} does not fit the run's settings ({reason})") from None
+    if state.best_epoch and not (folder / "best.pt").is_file():
+        raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
+    return folder
+
+
+@contextmanager
+def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dict[str, str]) -> Iterator[None]:
+    """Hold the run's folder, made if it is new; save when a signal stops the run, remove what holds nothing."""
+    folder, device, writes = run.folder, state.model.mean.device, not console.quiet
+    new_parent = not folder.parent.exists()
+    if writes:
+        folder.mkdir(parents=True, exist_ok=bool(settings.resume))
+    with locked(folder) if writes else nullcontext(), run.signals:
+        try:
+            if writes:
+                remove_leftovers(folder)
+                write_config(settings, folder, machine(device, run.amp_dtype), fingerprint)
+            size = f"{run.checkpoint.image_size} px, best.pt {megabytes(run.checkpoint):.2f} MB"
+            among = f", {world_size()} processes" if world_size() > 1 else ""
+            say(f"{folder}: {settings.model}, {size}, {device}{among}, {run.amp_dtype or torch.float32}")
+            yield
+        except BaseException as error:
+            if isinstance(error, Stopped):
+                save_last(state, run)
+            if writes and not settings.resume and not (folder / "last.pt").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # another run may have come into it
+                    if new_parent:
+                        folder.parent.rmdir()
+            elif isinstance(error, KeyboardInterrupt):
+                note(f"stopped; to continue: python train.py --resume {folder}")
+            raise
+
+
+def machine(device: torch.device, amp_dtype: torch.dtype | None) -> dict:
+    """What decides a run's last digits beside its settings."""
+    packages = {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
+    return {
+        "versions": {"python": platform.python_version(), **packages},
+        "device": str(device),
+        "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "precision": str(amp_dtype or torch.float32),
+    }
+
+
+def save_last(state: "TrainState", run: "Run") -> None:
+    """Write last.pt."""
+    state.seconds, run.saved_at = time.monotonic() - run.epoch_start, time.monotonic()
+    if not console.quiet:
+        save({"format": FORMAT} | state.state_dict(), run.folder / "last.pt")
 
 
 # ---------------------------------------------------------------- python checkpoint.py
@@ -416,12 +489,11 @@ def convert(
     if data is None:
         return
     split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
-    photos = EvalPhotos(split.samples, saved.image_size, saved.view, saved.resize)
-    loader = make_eval_loader(photos, saved.batch_size, default_workers(None))
+    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
     answers = []
     for path in (checkpoint, out):
-        prediction = predict_split(load_model(path)[0], loader, saved.view, choose_amp(saved.amp, torch.device("cpu")))
-        show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
+        prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
+        cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
         answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
     say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
 

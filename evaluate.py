@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cli import write_csv
-from data import BOX, Split
+from data import BOX, Sample, Split
+from loading import EvalPhotos, default_workers, make_eval_loader
 from model import FashionModel, box_from_logits
 from photos import box_iou, crop_box, placement, to_photo
 
@@ -63,6 +64,23 @@ def predict_split(
         second, *_ = run_batches(model, loader, True, amp_dtype, advance)
         result.logits = join_looks(first, second)
     return gather(result) if dist.is_initialized() else result
+
+
+def predict_samples(
+    model: FashionModel,
+    samples: Sequence[Sample],
+    view: str,
+    resize: str,
+    batch_size: int,
+    workers: int | None = None,
+    amp_dtype: torch.dtype | None = None,
+    prepare: Callable | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Prediction:
+    """What the model says of these samples in a view; the arguments are those of `EvalPhotos` and `predict_split`."""
+    photos = EvalPhotos(samples, model.image_size, view, resize, prepare)
+    loader = make_eval_loader(photos, batch_size, default_workers(workers))
+    return predict_split(model, loader, view, amp_dtype, advance)
 
 
 def run_batches(

@@ -413,11 +413,7 @@ def test_a_dataset_without_boxes_trains_on_whole_photos(run, drawn, tmp_path):
         )
     done = run("train", "--data", folder, *TINY, "--epochs", 1)
     assert done.code == 0, done.err
-    assert (
-        "validation has no boxes" in done.out
-        and "training has no boxes" in done.out
-        and "(full)" in done.out
-    )
+    assert "validation has no boxes" in done.out and "training has no boxes" in done.out and "(full)" in done.out
 
 
 def test_threads_subtask_and_monitor(run, drawn, tmp_path):
