@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import groupby
@@ -66,17 +66,20 @@ class TrainPhotos(Dataset):
     `train_view` in an uncropped photo, NaN where there is none to learn.
     """
 
+    use = "train"
+
     def __init__(self, samples: Sequence[Sample], size: int, settings: Settings):
         self.samples, self.size, self.seed, self.resize = samples, size, settings.seed, settings.resize
         self.view, self.crop_prob = settings.train_view, settings.crop_prob
         self.augment = augmentation(settings.augment)
         self.targets = label_targets(samples)
-        self.has_box = torch.tensor([self.view in sample.boxes for sample in samples])
+        if not any(self.view in sample.boxes for sample in samples):
+            self.view = "full"
         self.boxes = None  # of uncropped photos, in 0..1 of the image
         if settings.box_head:
             place = placement([sample.size for sample in samples], size, self.resize)
             self.boxes = to_image(relative_boxes(samples, self.view), place)
-        self.views = [view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0]
+        self.views = {view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0}
         self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
@@ -94,7 +97,7 @@ class TrainPhotos(Dataset):
             torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
             torch.set_num_threads(1)  # as in a loading process: more might add floats in another order
             try:
-                view = self.draw_view(index)
+                view = self.view if torch.rand(()).item() < self.crop_prob else "full"
                 image = self.read(index, view)
                 targets = {label: values[index] for label, values in self.targets.items()}
                 if self.boxes is None:
@@ -104,10 +107,6 @@ class TrainPhotos(Dataset):
             finally:
                 torch.set_num_threads(threads)
         return image, targets, view
-
-    def draw_view(self, index: int) -> str:
-        cropped = torch.rand(()).item() < self.crop_prob
-        return self.view if cropped and self.has_box[index] else "full"
 
     def read(self, index: int, view: str) -> Tensor:
         if view in self.decoded:
@@ -140,6 +139,8 @@ class EvalPhotos(Dataset):
     `crop`, (4,) in 0..1 of the photo, is seen instead of the view where it is not None. `prepare` gives a sample's
     photo and the boxes in it. A photo that cannot be read is black, and the message not empty.
     """
+
+    use = "eval"
 
     def __init__(
         self,
@@ -214,19 +215,23 @@ class EpochSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """Batches of (index, crop) in order. Set `crops`, (N, 4) in 0..1 of the photos, to see these, not the view."""
+    """Batches of (index, crop), in order, of all samples or of `part` (one of several processes').
 
-    def __init__(self, n: int, batch_size: int):
-        self.n, self.batch_size = n, batch_size
+    Set `crops`, (len(part), 4) in 0..1 of the photos, to see these instead of the view.
+    """
+
+    def __init__(self, part: range, batch_size: int):
+        self.part, self.batch_size = part, batch_size
         self.crops: Tensor | None = None
 
     def __len__(self) -> int:
-        return math.ceil(self.n / self.batch_size)
+        return math.ceil(len(self.part) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, list[float] | None]]]:
-        crops = [None] * self.n if self.crops is None else self.crops.tolist()
-        for start in range(0, self.n, self.batch_size):
-            yield [(index, crops[index]) for index in range(start, min(start + self.batch_size, self.n))]
+        crops = [None] * len(self.part) if self.crops is None else self.crops.tolist()
+        keys = list(zip(self.part, crops))
+        for start in range(0, len(keys), self.batch_size):
+            yield keys[start : start + self.batch_size]
 
 
 def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
@@ -242,8 +247,9 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     )
 
 
-def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int) -> DataLoader:
-    return make_loader(dataset, EvalSampler(len(dataset), batch_size), workers)
+def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int, part: range | None = None) -> DataLoader:
+    part = range(len(dataset)) if part is None else part
+    return make_loader(dataset, EvalSampler(part, batch_size), workers)
 
 
 def start_worker(worker: int) -> None:
@@ -272,11 +278,11 @@ def default_workers(workers: int | None) -> int:
 
 
 class DecodedViews:
-    """The pixels of one view, decoded once, in memory-mapped files: one a dataset and split. Index 0 is at `start`."""
+    """The pixels of one view, decoded once, in memory-mapped files: one a dataset and split."""
 
-    def __init__(self, files: list[tuple[Path, int]], size: int, start: int = 0):
+    def __init__(self, files: list[tuple[Path, int]], size: int):
         self.files, self.size = files, size
-        self.starts = np.cumsum([-start, *(n for _, n in files)])
+        self.starts = np.cumsum([0, *(n for _, n in files)])
         self.open()
 
     def open(self) -> None:
@@ -295,33 +301,27 @@ class DecodedViews:
 
 
 def add_decoded(
-    dataset: TrainPhotos | EvalPhotos,
-    views: Sequence[str],
-    cache: str | None,
-    workers: int,
-    split: Sequence[Sample] | None = None,
-    start: int = 0,
+    dataset: TrainPhotos | EvalPhotos, views: Collection[str], cache: str | None, workers: int
 ) -> list[str]:
     """Let a dataset read these views from the cache, which is built first where need be.
 
     Returns what is wrong with photos that cannot be decoded. `cache`: a folder, "off", or None for DATASET/.cache.
     Where it cannot be written, a note says so, and the photos are decoded in every epoch.
-    `split`: all samples of the split, where the dataset has a part of them, which begins at `start`.
     """
     problems: list[str] = []
     if cache == "off" or dataset.resize == "random-resized-crop":
         return problems
     try:
-        for view in views:
+        for view in sorted(views):
             files = []
-            for csv, group in groupby(split or dataset.samples, key=lambda sample: sample.csv):
+            for csv, group in groupby(dataset.samples, key=lambda sample: sample.csv):
                 samples = list(group)
-                folder = cache_folder(csv.parent, cache)
-                path, damaged = decode_views(samples, view, dataset.size, dataset.resize, folder, workers)
+                folder, stem = cache_folder(csv.parent, cache), f"{csv.stem}-{dataset.use}-{view}"
+                path, damaged = decode_views(samples, view, dataset.size, dataset.resize, folder, stem, workers)
                 files.append((path, len(samples)))
                 problems += damaged
             if not problems:
-                dataset.decoded[view] = DecodedViews(files, dataset.size, start)
+                dataset.decoded[view] = DecodedViews(files, dataset.size)
     except OSError as error:
         note(f"no cache ({error}): photos are decoded again in every epoch; --cache DIR names another place")
         dataset.decoded = {}
@@ -359,14 +359,14 @@ def views_key(samples: Sequence[Sample], view: str) -> str:
 
 
 def decode_views(
-    samples: Sequence[Sample], view: str, size: int, resize: str, folder: Path, workers: int
+    samples: Sequence[Sample], view: str, size: int, resize: str, folder: Path, stem: str, workers: int
 ) -> tuple[Path, list[str]]:
     """The file with the pixels of a view of these samples, uint8 (N, 3, size, size), decoded now if it is not there.
 
     Returns also what is wrong with photos that cannot be decoded; without any the file is there, whole. A second
     process waits for the first. Raises OSError where the file cannot be written.
     """
-    stem = f"{samples[0].csv.stem}-{view}-{size}-{resize}-"
+    stem = f"{stem}-{size}-{resize}-"
     path = folder / f"{stem}{views_key(samples, view)}.pixels"
     if path.exists():
         return path, []

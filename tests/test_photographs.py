@@ -1,6 +1,6 @@
 """The box head on photographs: those of scikit-image that show a garment or a figure, with boxes drawn by hand.
 
-To look at the boxes that a trained model finds in them: python benchmarks/gap.py --photographs runs/NAME/best.pt boxes.png
+To see the boxes that a trained model finds in them: python benchmarks/gap.py --photographs runs/NAME/best.pt boxes.png
 """
 
 import csv
@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import read_split, relative_boxes
-from model import score_boxes
+from data import read_split
+from evaluate import score_boxes
+from loading import relative_boxes
 
 BOXES = {  # in pixels, of photographs in skimage.data; the right and lower ends are exclusive
     "astronaut": (15, 148, 362, 512),  # the orange suit, half hidden by the helmet
@@ -60,28 +61,13 @@ def cuttings(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_box_head_finds_what_was_drawn_by_hand_round_it(run, cuttings, tmp_path):
-    flags = [
-        "--no-pretrained",
-        "--model",
-        "test_resnet",
-        "--image-size",
-        64,
-        "--batch-size",
-        8,
-        "--workers",
-        0,
-        "--amp",
-        "off",
-        "--threads",
-        1,
-    ]
+    flags = ["--no-pretrained", "--model", "test_resnet", "--image-size", 64, "--batch-size", 8, "--workers", 0]
+    flags += ["--amp", "off", "--threads", 1]
     flags += ["--augment", "none", "--box-head", "--crop-prob", 0, "--epochs", 8, "--t-0", 8, "--lr", 4e-3]
     done = run("train", "--data", cuttings, "--name", "a", *flags)
     assert done.code == 0, done.err
     with (tmp_path / "runs" / "a" / "metrics.csv").open(encoding="utf-8") as file:
-        found = [float(row["val_iou"]) for row in csv.DictReader(file)][
-            -1
-        ]  # the last epoch's: Top-1 is 1 from the first on
+        found = float(list(csv.DictReader(file))[-1]["val_iou"])  # the last epoch's: Top-1 is 1 from the first on
     truth = relative_boxes(read_split(cuttings, "val").samples, "bbox")
     middle = score_boxes(torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(len(truth), 4), truth)["iou"]
     print(f"mean IoU {found:.3f}; of the photo's middle {middle:.3f}")
