@@ -134,7 +134,9 @@ class Checks:
 
 
 def last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2]
+    """What a script says last of what went wrong; torchrun prints its own report after that."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return ([""] + lines + [line for line in lines if line.startswith("error:")])[-1]
 
 
 def read_rows(run: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
@@ -191,7 +193,7 @@ def check(
     chip = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     seconds = time.monotonic() - checks.began
     title = f"{backbone} on {chip}, torch {torch.__version__}, {epochs} epochs; {seconds:.0f} s"
-    show_table(title, ["check", "result", ""], checks.rows)
+    show_table(title, ["check", "result", ""], [[*row[:2], row[2][:90]] for row in checks.rows])
     if failed := [what for what, result, _ in checks.rows if result == "FAILED"]:
         raise ValueError(f"{len(failed)} checks failed: {'; '.join(failed)}")
 
