@@ -1,32 +1,50 @@
-"""best.pt and last.pt: precision, size, safe reading and writing; weights from other files."""
+"""best.pt and last.pt: precision, size, safe reading and writing; weights from other files; config.json.
 
-import hashlib
+python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8                # in another precision
+python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8 --data demo    # scored before and after
+"""
+
 import io
-import json
 import os
 import platform
-import subprocess
+import shutil
 import sys
+import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import timm
 import torch
 import torchvision
+import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from cli import atomic_write, note, usage_error
-from data import Split, check_preparation, needs_remover
-from evaluate import world_size
-from model import FashionModel, build_model
-from settings import MAX_IMAGE_SIZE, Settings
+import cli
+from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, run_app, say, usage_error
+from data import Split, check_preparation, find_dataset, needs_remover, read_split
+from evaluate import from_first, predict_samples, score, world_size
+from model import FashionModel, build_model, choose_amp
+from settings import MAX_IMAGE_SIZE, Settings, read_fingerprint, write_config
+
+if TYPE_CHECKING:
+    from train import Run, TrainState
 
 FORMAT = "fashion-attributes 2"
-EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+EXPORT_DTYPES = ("fp32", "fp16", "int8")
+SCALE = ":scale"  # behind the key of a weight that is stored as int8
+ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # whose weights are stored as int8 ...
+MIN_INT8 = 1024  # ... from so many numbers on
+FRACTIONS = [1 - step / 40 for step in range(17)]  # of maximum / 127, tried as a channel's scale
+MAX_SCALE = 1e4  # no weight of a network that works is as large
 WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")  # keys under which other programs keep the weights
 
 
@@ -37,6 +55,7 @@ class Checkpoint:
     backbone: str
     image_size: int
     classes: dict[str, tuple[str, ...]]
+    common_classes: dict[str, int]  # the commonest class of each label in training: the answer where a photo is damaged
     mean: list[float]
     std: list[float]
     box_head: bool
@@ -55,21 +74,102 @@ class Checkpoint:
         return {"format": FORMAT} | {key.name: getattr(self, key.name) for key in fields(self)}
 
 
+def new_checkpoint(
+    settings: Settings, model: FashionModel, split: Split, view: str, preparation: dict | None
+) -> Checkpoint:
+    """best.pt before the first epoch: as large as it will be."""
+    labels = [*model.classes, "mean"]
+    counts = {label: Counter(sample.labels[label] for sample in split.samples) for label in model.classes}
+    return Checkpoint(
+        backbone=settings.model,
+        image_size=model.image_size,
+        classes=model.classes,
+        common_classes={
+            label: max(range(len(of)), key=counts[label].__getitem__) for label, of in model.classes.items()
+        },
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        box_head=settings.box_head,
+        data=settings.data[-1],
+        subtask=settings.subtask,
+        view=view,
+        resize=eval_resize(settings),
+        preparation=preparation,
+        batch_size=settings.batch_size,
+        amp=settings.amp,
+        weights=exported_weights(model, settings.export_dtype),
+        scores={f"{kind}_{label}": 0.0 for label in labels for kind in ("top1", "acsa")},
+    )
+
+
+def eval_resize(settings: Settings) -> str:
+    return "squash" if settings.resize == "random-resized-crop" else settings.resize
+
+
 # ---------------------------------------------------------------- precision and size
 
 
 def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, Tensor]:
-    """The model's tensors on the CPU as best.pt holds them: floating-point ones in this precision.
+    """The model's tensors on the CPU as best.pt holds them.
 
-    Raises ValueError where a number is too large for it.
+    fp16 rounds all floating-point ones. int8 stores the weights of convolutions and linear layers of at least
+    MIN_INT8 numbers as int8 beside a float32 scale an output channel (KEY:scale), running statistics in float32 and the
+    rest in fp16. Raises ValueError where a number is not finite, or too large.
     """
-    dtype = EXPORT_DTYPES[export_dtype]
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
+    if export_dtype == "fp32":
+        return weights
+    stored = {}
+    large = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ROUNDED)}
     for key, value in weights.items():
-        if value.is_floating_point() and value.dtype != dtype:
-            weights[key] = value.to(dtype)
-            if not weights[key].isfinite().all():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are not finite")
+        if export_dtype == "int8" and key in large and value.numel() >= MIN_INT8:
+            stored[key], stored[key + SCALE] = quantised(value)
+        elif value.is_floating_point() and not (export_dtype == "int8" and "running_" in key):
+            stored[key] = value.half()
+            if not stored[key].isfinite().all():
                 raise ValueError(f"{key} holds numbers too large for {export_dtype}; use --export-dtype fp32")
+        else:
+            stored[key] = value
+    return stored
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values of a weight (C, ...) and a float32 scale an output channel (C,): weight = values * scale.
+
+    A channel's scale is the fraction of maximum / 127 with the least squared error. Scales have 16 bits of mantissa, so
+    that values * scale is exact, and an int8 weight that is quantised again gives the same values and scales.
+    """
+    rows = weight.double().flatten(1)
+    largest = rows.abs().amax(1)
+    least = torch.full_like(largest, torch.inf)
+    values, scales = torch.zeros(rows.shape, dtype=torch.int8), torch.ones(len(rows))
+    for fraction in FRACTIONS:
+        scale = torch.where(largest > 0, fraction * largest / 127, 1.0)
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
+        rounded = (rows / scale[:, None]).round().clamp(-127, 127)
+        error = (rounded * scale[:, None] - rows).square().sum(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        values[better], scales[better] = rounded[better].to(torch.int8), scale[better].float()
+    return values.view(weight.shape), scales
+
+
+def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `exported_weights` stored, for load_state_dict. Raises ValueError where scales make no sense."""
+    weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
+    scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
+    rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
+    if rounded != scales.keys():
+        raise ValueError(f"{min(rounded ^ scales.keys())} has int8 values without a scale, or a scale without values")
+    for key, scale in scales.items():
+        values = weights[key]
+        sensible = scale.dtype == torch.float32 and scale.shape == values.shape[:1] and scale.isfinite().all()
+        if not sensible or not ((scale > 0) & (scale < MAX_SCALE)).all():
+            raise ValueError(f"the scale of {key} makes no sense")
+        weights[key] = values.float() * scale.view(-1, *[1] * (values.ndim - 1))
     return weights
 
 
@@ -78,10 +178,15 @@ def megabytes(checkpoint: Checkpoint) -> float:
     return len(_serialised(checkpoint.content())) / 1e6
 
 
-def check_budget(checkpoint: Checkpoint, settings: Settings) -> None:
+def check_budget(checkpoint: Checkpoint, model: FashionModel, settings: Settings) -> None:
     """Raises BadParameter where best.pt is over --max-mb; says where it is with the remover that prediction needs."""
     size, preparation = megabytes(checkpoint), checkpoint.preparation
-    advice = "--export-dtype fp16 halves it" if settings.export_dtype == "fp32" else "choose a smaller backbone"
+    advice = "choose a smaller backbone"
+    for export_dtype in EXPORT_DTYPES[EXPORT_DTYPES.index(settings.export_dtype) + 1 :]:
+        smaller = megabytes(replace(checkpoint, weights=exported_weights(model, export_dtype)))
+        if smaller <= settings.max_mb:
+            advice = f"--export-dtype {export_dtype} takes {smaller:.2f} MB"
+            break
     if 0 < settings.max_mb < size:
         limit = f"over --max-mb {settings.max_mb:g}; {advice}, or --max-mb 0 where the model is not sent in"
         raise usage_error("--model", f"best.pt would take {size:.2f} MB, {limit}")
@@ -150,10 +255,10 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
         model = build_model(
             checkpoint.backbone, checkpoint.classes, checkpoint.image_size, box_head=checkpoint.box_head
         )
-        model.load_state_dict(checkpoint.weights)
+        model.load_state_dict(restored_weights(checkpoint.weights))
         model.mean.copy_(torch.tensor(checkpoint.mean).view(3, 1, 1))
         model.std.copy_(torch.tensor(checkpoint.std).view(3, 1, 1))
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, typer.BadParameter) as error:
         raise ValueError(f"{path} is no complete best.pt ({' '.join(str(error).split())[:200]})") from None
     return model, checkpoint
 
@@ -168,6 +273,8 @@ def _parse(content: dict) -> Checkpoint:
         raise ValueError("its classes or image size make no sense")
     if any(not isinstance(name, str) for names in classes.values() for name in names):
         raise ValueError("its classes are no texts")
+    if any(not 0 <= checkpoint.common_classes[label] < len(names) for label, names in classes.items()):
+        raise ValueError("its commonest classes make no sense")
     if checkpoint.view not in ("full", "bbox", "mask", "learned") or checkpoint.resize not in ("squash", "letterbox"):
         raise ValueError("it does not say how its photos were prepared")
     if not all(isinstance(value, int | float) for value in checkpoint.scores.values()):
@@ -209,33 +316,35 @@ class Teacher(nn.Module):
 # ---------------------------------------------------------------- weights to start from
 
 
-def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> str:
+def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> None:
     """Load a file of weights into the backbone `name`, or a best.pt into the backbone and the heads of the same labels.
 
-    Returns one line that counts what did not fit, "" where all did. Raises FileNotFoundError, and ValueError where
-    nothing of the backbone fits.
+    Says in one line how much did not fit. Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-    heads, given = 0, _read_weights(path)
+    saved, given = None, _read_weights(path)
     if isinstance(given, dict) and given.get("format") == FORMAT:
         if "weights" not in given:
             raise ValueError(f"{path} is no best.pt (a last.pt is for --resume)")
-        heads = _load_heads(model, _parse(given))
-        given = {k.removeprefix("backbone."): v for k, v in given["weights"].items() if k.startswith("backbone.")}
+        saved = _parse(given)
+        given = restored_weights(given["weights"])
+        given = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
     given = _timm_names(given, model.backbone, path, name)
     own = model.backbone.state_dict()
     fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
     if not fitting:
         raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
     model.backbone.load_state_dict(fitting, strict=False)
+    heads = _load_heads(model, saved) if saved else 0
     missing = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
     counts = {
         f"{len(missing)} of the backbone's {len(own)} tensors stay random": len(missing),
         f"{len(given) - len(fitting)} tensors of the file have no place": len(given) - len(fitting),
         f"{heads} of {len(model.heads)} heads came with it": heads,
     }
-    return "; ".join(text for text, n in counts.items() if n)
+    if any(counts.values()):
+        note(f"{path}: " + "; ".join(text for text, n in counts.items() if n))
 
 
 def _read_weights(path: str | os.PathLike) -> object:
@@ -270,51 +379,124 @@ def _load_heads(model: FashionModel, checkpoint: Checkpoint) -> int:
     for (label, classes), head in zip(model.classes.items(), model.heads):
         if checkpoint.classes.get(label) == classes:
             prefix = f"heads.{labels.index(label)}."
-            weights = {k.removeprefix(prefix): v for k, v in checkpoint.weights.items() if k.startswith(prefix)}
-            head.load_state_dict(weights)
-            loaded += 1
+            given = restored_weights(checkpoint.weights)
+            weights = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
+            if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+                head.load_state_dict(weights)
+                loaded += 1
     return loaded
 
 
-# ---------------------------------------------------------------- config.json
+# ---------------------------------------------------------------- the run's folder
 
 
-def write_config(
-    settings: Settings, folder: Path, device: torch.device, amp: torch.dtype | None, fingerprint: dict[str, str]
-) -> None:
-    """config.json: every setting, and what else decides the numbers. Says what differs from a resumed run's start."""
-    path = folder / "config.json"
-    packages = {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = {"versions": {"python": platform.python_version(), **packages}, "device": str(device), "chip": chip}
-    machine |= {"threads": torch.get_num_threads(), "processes": world_size(), "precision": str(amp or torch.float32)}
-    if settings.resume:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if other := [key for key, value in machine.items() if before.get(key) != value]:
-            note(f"the run was started with other {', '.join(other)}: its last digits may differ")
-    config = {"settings": asdict(replace(settings, resume=None)), **machine, "commit": commit(), "data": fingerprint}
-    with atomic_write(path) as f:
-        f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+def new_folder(settings: Settings) -> Path:
+    """The run's folder, which is not there yet. Raises BadParameter."""
+    folder = Path("runs") / from_first(settings.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
+    if not console.quiet and folder.exists():
+        raise usage_error("--name", f"{folder} exists; choose another --name, or continue it: --resume {folder}")
+    return folder
 
 
-def read_fingerprint(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("data")
-
-
-def data_fingerprint(settings: Settings, *splits: Split) -> dict[str, str]:
-    """What tells the run's data, and its teacher, from others."""
-    fingerprint = {name: split.fingerprint for name, split in zip(("train", "val"), splits)}
-    if settings.teacher:
-        with open(settings.teacher, "rb") as f:
-            fingerprint["teacher"] = hashlib.file_digest(f, "sha256").hexdigest()
-    return fingerprint
-
-
-def commit() -> str | None:
-    """The commit of these scripts, with "+changes" where files differ from it; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
+def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]) -> Path:
+    """Load last.pt into the state; returns the run's folder. Raises ValueError where data or files do not fit."""
+    folder = Path(settings.resume)
+    if read_fingerprint(folder) != fingerprint:
+        changed = "rows, labels, image files or the teacher changed"
+        raise ValueError(f"the data are not those that {folder} was started with ({changed}); start a new run")
+    if not (folder / "last.pt").exists():
+        note(f"{folder} was stopped before its first state was saved: it starts again")
+        return folder
     try:
-        done = subprocess.run([*command, "--dirty=+changes"], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        state.load_state_dict(read(folder / "last.pt"))
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder / 'last.pt'} does not fit the run's settings ({reason})") from None
+    if state.best_epoch and not (folder / "best.pt").is_file():
+        raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
+    return folder
+
+
+@contextmanager
+def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dict[str, str]) -> Iterator[None]:
+    """Hold the run's folder, made if it is new; save when a signal stops the run, remove what holds nothing."""
+    folder, device, writes = run.folder, state.model.mean.device, not console.quiet
+    new_parent = not folder.parent.exists()
+    if writes:
+        folder.mkdir(parents=True, exist_ok=bool(settings.resume))
+    with locked(folder) if writes else nullcontext(), run.signals:
+        try:
+            if writes:
+                remove_leftovers(folder)
+                write_config(settings, folder, machine(device, run.amp_dtype), fingerprint)
+            size = f"{run.checkpoint.image_size} px, best.pt {megabytes(run.checkpoint):.2f} MB"
+            among = f", {world_size()} processes" if world_size() > 1 else ""
+            say(f"{folder}: {settings.model}, {size}, {device}{among}, {run.amp_dtype or torch.float32}")
+            yield
+        except BaseException as error:
+            if isinstance(error, Stopped):
+                save_last(state, run)
+            if writes and not settings.resume and not (folder / "last.pt").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # another run may have come into it
+                    if new_parent:
+                        folder.parent.rmdir()
+            elif isinstance(error, KeyboardInterrupt):
+                note(f"stopped; to continue: python train.py --resume {folder}")
+            raise
+
+
+def machine(device: torch.device, amp_dtype: torch.dtype | None) -> dict:
+    """What decides a run's last digits beside its settings."""
+    packages = {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
+    return {
+        "versions": {"python": platform.python_version(), **packages},
+        "device": str(device),
+        "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "precision": str(amp_dtype or torch.float32),
+    }
+
+
+def save_last(state: "TrainState", run: "Run") -> None:
+    """Write last.pt."""
+    state.seconds, run.saved_at = time.monotonic() - run.epoch_start, time.monotonic()
+    if not console.quiet:
+        save({"format": FORMAT} | state.state_dict(), run.folder / "last.pt")
+
+
+# ---------------------------------------------------------------- python checkpoint.py
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    export_dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of its weights.")],
+    data: Annotated[str | None, typer.Option(help="Score both on this dataset's validation split.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Store a best.pt in another precision."""
+    if out.exists() or not out.parent.is_dir():
+        raise usage_error("OUT", f"{out} exists" if out.exists() else f"no folder {out.parent}")
+    model, saved = load_model(checkpoint)
+    converted = replace(saved, weights=exported_weights(model, export_dtype))
+    save(converted.content(), out)
+    say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
+    if data is None:
+        return
+    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
+    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
+    answers = []
+    for path in (checkpoint, out):
+        prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
+        cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
+        answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
+    say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -194,6 +194,17 @@ def show_scores(title: str, scores: dict[str, float]) -> None:
     show_table(title, ["label", "Top-1", "ACSA"], rows)
 
 
+def epoch_line(row: dict, epochs: int, is_best: bool) -> str:
+    """A row of metrics.csv in words."""
+    parts = [f"epoch {row['epoch']}/{epochs}", f"lr {row['lr']:.1e}", f"loss {row['train_loss']:.3f}"]
+    if row["val_loss"] == row["val_loss"]:  # NaN where nothing is held out
+        labels = [key.removeprefix("val_top1_") for key in row if key.startswith("val_top1_")]
+        each = ", ".join(f"{label} {row[f'val_top1_{label}']:.3f}" for label in labels if label != "mean")
+        parts += [f"val_loss {row['val_loss']:.3f}", f"top1 {row['val_top1_mean']:.4f} ({each})"]
+        parts += [f"acsa {row['val_acsa_mean']:.4f}"]
+    return "  ".join([*parts, f"{row['seconds']:.0f} s", *(["best"] if is_best else [])])
+
+
 def say_boxes(scores: dict[str, float]) -> None:
     """How well predicted boxes fit the given ones (`iou`, `iou_over_0.5`, `iou_over_0.8`), where any are given."""
     if "iou" in scores:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -120,11 +120,12 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
 
         return demo.cached()
     root = Path(data)
-    if data and splits_of(root, subtask):
+    is_inside = root.name in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
+    if data and not is_inside and splits_of(root, subtask):
         return root
     problem = "does not exist"
-    if root.is_file():
-        problem = f"is a file; give its folder, {root.parent}"
+    if root.is_file() or is_inside:
+        problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
     elif root.is_dir():
         others = sorted(path.name for path in root.glob("Fashion-How24_sub*.csv"))
         problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
@@ -341,22 +342,19 @@ def _is_hidden(name: str) -> bool:
 
 def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
     """The photos in a folder and below it, links followed, and what cannot be read there."""
-    photos, unreadable, visited = [], [], set()
-    for parent, folders, files in os.walk(
-        folder, followlinks=True, onerror=lambda e: unreadable.append(Path(e.filename))
-    ):
+    photos, unreadable, visited, errors = [], [], set(), []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=errors.append):
         real = os.path.realpath(parent)
         folders[:] = sorted(name for name in folders if real not in visited and not _is_hidden(name))
-        if real in visited:  # a link to a folder above
-            continue
-        visited.add(real)
-        for name in files:
+        for name in files if real not in visited else ():  # a link may lead to a folder above
             path = Path(parent, name)
-            suffix = path.suffix.lower()
-            if suffix in SUFFIXES and not _is_hidden(name) and (path.is_file() or path.is_symlink()):
+            suffix = "" if _is_hidden(name) else path.suffix.lower()
+            if suffix in SUFFIXES and (path.is_file() or path.is_symlink()):
                 photos.append(path)
-            elif suffix in UNREADABLE and not _is_hidden(name):
+            elif suffix in UNREADABLE:
                 unreadable.append(path)
+        visited.add(real)
+    unreadable += [Path(error.filename) for error in errors]
     return sorted(photos), sorted(unreadable)
 
 
@@ -452,13 +450,9 @@ def _drop_nameless(path: Path, header: list[str], lines: list) -> tuple[list[str
 
 def _silent_columns(header: list[str], lines: list) -> set[str]:
     """The columns of a test CSV that say nothing: constant over several rows, or empty or -1 throughout."""
-    silent = set()
-    for i, name in enumerate(header):
-        values = {cells[i] if i < len(cells) else "" for _, cells in lines}
-        constant = len(values) == 1 and (len(lines) > 1 or values <= {"", "-1"})
-        if constant and not name.startswith("Mask_"):
-            silent.add(name)
-    return silent
+    values = [set(column) for column in zip_longest(*(cells for _, cells in lines), fillvalue="")]
+    silent = [len(texts) == 1 and (len(lines) > 1 or texts <= {"", "-1"}) for texts in values]
+    return {name for name, says_nothing in zip(header, silent) if says_nothing and not name.startswith("Mask_")}
 
 
 def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -479,7 +473,8 @@ def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dic
             raise ValueError(f"{path}: no column {missing[0]}, though {present[0]} is there")
         if present:
             boxes[view] = names
-    labels = [name for name in header if name not in silent and not name.startswith(("image_name", "BBox_", "Mask_"))]
+    special = {"image_name", *silent}
+    labels = [name for name in header if name not in special and not name.startswith(("BBox_", "Mask_"))]
     columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: the tables' last row
     for label in labels:
         column = submission_column(label)
@@ -491,11 +486,11 @@ def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dic
 # ---------------------------------------------------------------- classes
 
 
-def _is_number(cell: str) -> bool:
+def _number(cell: str) -> float:
     try:
-        return not math.isnan(float(cell))
+        return float(cell)
     except ValueError:
-        return False
+        return math.nan
 
 
 def _numbers(n: int) -> tuple[str, ...]:
@@ -546,8 +541,9 @@ def _classes_of(label: str, words: set[str]) -> tuple[str, ...]:
     words = {word for word in words if word.lower() not in ("nan", "n/a", "#n/a", "null")}  # these are errors
     if label in CLASS_NAMES:
         return _numbers(len(CLASS_NAMES[label]))
-    if all(map(_is_number, words)):
-        return _numbers(1 + max((int(float(word)) for word in words if 0 <= float(word) < MAX_CLASSES), default=0))
+    numbers = [_number(word) for word in words]
+    if not any(map(math.isnan, numbers)):
+        return _numbers(1 + int(max((number for number in numbers if 0 <= number < MAX_CLASSES), default=0)))
     _check_spelling(label, words)
     return tuple(sorted(words))
 
@@ -570,28 +566,26 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
 
     Classes that training does not have are an error in val, and not known in test.
     """
-    indices: dict[str, int | ValueError] = {text: i for i, text in enumerate(classes)}
-    remedy = "leave the cell empty where the class is not known"
-    are_numbers, unknown, column = classes == _numbers(len(classes)), [], source.column(label)
-    for cell in dict.fromkeys(column):
-        number = float(cell) if are_numbers and _is_number(cell) else math.nan
-        text = str(int(number)) if number.is_integer() else cell
-        if not cell:
-            indices[cell] = -1
-        elif cell.lower() in CLASS_NAMES.get(label, ()):
-            indices[cell] = CLASS_NAMES[label].index(cell.lower())
-        elif text in classes:
-            indices[cell] = classes.index(text)
-        else:
-            unknown.append(cell)
-            n = MAX_CLASSES if source.split == "train" and label not in CLASS_NAMES else len(classes)
-            expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class of training"
-            hint = "; is it a row number? take the column out" if number >= MAX_CLASSES else ""
-            indices[cell] = ValueError(f"{label} is {cell}, {expected}{hint or '; ' + remedy}")
+    column, unknown = source.column(label), []
+    are_numbers, words = classes == _numbers(len(classes)), CLASS_NAMES.get(label, ())
+    indices: dict[str, int | ValueError] = {text: i for texts in (words, classes) for i, text in enumerate(texts)}
+    indices[""] = -1
+    for cell in set(column).difference(indices):
+        number = _number(cell) if are_numbers else math.nan
+        text = str(int(number)) if number.is_integer() else cell.lower()
+        if text in indices and (are_numbers or words):
+            indices[cell] = indices[text]
+            continue
+        unknown.append(cell)
+        n = len(classes) if source.split != "train" or words else MAX_CLASSES
+        expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class of training"
+        remedy = "leave the cell empty where the class is not known"
+        remedy = "is it a row number? take the column out" if number >= MAX_CLASSES else remedy
+        indices[cell] = ValueError(f"{label} is {cell}, {expected}; {remedy}")
     if not unknown or source.split == "train":
         return indices
     _check_spelling(label, {*classes, *unknown})
-    problem = f"{source.csv}: classes of {label} that training does not have: {_some(unknown, 20)}"
+    problem = f"{source.csv}: classes of {label} that training does not have: {_some(sorted(unknown), 20)}"
     if source.split == "test":
         rows = sum(cell in unknown for cell in column)
         note(f"{problem}; their {rows:,} rows are predicted and not scored; add such photos to training")
@@ -621,6 +615,10 @@ def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sampl
     if finder.renamed:
         name, path = finder.renamed[0]
         note(f"{source.csv}: {len(finder.renamed):,} files are spelt otherwise than there, first {name} ({path})")
+    if source.split == "train" and all(isinstance(sample, Sample) for _, sample in rows):
+        used = {Path(sample.path).relative_to(source.folder).parts[0] for _, sample in rows}
+        if unused := [folder.name for folder in _subfolders(source.folder) if folder.name not in used]:
+            note(f"{source.csv}: no row names a photo in {_some(unused)}")
     if source.held_out:
         held_out = _choose_validation(source, rows)
         rows = [row for i, row in enumerate(rows) if (i in held_out) == (source.split == "val")]
@@ -748,20 +746,19 @@ def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | Val
 
     Photos of the same bytes and of one garment stay together, and half of each class or more stays in training.
     """
-    labels = _usable_labels(source)
-    classes: dict[int, list[tuple[str, str]]] = {}
-    for i, (cells, sample) in enumerate(rows):
-        if isinstance(sample, Sample):
-            row = dict(zip(source.header, cells))
-            classes[i] = [(label, row[label]) for label in labels if row[label]]
+    samples = {i: sample for i, (_, sample) in enumerate(rows) if isinstance(sample, Sample)}
+    columns = [(label, source.header.index(label)) for label in _usable_labels(source)]
+    classes = {i: [(label, rows[i][0][at]) for label, at in columns if rows[i][0][at]] for i in samples}
     total, chosen = Counter(chain(*classes.values())), Counter()
     held_out: set[int] = set()
-    for group in _groups(source.root, {i: rows[i][1] for i in classes}):
+    for group in _groups(source.root, samples):
         counts = Counter(chain(*(classes[i] for i in group)))
         if counts and all(chosen[c] < total[c] / 10 and chosen[c] + n <= total[c] / 2 for c, n in counts.items()):
             held_out.update(group)
             chosen += counts
     if source.split == "val":
+        if not held_out:
+            raise ValueError(f"{source.root}: no validation, and too few photos to hold some out; add a val split")
         note(f"{source.root}: no validation; {len(held_out):,} of {len(rows):,} training photos are held out for it")
         if single := [f"{label} {c}" for (label, c), n in total.items() if n == 1]:
             note(f"classes of one photo, which stays in training: {_some(single)}")
@@ -771,7 +768,7 @@ def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | Val
 def _groups(root: Path, samples: dict[int, Sample]) -> list[list[int]]:
     """Indices of samples that belong together, in the order of a hash of their first path below `root`."""
     contents = _contents(samples.values())
-    parent: dict[object, object] = {}  # joins garments and contents that a photo has in common
+    parent: dict[object, object] = {}  # links garments and contents that one photo has
 
     def find(key: object) -> object:
         while key in parent:
@@ -785,12 +782,8 @@ def _groups(root: Path, samples: dict[int, Sample]) -> list[list[int]]:
     groups: dict[object, list[int]] = {}
     for i, sample in samples.items():
         groups.setdefault(find(contents[sample.path]), []).append(i)
-
-    def order(group: list[int]) -> bytes:
-        path = min(Path(samples[i].path).relative_to(root).as_posix() for i in group)
-        return hashlib.sha256(os.fsencode(path)).digest()
-
-    return sorted(groups.values(), key=order)
+    first = {key: min(Path(samples[i].path).relative_to(root).as_posix() for i in groups[key]) for key in groups}
+    return [groups[key] for key in sorted(groups, key=lambda key: hashlib.sha256(os.fsencode(first[key])).digest())]
 
 
 # ---------------------------------------------------------------- python data.py DATASET
@@ -832,7 +825,7 @@ def describe(
         problems.append(f"{csv_name('train', subtask)} is missing")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    result = f"it can be used; see the notes above on {doubts:,} rows" if doubts else "nothing wrong found"
+    result = "it can be used, but see the notes above" if doubts else "nothing wrong found"
     say(result + (" (a sample of the photos was decoded; --all decodes every one)" if is_sampled else ""))
 
 
@@ -856,7 +849,7 @@ def _describe_labels(name: str, split: Split) -> None:
     if split.clipped:
         note(f"{split.clipped:,} boxes reach beyond their photos and are cut to them; were the photos scaled since?")
     if split.has("bbox") and (without := sum("bbox" not in sample.boxes for sample in split.samples)):
-        note(f"{without:,} rows have no box")
+        note(f"rows without a box: {without:,}")
 
 
 def _describe_photos(name: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:
@@ -889,7 +882,7 @@ def _describe_doubts(name: str, split: Split, train: Split | None) -> int:
     """Print which rows give a photo two labels, and which photos are training photos too; returns their number."""
     conflicts = conflicting_labels(split)
     if conflicts:
-        title = f"{len(conflicts):,} rows of {name} give a photo another label than a row before"
+        title = f"two labels for one photo, {len(conflicts):,} times in {name}"
         note(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
     shared = shared_photos(train, split) if name != "train" and train else []
     if shared:

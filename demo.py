@@ -37,7 +37,7 @@ import PIL
 import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from cli import usage_error, progress as progress_bar, run_app, say
+from cli import progress as progress_bar, run_app, say, usage_error
 
 DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400

@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cli import write_csv
-from data import BOX, Split
+from data import BOX, Sample, Split
+from loading import EvalPhotos, default_workers, make_eval_loader
 from model import FashionModel, box_from_logits
 from photos import box_iou, crop_box, placement, to_photo
 
@@ -52,15 +53,34 @@ def predict_split(
     """
     sampler, dataset = loader.batch_sampler, loader.dataset
     sampler.crops = None
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)  # each process has batch norm statistics of its own; the first one's are saved
     first, targets, problems = run_batches(model, loader, view != "learned", amp_dtype, advance)
-    result = Prediction(first, targets, None, problems)
-    if view == "learned" and dataset.samples:
-        place = placement([sample.size for sample in dataset.samples], dataset.size, dataset.resize)
+    result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
+    if view == "learned" and len(sampler.part):
+        place = placement([dataset.samples[i].size for i in sampler.part], dataset.size, dataset.resize)
         result.boxes = to_photo(box_from_logits(first.pop(BOX))[0], place)
         sampler.crops = grow_boxes(result.boxes)
         second, *_ = run_batches(model, loader, True, amp_dtype, advance)
         result.logits = join_looks(first, second)
-    return gather(model, result) if dist.is_initialized() else result
+    return gather(result) if dist.is_initialized() else result
+
+
+def predict_samples(
+    model: FashionModel,
+    samples: Sequence[Sample],
+    view: str,
+    resize: str,
+    batch_size: int,
+    workers: int | None = None,
+    amp_dtype: torch.dtype | None = None,
+    prepare: Callable | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Prediction:
+    """What the model says of these samples in a view; the arguments are those of `EvalPhotos` and `predict_split`."""
+    photos = EvalPhotos(samples, model.image_size, view, resize, prepare)
+    loader = make_eval_loader(photos, batch_size, default_workers(workers))
+    return predict_split(model, loader, view, amp_dtype, advance)
 
 
 def run_batches(
@@ -129,7 +149,7 @@ def join_looks(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str,
     return {label: second[label].log_softmax(-1) + FIRST_LOOK_WEIGHT * first[label].log_softmax(-1) for label in first}
 
 
-def gather(model: FashionModel, part: Prediction) -> Prediction:
+def gather(part: Prediction) -> Prediction:
     """The predictions of all processes, in their order."""
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, part)

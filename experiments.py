@@ -30,7 +30,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 
-from cli import as_usage_error, usage_error, note, run_app, say, show_table, atomic_write
+from cli import as_usage_error, atomic_write, note, run_app, say, show_table, usage_error
 
 # ---------------------------------------------------------------- the rows
 

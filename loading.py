@@ -1,5 +1,6 @@
 """From samples to batches: the datasets of training and evaluation, the order of an epoch, decoded views, loaders."""
 
+import errno
 import gc
 import hashlib
 import inspect
@@ -7,15 +8,16 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import PIL.features
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -25,7 +27,7 @@ from torchvision.tv_tensors import BoundingBoxes
 import photos
 from augment import augmentation
 from cli import note, progress, say
-from data import BOX, Sample, list_problems
+from data import BOX, Sample
 from photos import Box, crop_box, load_photo, placement, to_image, view_pixels
 from settings import Settings
 
@@ -64,17 +66,20 @@ class TrainPhotos(Dataset):
     `train_view` in an uncropped photo, NaN where there is none to learn.
     """
 
+    use = "train"
+
     def __init__(self, samples: Sequence[Sample], size: int, settings: Settings):
         self.samples, self.size, self.seed, self.resize = samples, size, settings.seed, settings.resize
         self.view, self.crop_prob = settings.train_view, settings.crop_prob
         self.augment = augmentation(settings.augment)
         self.targets = label_targets(samples)
-        self.has_box = torch.tensor([self.view in sample.boxes for sample in samples])
+        if not any(self.view in sample.boxes for sample in samples):
+            self.view = "full"
         self.boxes = None  # of uncropped photos, in 0..1 of the image
         if settings.box_head:
             place = placement([sample.size for sample in samples], size, self.resize)
             self.boxes = to_image(relative_boxes(samples, self.view), place)
-        self.views = [view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0]
+        self.views = {view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0}
         self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
@@ -92,7 +97,7 @@ class TrainPhotos(Dataset):
             torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
             torch.set_num_threads(1)  # as in a loading process: more might add floats in another order
             try:
-                view = self.draw_view(index)
+                view = self.view if torch.rand(()).item() < self.crop_prob else "full"
                 image = self.read(index, view)
                 targets = {label: values[index] for label, values in self.targets.items()}
                 if self.boxes is None:
@@ -102,10 +107,6 @@ class TrainPhotos(Dataset):
             finally:
                 torch.set_num_threads(threads)
         return image, targets, view
-
-    def draw_view(self, index: int) -> str:
-        cropped = torch.rand(()).item() < self.crop_prob
-        return self.view if cropped and self.has_box[index] else "full"
 
     def read(self, index: int, view: str) -> Tensor:
         if view in self.decoded:
@@ -138,6 +139,8 @@ class EvalPhotos(Dataset):
     `crop`, (4,) in 0..1 of the photo, is seen instead of the view where it is not None. `prepare` gives a sample's
     photo and the boxes in it. A photo that cannot be read is black, and the message not empty.
     """
+
+    use = "eval"
 
     def __init__(
         self,
@@ -212,19 +215,23 @@ class EpochSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """Batches of (index, crop) in order. Set `crops`, (N, 4) in 0..1 of the photos, to see these, not the view."""
+    """Batches of (index, crop), in order, of all samples or of `part` (one of several processes').
 
-    def __init__(self, n: int, batch_size: int):
-        self.n, self.batch_size = n, batch_size
+    Set `crops`, (len(part), 4) in 0..1 of the photos, to see these instead of the view.
+    """
+
+    def __init__(self, part: range, batch_size: int):
+        self.part, self.batch_size = part, batch_size
         self.crops: Tensor | None = None
 
     def __len__(self) -> int:
-        return math.ceil(self.n / self.batch_size)
+        return math.ceil(len(self.part) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, list[float] | None]]]:
-        crops = [None] * self.n if self.crops is None else self.crops.tolist()
-        for start in range(0, self.n, self.batch_size):
-            yield [(index, crops[index]) for index in range(start, min(start + self.batch_size, self.n))]
+        crops = [None] * len(self.part) if self.crops is None else self.crops.tolist()
+        keys = list(zip(self.part, crops))
+        for start in range(0, len(keys), self.batch_size):
+            yield keys[start : start + self.batch_size]
 
 
 def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
@@ -240,8 +247,9 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     )
 
 
-def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int) -> DataLoader:
-    return make_loader(dataset, EvalSampler(len(dataset), batch_size), workers)
+def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int, part: range | None = None) -> DataLoader:
+    part = range(len(dataset)) if part is None else part
+    return make_loader(dataset, EvalSampler(part, batch_size), workers)
 
 
 def start_worker(worker: int) -> None:
@@ -270,7 +278,7 @@ def default_workers(workers: int | None) -> int:
 
 
 class DecodedViews:
-    """The pixels of one view of some samples, decoded once, in memory-mapped files: one a dataset and split."""
+    """The pixels of one view, decoded once, in memory-mapped files: one a dataset and split."""
 
     def __init__(self, files: list[tuple[Path, int]], size: int):
         self.files, self.size = files, size
@@ -292,25 +300,32 @@ class DecodedViews:
         self.open()
 
 
-def add_decoded(dataset: TrainPhotos | EvalPhotos, views: Sequence[str], cache: str | None, workers: int) -> None:
+def add_decoded(
+    dataset: TrainPhotos | EvalPhotos, views: Collection[str], cache: str | None, workers: int
+) -> list[str]:
     """Let a dataset read these views from the cache, which is built first where need be.
 
-    `cache`: a folder, "off", or None for DATASET/.cache. Where it cannot be written, a note says so, and the photos are
-    decoded in every epoch. Raises ValueError with all photos that cannot be decoded.
+    Returns what is wrong with photos that cannot be decoded. `cache`: a folder, "off", or None for DATASET/.cache.
+    Where it cannot be written, a note says so, and the photos are decoded in every epoch.
     """
+    problems: list[str] = []
     if cache == "off" or dataset.resize == "random-resized-crop":
-        return
+        return problems
     try:
-        for view in views:
+        for view in sorted(views):
             files = []
             for csv, group in groupby(dataset.samples, key=lambda sample: sample.csv):
                 samples = list(group)
-                folder = cache_folder(csv.parent, cache)
-                files.append((decode_views(samples, view, dataset.size, dataset.resize, folder, workers), len(samples)))
-            dataset.decoded[view] = DecodedViews(files, dataset.size)
+                folder, stem = cache_folder(csv.parent, cache), f"{csv.stem}-{dataset.use}-{view}"
+                path, damaged = decode_views(samples, view, dataset.size, dataset.resize, folder, stem, workers)
+                files.append((path, len(samples)))
+                problems += damaged
+            if not problems:
+                dataset.decoded[view] = DecodedViews(files, dataset.size)
     except OSError as error:
         note(f"no cache ({error}): photos are decoded again in every epoch; --cache DIR names another place")
         dataset.decoded = {}
+    return problems
 
 
 def cache_folder(root: Path, cache: str | None) -> Path:
@@ -333,26 +348,33 @@ def views_key(samples: Sequence[Sample], view: str) -> str:
     digest.update("".join([inspect.getsource(photos), PIL.__version__, str(PIL.features.version("jpg"))]).encode())
     for sample in samples:
         status = os.stat(sample.path)
-        row = (os.path.basename(sample.path), status.st_size, status.st_mtime_ns, sample.boxes.get(view))
+        row = (
+            os.path.relpath(sample.path, sample.csv.parent),
+            status.st_size,
+            status.st_mtime_ns,
+            sample.boxes.get(view),
+        )
         digest.update(repr(row).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def decode_views(samples: Sequence[Sample], view: str, size: int, resize: str, folder: Path, workers: int) -> Path:
+def decode_views(
+    samples: Sequence[Sample], view: str, size: int, resize: str, folder: Path, stem: str, workers: int
+) -> tuple[Path, list[str]]:
     """The file with the pixels of a view of these samples, uint8 (N, 3, size, size), decoded now if it is not there.
 
-    The file is whole or not there. A second process waits for the first. Raises OSError where it cannot be written,
-    ValueError with all photos that cannot be decoded.
+    Returns also what is wrong with photos that cannot be decoded; without any the file is there, whole. A second
+    process waits for the first. Raises OSError where the file cannot be written.
     """
-    stem = f"{samples[0].csv.stem}-{view}-{size}-{resize}-"
+    stem = f"{stem}-{size}-{resize}-"
     path = folder / f"{stem}{views_key(samples, view)}.pixels"
     if path.exists():
-        return path
+        return path, []
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with acquire_lock(folder / ".lock"):
         if path.exists():  # another process has built it
-            return path
-        for old in folder.glob(f"{stem}*"):  # of another key, or left by a process that was killed
+            return path, []
+        for old in {*folder.glob(f"{stem}*"), *folder.glob("*.unfinished")}:  # of another key, or of a killed process
             old.unlink()
         needed, free = len(samples) * 3 * size * size, shutil.disk_usage(folder).free
         if needed > free - SPARE_BYTES:
@@ -360,14 +382,25 @@ def decode_views(samples: Sequence[Sample], view: str, size: int, resize: str, f
         disk = f"{needed / 1e9:.2f} GB; --cache off goes without"
         say(f"decoding {len(samples):,} photos ({view}) once, into {folder} ({disk})")
         unfinished = path.with_suffix(".unfinished")
-        with open(unfinished, "wb") as file:
-            problems = write_views(file.fileno(), samples, view, size, resize, workers)
-            os.fsync(file.fileno())
-        if problems:
-            unfinished.unlink()
-            raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
-        unfinished.rename(path)
-    return path
+        try:
+            with open(unfinished, "wb") as file:
+                problems = write_views(file.fileno(), samples, view, size, resize, workers)
+                os.fsync(file.fileno())
+            if not problems:
+                unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return path, problems
+
+
+def acquire_lock(path: Path) -> AbstractContextManager:
+    """Hold the lock within; wait for another process that holds it, and say so."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        say("another process is decoding these photos: waiting for it")
+        return lock.acquire()
 
 
 def write_views(file: int, samples: Sequence[Sample], view: str, size: int, resize: str, workers: int) -> list[str]:
@@ -378,7 +411,8 @@ def write_views(file: int, samples: Sequence[Sample], view: str, size: int, resi
             pixels = view_pixels(read_photo(samples[i]), samples[i].boxes.get(view), size, resize)
         except ValueError as error:
             return str(error)
-        os.pwrite(file, pixels.numpy().tobytes(), i * pixels.numel())
+        if os.pwrite(file, pixels.numpy().tobytes(), i * pixels.numel()) < pixels.numel():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a disk that fills up takes a part
         return None
 
     problems = []

@@ -176,10 +176,7 @@ def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduc
         return losses.sum()
     if reduction != "mean":
         raise ValueError(f'reduction is "mean", "sum" or "none", not {reduction!r}')
-    if class_weights is None:
-        weight = (targets.sum(-1) > 0).sum()
-    else:
-        weight = (targets * class_weights).sum()
+    weight = (targets.sum(-1) > 0 if class_weights is None else targets * class_weights).sum()
     return losses.sum() / torch.where(weight > 0, weight, 1)
 
 

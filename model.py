@@ -14,9 +14,11 @@ import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from cli import usage_error
 from data import BOX
 
 POSITIONS = 40  # along each side of the image, among which the box head places the sides of the box
@@ -70,8 +72,9 @@ class FashionModel(nn.Module):
         return {label: head(features) for label, head in zip(self.classes, self.heads)} | outputs
 
     @property
-    def has_batch_norm(self) -> bool:
-        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+    def min_images(self) -> int:
+        """How many images a process trains on at least: batch norm cannot train on one."""
+        return 2 if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()) else 1
 
 
 class BoxHead(nn.Module):
@@ -133,17 +136,18 @@ def box_from_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_backbone(name: str) -> None:
-    """Raises ValueError where timm knows no such model (naming close ones) or no such pretrained tag of it."""
+    """Raises BadParameter where timm knows no such model (naming close ones) or no such pretrained tag of it."""
     architecture, _, tag = name.partition(".")
     if ":" in name or not timm.is_model(architecture):
         known = timm.list_models() + timm.list_pretrained()
         close = [m for m in known if architecture and m.startswith(architecture)]
         close = close or difflib.get_close_matches(name, known, cutoff=0.5)
         close = f"close: {', '.join(close[:5])}" if close else "timm.list_models() lists them"
-        raise ValueError(f"timm has no model {name!r}; {close}")
+        raise usage_error("--model", f"timm has no model {name!r}; {close}")
     tags = [m.partition(".")[2] for m in timm.list_models(f"{architecture}.*", pretrained=True)]
     if tag and tag not in tags:
-        raise ValueError(f"timm has no pretrained tag {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
+        known = ", ".join(tags) or "none"
+        raise usage_error("--model", f"timm has no pretrained tag {tag!r} of {architecture}; it has: {known}")
 
 
 def build_model(
@@ -156,14 +160,16 @@ def build_model(
 ) -> FashionModel:
     """The model with random or pretrained backbone weights. `image_size` None: the backbone's own.
 
-    Raises ValueError where the name is unknown, the backbone takes no images of that size or has no feature maps for a
-    box head, OSError where the download fails.
+    Raises BadParameter where the name is unknown, the backbone takes no images of that size, has no drop path or no
+    feature maps for a box head, OSError where the download fails.
     """
     check_backbone(name)
     own = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # a backbone added here: timm's general values
     size = image_size or own.input_size[-1]
     if pretrained and not own.has_weights:
-        raise ValueError(f"timm has no pretrained weights for {name}; use --no-pretrained or --weights FILE")
+        raise usage_error(
+            "--model", f"timm has no pretrained weights for {name}; use --no-pretrained or --weights FILE"
+        )
     if pretrained:
         _stay_offline_without_network()
     more = {"drop_path_rate": drop_path} if drop_path else {}
@@ -172,9 +178,11 @@ def build_model(
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if not pretrained:
-            raise ValueError(f"{name} cannot be built for images of {size} px: {reason}") from None
+            raise usage_error("--image-size", f"{name} cannot be built for images of {size} px: {reason}") from None
         advice = "offline: --weights FILE, or --no-pretrained"
         raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); {advice}") from None
+    if drop_path and not any(isinstance(module, DropPath) for module in backbone.modules()):
+        raise usage_error("--drop-path", f"{name} has no drop path")
     config = timm.data.resolve_model_data_config(backbone)
     width = _pooled_width(backbone, name, size)
     levels = _box_levels(backbone, name, size) if box_head else None
@@ -210,9 +218,9 @@ def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
         features = copy.deepcopy(backbone).eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} takes no images of {size} px ({reason}); choose another --image-size") from None
+        raise usage_error("--image-size", f"{name} takes no images of {size} px ({reason}); choose another") from None
     if not isinstance(features, Tensor) or features.ndim != 2:
-        raise ValueError(f"{name} gives no pooled features (N, width); choose another --model")
+        raise usage_error("--model", f"{name} gives no pooled features (N, width); choose another")
     return features.shape[1]
 
 
@@ -222,7 +230,7 @@ def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
 
     These are the last map of each of the three coarsest strides and, for small images, finer ones up to the first with
     FINEST positions along a side. Of a plain transformer, whose maps are alike, the last one and one two thirds of the
-    way up. Raises ValueError where there are none.
+    way up. Raises BadParameter where there are none.
     """
     try:
         strides = [level["reduction"] for level in backbone.feature_info]
@@ -239,7 +247,9 @@ def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
         return {level: m.shape[1] for level, m in zip(levels, maps, strict=True)}
     except (AttributeError, TypeError, KeyError, RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} gives no feature maps for --box-head ({reason}); choose another --model") from None
+        raise usage_error(
+            "--box-head", f"{name} gives no feature maps for it ({reason}); choose another --model"
+        ) from None
 
 
 # ---------------------------------------------------------------- training: learning rates by depth, moving average
@@ -309,3 +319,14 @@ def choose_amp(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "fp16" and device.type != "cuda":
         raise ValueError("fp16 needs a CUDA GPU; use bf16 or off")
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choice)
+
+
+def set_deterministic(on: bool, device: torch.device) -> None:
+    """Ask torch for the same bits every time; it warns of what cannot be. On CUDA attention is then the plain one."""
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = not on
+    if device.type == "cuda":
+        torch.backends.cuda.enable_flash_sdp(not on)
+        torch.backends.cuda.enable_mem_efficient_sdp(not on)
+        torch.backends.cuda.enable_cudnn_sdp(not on)

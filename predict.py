@@ -39,8 +39,8 @@ from data import (
     splits_of,
     submission_column,
 )
-from evaluate import Prediction, predict_split, score, score_boxes
-from loading import EvalPhotos, default_workers, make_eval_loader, relative_boxes
+from evaluate import Prediction, predict_samples, score, score_boxes
+from loading import relative_boxes
 from model import FashionModel, choose_amp, choose_device
 from photos import Box, load_photo
 from preprocess import Remover, find_weights, prepare_photo
@@ -176,9 +176,8 @@ def predict_rows(
     with TemporaryDirectory() as folder, progress(looks * len(rows.samples), "predicting") as bar:
         if prepare and looks > 1:
             prepare = partial(prepare_once, prepare=prepare, folder=Path(folder))
-        photos = EvalPhotos(rows.samples, saved.image_size, view, saved.resize, prepare)
-        loader = make_eval_loader(photos, batch_size or saved.batch_size, default_workers(workers))
-        return predict_split(model, loader, view, amp_dtype, bar.advance)
+        how = (saved.resize, batch_size or saved.batch_size, workers, amp_dtype, prepare)
+        return predict_samples(model, rows.samples, view, *how, bar.advance)
 
 
 def prepare_once(sample: Sample, prepare: Prepare, folder: Path) -> tuple[Image.Image, dict[str, Box]]:

@@ -14,6 +14,8 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -62,10 +64,7 @@ UNSUITABLE["sam"] = "it needs to be told where the garment is"
 
 
 class Remover:
-    """rembg with one model and a session for each thread at work; sent to another process, it makes new ones there.
-
-    An inference runs on one thread: masks do not depend on the number of cores, and several at once are faster.
-    """
+    """rembg with one model. A session has one thread, so that masks do not depend on the cores; threads take turns."""
 
     def __init__(self, model: str):
         self.model, self.idle = model, []
@@ -143,8 +142,8 @@ def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) ->
     """Remove the background of a photo and crop it, for processed datasets and for prediction alike.
 
     Returns the RGB image and the boxes in its pixels: `bbox` where the sample has one, `mask` where a foreground was
-    found and not cropped away. `preparation` is that of preprocess.json; without a `remover` the background stays.
-    Raises ValueError where the image is damaged or its box lies outside it.
+    found and not cropped away. Without a `remover` the background stays. Raises ValueError where the image is damaged
+    or its box lies outside it.
     """
     color = tuple(preparation["background_color"])
     photo = load_photo(sample.path, color)
@@ -248,9 +247,7 @@ def preprocess(
     rembg_model: Annotated[str, typer.Option(help="Any local model of rembg: u2net, u2netp, ...")] = "u2net",
     background_color: Annotated[str, typer.Option(help="What the background becomes: a name or #rrggbb.")] = "black",
     keep_background: Annotated[bool, typer.Option("--keep-background", help="Only find the garment's box.")] = False,
-    crop: Annotated[
-        Literal["none", "bbox", "mask"], typer.Option(help="bbox: to the CSV's box, else the garment's; mask: to that.")
-    ] = "none",
+    crop: Annotated[Literal["none", "bbox", "mask"], typer.Option(help="To the CSV's or the garment's box.")] = "none",
     box_margin: Annotated[float, typer.Option(min=0, max=1, help="Margin around --crop, as a fraction of it.")] = 0.0,
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Photos at a time.", show_default="cores")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -268,27 +265,29 @@ def preprocess(
     record = open_record(root, out, subtask, settings)
     tables, photos, problems = read_photos(root, splits, subtask)
     results = read_results(out)
-    todo = {file: sample for file, sample in photos.items() if not is_done(out, sample, results.get(file), crop)}
+    todo = {file: sample for file, sample in photos.items() if not is_done(out / file, sample, results.get(file))}
     remover = start_remover(out, record) if todo else None
-
-    names = {table.csv.name for table in tables.values()}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         remove_leftovers(out)
+        names = {table.csv.name for table in tables.values()}
         if todo:
             record["unfinished"] = sorted(names.union(record["unfinished"]))
             update(out / PREPARED, json.dumps(record, indent=2, sort_keys=True))
-            problems += make_photos(out, todo, results, record["preparation"], remover, default_workers(workers))
-        changed = bool(todo)
+            make = partial(make_photo, out, record["preparation"], remover)
+            problems += make_photos(out, todo, results, make, default_workers(workers))
+        changed, total = bool(todo), Counter()
         for split, table in tables.items():
-            changed |= update(out / table.csv.name, csv_text(split, table, photos, results, crop))
+            changed |= update(out / table.csv.name, csv_text(split, table, results))
             made = [results[file] for file in photos if file in results and file.startswith(f"{split}/")]
-            empty = sum("mask" not in result["boxes"] for result in made)
-            record["counts"][table.csv.name] = {"photos": len(made), "without foreground": empty}
+            count = {"photos": len(made), "without foreground": sum(not result["foreground"] for result in made)}
+            record["counts"][table.csv.name] = count
+            total.update(count)
         record["unfinished"] = sorted(set(record["unfinished"]) - names)
         changed |= update(out / PREPARED, json.dumps(record, indent=2, sort_keys=True))
-    count = {key: sum(record["counts"][name][key] for name in names) for key in ("photos", "without foreground")}
-    counted = f"{count['photos']:,} photos, {count['without foreground']:,} of them left without a foreground"
+
+    empty = total["without foreground"]
+    counted = f"{total['photos']:,} photos" + (f", {empty:,} of them left as they were: no foreground" if empty else "")
     say(f"{out}: {counted}" if changed else f"{out} is finished ({counted}); nothing was changed")
     if problems:
         raise ValueError(
@@ -297,36 +296,35 @@ def preprocess(
 
 
 def open_record(root: Path, out: Path, subtask: int, settings: dict) -> dict:
-    """The content of preprocess.json: of the output folder, or of a new one.
+    """The content of preprocess.json: that of the output folder, or that of a new one.
 
     Raises ValueError where the folder is something else, BadParameter where it was begun with other settings.
     """
-    source, path = str(root.resolve()), out / PREPARED
     if (root / PREPARED).exists():
         raise ValueError(f"{root} was made by preprocess.py already; give the dataset that it was made from")
-    if out.resolve().is_relative_to(source):
-        raise ValueError(f"{out} lies within {root}; choose a folder beside it")
+    if out.resolve().is_relative_to(root.resolve()) or root.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} and {root} lie within each other; choose a folder beside it")
+    new = {"data": str(root.resolve()), "subtask": subtask, "preparation": settings, "unfinished": [], "counts": {}}
+    path = out / PREPARED
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(file.suffix != ".tmp" for file in out.iterdir())):
             raise ValueError(f"{out} exists and was not made by preprocess.py; choose a new folder")
-        return {"data": source, "subtask": subtask, "preparation": settings, "unfinished": [], "counts": {}}
+        return new
     try:
         record = json.loads(path.read_bytes())
         check_preparation(record["preparation"])
-        before = {"DATA": record["data"], "--subtask": record["subtask"], **record["preparation"]}
+        before = {"data": record["data"], "subtask": record["subtask"], **record["preparation"]}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged or of another version; delete {out} and start again") from None
-    for name, value in {"DATA": source, "--subtask": subtask, **settings}.items():
+    for name, value in {"data": new["data"], "subtask": subtask, **settings}.items():
         if before[name] != value:
-            flag = "--" + name.replace("_", "-") if name in settings else name
+            flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
             raise usage_error(flag, f"{out} was begun with {before[name]}, not {value}; choose another folder")
     return record
 
 
-def read_photos(
-    root: Path, splits: list[str] | None, subtask: int
-) -> tuple[dict[str, Table], dict[str, Sample], list[str]]:
-    """The tables of the splits, the samples by their file in the output, and what is wrong with the other rows."""
+def read_photos(root: Path, splits: list[str] | None, subtask: int) -> tuple[dict[str, Table], dict, list[str]]:
+    """The table of each split, the samples by the file that they become, and what is wrong with the other rows."""
     tables, photos, problems = {}, {}, []
     for split in splits or SPLITS:
         try:
@@ -351,16 +349,15 @@ def output_file(split: str, sample: Sample) -> str:
     return os.path.normpath(f"{split}/{sample.name}") + ("" if kind in SAVE_OPTIONS else ".png")
 
 
-def is_done(out: Path, sample: Sample, result: dict | None, crop: str) -> bool:
-    """Whether a photo was made, after the original was written and, if it is cropped, with the CSV's present box."""
-    if result is None or not (out / result["file"]).exists():
+def is_done(path: Path, sample: Sample, result: dict | None) -> bool:
+    """Whether a photo was made with the CSV's present box, after its original was written."""
+    if result is None or result["csv_box"] != list(sample.boxes.get("bbox", ())) or not path.exists():
         return False
-    same_box = crop == "none" or result["csv_box"] == list(sample.boxes.get("bbox", ()))
-    return same_box and (out / result["file"]).stat().st_mtime_ns >= os.stat(sample.path).st_mtime_ns
+    return path.stat().st_mtime_ns >= os.stat(sample.path).st_mtime_ns
 
 
 def start_remover(out: Path, record: dict) -> Remover:
-    """A Remover; its weights and versions are entered into the record. Raises ValueError where it has other weights."""
+    """A Remover; its weights and versions are entered into the record. Raises ValueError for weights that changed."""
     preparation = record["preparation"]
     checksum, weights = find_weights(preparation["rembg_model"])
     before = preparation.setdefault("checksum", checksum)
@@ -374,29 +371,26 @@ def start_remover(out: Path, record: dict) -> Remover:
 
 
 def make_photos(
-    out: Path, todo: dict[str, Sample], results: dict[str, dict], preparation: dict, remover: Remover, workers: int
+    out: Path, todo: dict[str, Sample], results: dict[str, dict], make: Callable, workers: int
 ) -> list[str]:
-    """Make photos and enter them into `results`; returns what is wrong with the others.
-
-    A line follows in preprocess.jsonl once a photo's file is complete. In the end the lines are sorted, so that stops
-    in between leave no trace.
-    """
+    """Make the photos of `todo` and enter them into `results`, both by file; returns what is wrong with the others."""
     for file in todo:
         results.pop(file, None)
-    say(f"{len(todo):,} photos to do, {len(results):,} done before; {remover.model}, {workers} at a time")
+    say(f"{len(todo):,} photos to do, {len(results):,} done before, {workers} at a time")
     problems = []
     pool = ThreadPoolExecutor(workers)  # Pillow, NumPy and ONNX Runtime release the GIL
     try:
         with open(out / RESULTS, "a", buffering=1) as lines, progress(len(todo), "photos", "photos") as bar:
-            for result in pool.map(partial(make_photo, out, preparation, remover), todo, todo.values()):
+            for result in pool.map(make, todo, todo.values()):
                 if isinstance(result, ValueError):
                     problems.append(str(result))
                 else:
                     results[result["file"]] = result
-                    lines.write(json.dumps(result) + "\n")
+                    lines.write(json.dumps(result) + "\n")  # its image is complete
                 bar.advance(1)
     finally:
         pool.shutdown(cancel_futures=True)
+    # Sorted, so that interruptions leave no trace.
     update(out / RESULTS, "".join(json.dumps(results[file]) + "\n" for file in sorted(results)))
     return problems
 
@@ -416,7 +410,11 @@ def make_photo(out: Path, preparation: dict, remover: Remover, file: str, sample
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb") as image:
         image.write(content.getbuffer())
-    return {"file": file, "csv_box": sample.boxes.get("bbox", ()), "size": photo.size, "boxes": boxes}
+    cells = dict(zip(BOX_COLUMNS["mask"], boxes.get("mask", (0, 0, *photo.size))))
+    if preparation["crop"] != "none" and "bbox" in boxes:
+        cells |= zip(BOX_COLUMNS["bbox"], boxes["bbox"])
+    csv_box = list(sample.boxes.get("bbox", ()))
+    return {"file": file, "csv_box": csv_box, "foreground": "mask" in boxes, "cells": cells}
 
 
 def read_results(out: Path) -> dict[str, dict]:
@@ -429,21 +427,16 @@ def read_results(out: Path) -> dict[str, dict]:
     return results
 
 
-def csv_text(split: str, table: Table, photos: dict[str, Sample], results: dict[str, dict], crop: str) -> str:
-    """The new CSV: the old cells, with new names and boxes where these changed, and the mask's box."""
+def csv_text(split: str, table: Table, results: dict[str, dict]) -> str:
+    """The new CSV: the rows as they are now, with the cells that changed."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*table.header, *BOX_COLUMNS["mask"]])
+    writer = csv.DictWriter(text, [*table.header, *BOX_COLUMNS["mask"]], lineterminator="\n")
+    writer.writeheader()
     for cells, sample in table.rows:
-        file = output_file(split, sample) if isinstance(sample, Sample) else ""
-        if file not in results or photos[file].boxes != sample.boxes:
-            continue
-        boxes = results[file]["boxes"]
-        changed = {"image_name": file.removeprefix(f"{split}/")}
-        if crop != "none" and "bbox" in boxes:
-            changed |= zip(BOX_COLUMNS["bbox"], boxes["bbox"])
-        cells = [changed.get(column, cell) for column, cell in zip(table.header, cells)]
-        writer.writerow([*cells, *boxes.get("mask", (0, 0, *results[file]["size"]))])
+        result = None if isinstance(sample, ValueError) else results.get(output_file(split, sample))
+        if result and result["csv_box"] == list(sample.boxes.get("bbox", ())):
+            name = result["file"].removeprefix(f"{split}/")
+            writer.writerow(dict(zip(table.header, cells)) | result["cells"] | {"image_name": name})
     return text.getvalue()
 
 

@@ -8,17 +8,15 @@ model receives them. mistakes: the most confident errors of validation. looks: w
 """
 
 import csv
-import json
 import math
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import takewhile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
@@ -33,11 +31,14 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from augment import cutmix
-from cli import usage_error, note, run_app, say, atomic_write
-from data import BOX_COLUMNS, CLASS_NAMES, Sample, Split, find_dataset, read_splits
-from loading import EpochBatches, Photos, batches, derive_seed, make_loader, training_photos
-from model import FashionModel, load_model, read_checkpoint, score
-from photos import Box, load_photo, to_pixels
+from checkpoint import Checkpoint, load_model, read
+from cli import atomic_write, note, run_app, say
+from data import BOX_COLUMNS, Classes, Sample, Split, class_names, find_dataset, read_splits
+from evaluate import Prediction, score
+from loading import EpochSampler, TrainPhotos, derive_seed, relative_boxes
+from model import FashionModel
+from photos import Box, crop_box, load_photo, placement, to_image, view_pixels
+from settings import Settings, read_settings, restart_epochs
 
 PICTURES = ("curves.png", "confusion.png", "inputs.png", "mistakes.png", "looks.png")
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
@@ -53,7 +54,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @dataclass
 class Run:
     folder: Path
-    settings: SimpleNamespace
+    settings: Settings
     metrics: dict[str, np.ndarray]  # {column: (epochs,)}, NaN where a cell is empty; empty columns are left out
     best_epoch: int
 
@@ -83,7 +84,7 @@ def report(
     say(f"files: {runs[0]}/compare.png")
 
 
-def draw_pictures(folder: Path, photos: Photos | None = None, val_split: Split | None = None) -> None:
+def draw_pictures(folder: Path, photos: TrainPhotos | None = None, val_split: Split | None = None) -> None:
     """Draw the pictures of a finished run; its training photos and validation split are read where not given.
 
     Raises ValueError, OSError.
@@ -94,41 +95,21 @@ def draw_pictures(folder: Path, photos: Photos | None = None, val_split: Split |
     if photos is None:
         roots = [find_dataset(data, run.settings.subtask) for data in run.settings.data]
         train_split, val_split = read_splits(roots, run.settings.subtask, run.settings.fit_all)
-        photos = training_photos(train_split.samples, saved["image_size"], run.settings)
+        photos = TrainPhotos(train_split.samples, saved.image_size, run.settings)
     with drawing():
         figures = {"curves.png": curves([run]), "inputs.png": inputs(photos, run.settings, model.classes)}
         if answers:
-            figures |= {
-                "confusion.png": confusion(answers, model.classes),
-                "mistakes.png": mistakes(answers, val_split),
-            }
+            figures["confusion.png"] = confusion(answers, model.classes)
+            figures["mistakes.png"] = mistakes(answers, val_split)
         figures["looks.png"], inside = looks(model, saved, val_split, answers)
         for name, figure in figures.items():
             save(figure, folder / name)
     if not answers:
         note(f"no {folder / 'val_predictions.csv'}: no confusion.png, no mistakes.png")
     if inside:
-        text = "heat inside the garment's box: {:.2f} of it, where chance would give {:.2f} (whole validation photos)"
-        say(text.format(*inside))
+        heat = f"{inside[0]:.2f} of it, where chance would give {inside[1]:.2f}"
+        say(f"heat inside the garment's box: {heat} (whole validation photos)")
     say(f"pictures: {folder}/" + ", ".join(name for name in PICTURES if name in figures))
-
-
-# ---------------------------------------------------------------- stand-ins until the merge
-
-
-def restart_epochs(t_0: int, t_mult: int) -> Iterator[int]:  # settings.py
-    epoch = 1
-    for n in count():
-        epoch += t_0 * t_mult**n
-        yield epoch
-
-
-def restarts(settings: dict) -> Iterator[int]:  # train.py calls this one
-    return restart_epochs(settings["t_0"], settings["t_mult"])
-
-
-def class_names(label: str, classes: dict[str, int]) -> tuple[str, ...]:  # data.py
-    return CLASS_NAMES.get(label) or tuple(map(str, range(classes[label])))
 
 
 # ---------------------------------------------------------------- files of a run
@@ -145,16 +126,13 @@ def reading(path: Path) -> Iterator[None]:
 
 def read_run(folder: Path) -> Run:
     """What a run left in its folder. Raises typer.BadParameter, ValueError, OSError."""
-    if not (folder / "config.json").is_file():
-        raise usage_error("RUNS", f"{folder} is no run (it has no config.json); give the folder, runs/NAME")
-    with reading(folder / "config.json"):
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+    settings = read_settings(folder, "RUNS")
     rows = read_rows(folder / "metrics.csv")
     with reading(folder / "metrics.csv"):
         columns = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
         metrics = {key: values for key, values in columns.items() if np.isfinite(values).any()}
         metrics["epoch"], metrics["lr"], metrics["train_loss"]
-    return Run(folder, SimpleNamespace(**settings), metrics, read_checkpoint(folder / "best.pt").get("epoch", 0))
+    return Run(folder, settings, metrics, read(folder / "best.pt").get("epoch", 0))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -165,7 +143,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def read_answers(path: Path, classes: dict[str, int]) -> Answers | None:
+def read_answers(path: Path, classes: Classes) -> Answers | None:
     """The predictions of validation; None where there is no such file. Raises ValueError."""
     if not path.exists():
         return None
@@ -173,7 +151,6 @@ def read_answers(path: Path, classes: dict[str, int]) -> Answers | None:
     with reading(path):
         answers = Answers([row["image_name"] for row in rows], {}, {}, {}, [])
         for label, texts in classes.items():
-            texts = [str(c) for c in range(texts)]  # not after the merge
             index = {text: c for c, text in enumerate(texts)}
             predicted = [index[row[f"{label}_predicted"]] for row in rows]
             answers.truth[label] = torch.tensor([index[row[label]] if row[label] else -1 for row in rows])
@@ -182,7 +159,7 @@ def read_answers(path: Path, classes: dict[str, int]) -> Answers | None:
             answers.confidence[label] = torch.tensor(confidence)
         for row in rows:
             sides = [row.get(f"Learned_{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-            answers.learned.append({"learned": tuple(map(int, sides))} if all(sides) else {})
+            answers.learned.append({"learned": tuple(round(float(side)) for side in sides)} if all(sides) else {})
     return answers
 
 
@@ -220,7 +197,7 @@ def wrapped(text: str, lines: int = 2) -> str:
 
 def grid(title: str, n_rows: int, n_columns: int, side: float = SIDE) -> tuple[Figure, np.ndarray]:
     """A figure and its axes (n_rows, n_columns) for `draw_image`, `side` inches each; call `make_room` at the end."""
-    figure = Figure((n_columns * side + 0.4, n_rows * side + 0.6), layout="compressed")
+    figure = Figure((n_columns * side + 0.4, n_rows * side + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=11, wrap=True)
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
     for ax in axes.flat:
@@ -236,9 +213,7 @@ def make_room(figure: Figure, axes: np.ndarray) -> None:
         figure.set_figheight(figure.get_figheight() + 0.15 * max(lines))
 
 
-def draw_image(
-    ax: Axes, image: np.ndarray, title: str, captions: list[str], color: str = "black", **how: object
-) -> None:
+def draw_image(ax: Axes, image: np.ndarray, title: str, captions: list[str], color: str = "black", **how) -> None:
     """Draw an image uint8 (H, W, 3) with text above it and lines of text below; `how` is for imshow."""
     ax.imshow(image, **how)
     ax.set_adjustable("datalim")  # a photo that is not square lies in the middle of its square cell
@@ -247,27 +222,22 @@ def draw_image(
 
 
 def draw_box(ax: Axes, kind: str, box: Box) -> None:
-    x0, y0, x1, y1 = box
+    x0, y0, x1, y1 = (side - 0.5 for side in box)  # the first pixel's middle is at 0
     color, line = BOX_STYLES[kind]
     for edge in ({"ec": "white", "lw": 3}, {"ec": color, "ls": line, "lw": 1.5}):
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, clip_on=False, **edge))
-
-
-# ---------------------------------------------------------------- the pictures
 
 
 def curves(runs: list[Run]) -> Figure:
     """Losses, Top-1 and learning rate over the epochs, the best one as a dot; of several runs, a colour for each."""
     one = len(runs) == 1
     top1 = list(dict.fromkeys(key for run in runs for key in run.metrics if key.startswith("val_top1_")))
-    accuracy = (
-        {"validation Top-1": top1}
-        if one and top1
-        else {"Top-1 " + key.removeprefix("val_top1_"): [key] for key in top1}
-    )
-    panels = {"loss (dotted: training)": ["train_loss", "val_loss"], **accuracy, "learning rate": ["lr"]}
+    panels = {"loss (dotted: training)": ["train_loss", "val_loss"]}
+    for key in top1:
+        panels.setdefault("validation Top-1" if one else "Top-1 " + key.removeprefix("val_top1_"), []).append(key)
+    panels["learning rate"] = ["lr"]
     last, settings = runs[0].metrics["epoch"][-1], runs[0].settings
-    restarts = list(takewhile(lambda epoch: epoch <= last, restart_epochs(settings.t_0, settings.t_mult)))
+    restarts = list(takewhile(lambda epoch: epoch <= last, restart_epochs(settings)))
     n_rows, n_columns = math.ceil(len(panels) / 3), min(3, len(panels))
     figure = Figure((4.6 * n_columns, 3.8 * n_rows), layout="constrained")
     for i, (title, keys) in enumerate(panels.items(), start=1):
@@ -293,9 +263,9 @@ def curves(runs: list[Run]) -> Figure:
     return figure
 
 
-def confusion(answers: Answers, classes: dict[str, int]) -> Figure:
+def confusion(answers: Answers, classes: Classes) -> Figure:
     """A matrix for each label: how many photos of a class (row) were predicted as each class (column)."""
-    names = [[wrapped(name, lines=1) for name in class_names(label, classes)] for label in classes]
+    names = [[wrapped(name, lines=1) for name in class_names(label, classes[label])] for label in classes]
     sides = [max(2.4, len(of) * (0.65 if len(of) <= 8 else 0.45 if len(of) <= 30 else 0.15)) for of in names]
     figure = Figure((sum(sides) + 1.8 * len(sides), max(sides) + 1.8), layout="constrained")
     axes = figure.subplots(1, len(sides), squeeze=False, width_ratios=sides)[0]
@@ -310,8 +280,9 @@ def confusion(answers: Answers, classes: dict[str, int]) -> Figure:
             ratio = ratios[row, column]
             how = {"color": "white" if ratio > 0.55 else "black", "fontsize": 8 if n <= 8 else 6}
             ax.text(column, row, f"{counts[row, column]}\n{ratio:.0%}", ha="center", va="center", **how)
-        top1, acsa, *_ = score({label: F.one_hot(predicted, n)}, {label: truth}).values()
-        ax.set_title(f"{wrapped(label, lines=1)}\nTop-1 {top1:.4f}, ACSA {acsa:.4f}", fontsize=10, loc="left")
+        scores = score({label: F.one_hot(predicted, n)}, {label: truth})
+        measured = f"Top-1 {scores[f'top1_{label}']:.4f}, ACSA {scores[f'acsa_{label}']:.4f}" if scores else "not known"
+        ax.set_title(f"{wrapped(label, lines=1)}\n{measured}", fontsize=10, loc="left")
         ax.set_xticks(range(n), ticks, rotation=90 if max(map(len, ticks)) > 5 else 0, fontsize=8)
         ax.set_yticks(range(n), ticks, fontsize=8)
         ax.set(xlabel="predicted", ylabel="true", anchor="NW")
@@ -333,12 +304,12 @@ def mistakes(answers: Answers, split: Split) -> Figure:
     figure, axes = grid("The surest errors of validation", n_labels * max(1, 3 // n_labels), 6)
     kinds = {}
     for row, label in zip(axes.reshape(n_labels, -1), answers.truth):
-        names = class_names(label, split.classes)
+        names = class_names(label, split.classes[label])
         errors = surest_errors(answers, label)
         row[0].set_ylabel(wrapped(f"{label}: {len(errors):,} of {len(answers.names):,} wrong"))
         for ax, (i, confidence) in zip(row, errors):
             photo = load_photo(split.samples[i].path)
-            extent = (0, photo.width, photo.height, 0)
+            extent = (-0.5, photo.width - 0.5, photo.height - 0.5, -0.5)
             photo.thumbnail((256, 256))  # at once: many large photos would take much memory
             truth, predicted = names[answers.truth[label][i]], names[answers.predicted[label][i]]
             captions = [f"is {truth}", f"said {predicted} {confidence:.2f}"]
@@ -352,24 +323,28 @@ def mistakes(answers: Answers, split: Split) -> Figure:
     return figure
 
 
-def inputs(photos: Photos, settings: SimpleNamespace, classes: dict[str, int]) -> Figure:
+def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
     """The first training images (at most 24) as the model receives them, pixel by pixel, with their view and labels."""
-    batch_size = settings.batch_size if settings.cutmix else 24  # CutMix mixes the images of a batch
-    sampler = EpochBatches(len(photos), batch_size, settings.seed)
+    sampler = EpochSampler(len(photos), settings.batch_size if settings.cutmix else 24, settings.seed)
     sampler.epoch = 1
-    images, targets = next(batches(make_loader(photos, 0, 0, sampler)))
-    targets = {label: targets[label] for label in classes}
+    items = [photos.draw(*key) for key in next(iter(sampler))]  # CutMix mixes the images of a batch
+    images = torch.stack([image for image, _, _ in items])
+    targets = {label: torch.stack([of[label] for _, of, _ in items]) for label in classes}
     images, targets = cutmix(images, targets, classes, settings.cutmix, derive_seed(settings.seed, "cutmix", 1, 1))
     title = f"Training images of epoch 1, as the model receives them ({photos.size} px): {', '.join(classes)}"
     side = max(2.0, photos.size / 100 + 0.2)  # an inch has 100 pixels: none of the image's may be lost
     figure, axes = grid(title, 4, 6, side)
-    for n, (ax, (epoch, index)) in enumerate(zip(axes.flat, next(iter(sampler)))):
+    for n, (ax, (_, index), (_, _, view)) in enumerate(zip(axes.flat, next(iter(sampler)), items)):
         captions = []
         for label in classes:
-            captions += target_texts(targets[label][n], class_names(label, classes))
-        view = photos.view_in(epoch, index)
-        line = photos.samples[index].where.partition(" (")[0].partition(", ")[2]
-        draw_image(ax, images[n].permute(1, 2, 0).numpy(), f"{view}, {line}", captions, interpolation="nearest")
+            captions += target_texts(targets[label][n], class_names(label, classes[label]))
+        draw_image(
+            ax,
+            images[n].permute(1, 2, 0).numpy(),
+            f"{view}, {photos.samples[index].name}",
+            captions,
+            interpolation="nearest",
+        )
     make_room(figure, axes)
     return figure
 
@@ -377,7 +352,7 @@ def inputs(photos: Photos, settings: SimpleNamespace, classes: dict[str, int]) -
 def target_texts(target: Tensor, names: tuple[str, ...]) -> list[str]:
     """The class of a target (), or the classes and probabilities of a target (classes,) that CutMix mixed."""
     if not target.ndim:
-        return [names[target]]
+        return [names[target] if target >= 0 else "not known"]
     return [f"{names[c]} {target[c]:.2f}" for c in target.argsort(descending=True) if target[c] > 0]
 
 
@@ -433,14 +408,14 @@ def _channels_last(features: Tensor, backbone: torch.nn.Module) -> Tensor:
     return features[:, -n:].unflatten(1, (math.isqrt(n), -1))
 
 
-def looks(model: FashionModel, saved: dict, split: Split, answers: Answers | None) -> tuple[Figure, tuple | None]:
+def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers | None) -> tuple[Figure, tuple | None]:
     """The heat of 8 validation photos, in the view of validation and whole; and `heat_inside` of 32 whole ones."""
-    size, view = saved["image_size"], saved["data"]["view"]
+    size, view = saved.image_size, saved.view
     chosen = sorted({round(i * (len(split.samples) - 1) / 31) for i in range(32)})
     samples = [split.samples[i] for i in chosen]
     photos = [load_photo(sample.path) for sample in samples]
-    boxes = [squashed_box(sample, size) for sample in samples]
-    images = torch.stack([to_pixels(photo, None, size) for photo in photos])
+    boxes = [box_in_image(sample, size, saved.resize) for sample in samples]
+    images = torch.stack([view_pixels(photo, None, size, saved.resize) for photo in photos])
     heats = heat_maps(model, images)
     inside = heat_inside(heats, boxes)
     eighth = slice(None, None, math.ceil(len(chosen) / 8))
@@ -448,44 +423,51 @@ def looks(model: FashionModel, saved: dict, split: Split, answers: Answers | Non
     title = "Where the model looks (Grad-CAM): red is most, blue least; the frame is the given box"
     n_rows = 1 + len(model.classes)
     figure, axes = grid(title, n_rows if view == "full" else 2 * n_rows, 8)
-    draw_heats(axes[-n_rows:], "whole photos", images[eighth], heats, samples[eighth], boxes[eighth], model.classes)
+    axes[-n_rows, 0].set_ylabel("whole photos")
+    draw_heats(axes[-n_rows:], images[eighth], heats, samples[eighth], boxes[eighth], model.classes)
     if view != "full":
         learned = answers.learned if answers else [{}] * len(split.samples)
         crops = [(split.samples[i].boxes | learned[i]).get(view) for i in chosen]
-        images = torch.stack([to_pixels(photo, crop, size) for photo, crop in zip(photos[eighth], crops[eighth])])
-        name = f"validation's view: {view}"
-        draw_heats(axes, name, images, heat_maps(model, images), samples[eighth], [None] * 8, model.classes)
+        images = torch.stack(
+            [view_pixels(photo, crop, size, saved.resize) for photo, crop in zip(photos[eighth], crops[eighth])]
+        )
+        axes[0, 0].set_ylabel(f"validation's view:\n{view}")
+        draw_heats(axes, images, heat_maps(model, images), samples[eighth], [None] * 8, model.classes)
     make_room(figure, axes)
     return figure, inside
 
 
-def draw_heats(
-    axes: np.ndarray, name: str, images: Tensor, heats: Heats, samples: list[Sample], boxes: list, classes: dict
-) -> None:
-    """Draw images (N, 3, S, S) into the first row of axes, and each label's heat over them into the next ones."""
+def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, boxes: list, classes: dict) -> None:
+    """Draw images (N, 3, S, S) of samples into the first row of axes, and each label's heat into the next ones."""
     images = images.permute(0, 2, 3, 1).numpy()
-    axes[0, 0].set_ylabel(wrapped(name))
     for ax, image, sample in zip(axes[0], images, samples):
         draw_image(ax, image, sample.name, [])
     for row, (label, (heat, logits)) in zip(axes[1:], heats.items()):
-        names = class_names(label, classes)
+        names = class_names(label, classes[label])
         row[0].set_ylabel(wrapped(label))
-        for ax, image, strength, p, sample, box in zip(row, images, heat.numpy(), logits.softmax(-1), samples, boxes):
-            truth, predicted = sample.labels[label], int(p.argmax())
-            captions = [f"{names[predicted]} {p[predicted]:.2f}"]
+        confidences, predictions = logits.softmax(-1).max(-1)
+        for n, (ax, sample, box) in enumerate(zip(row, samples, boxes)):
+            truth, predicted = sample.labels[label], int(predictions[n])
+            captions = [f"{names[predicted]} {confidences[n]:.2f}"]
             if truth not in (predicted, -1):
                 captions.append(f"is {names[truth]}")
+            color = FAINT if truth < 0 else RIGHT if truth == predicted else WRONG
+            strength = heat[n].numpy()
             alpha = (0.75 * strength**0.7)[..., None]
-            mixed = image.mean(-1, keepdims=True) * (1 - alpha) + colormaps["turbo"](strength)[..., :3] * 255 * alpha
-            draw_image(ax, mixed.round().astype(np.uint8), "", captions, RIGHT if truth == predicted else WRONG)
+            gray, hue = images[n].mean(-1, keepdims=True), 255 * colormaps["turbo"](strength)[..., :3]
+            mixed = gray * (1 - alpha) + hue * alpha
+            draw_image(ax, mixed.round().astype(np.uint8), "", captions, color)
             if box:
                 draw_box(ax, "bbox", box)
 
 
-def squashed_box(sample: Sample, size: int) -> Box | None:
-    """The garment's box (the given one, else the mask's) in a whole photo that is squashed to size."""
-    box = next((sample.boxes[kind] for kind in BOX_COLUMNS if kind in sample.boxes), None)
-    return box and tuple(round(at * size / side) for at, side in zip(box, sample.size * 2))
+def box_in_image(sample: Sample, size: int, resize: str) -> Box | None:
+    """The garment's box (the given one, else the mask's) in the image of a whole photo."""
+    view = next((view for view in BOX_COLUMNS if view in sample.boxes), None)
+    if view is None:
+        return None
+    boxes = to_image(relative_boxes([sample], view), placement([sample.size], size, resize))
+    return tuple((boxes[0] * size).round().int().tolist())
 
 
 def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | None:
@@ -498,6 +480,32 @@ def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | 
                 inside = strength[y0:y1, x0:x1].sum() / strength.sum()
                 pairs.append((inside.item(), (y1 - y0) * (x1 - x0) / strength.numel()))
     return tuple(np.mean(pairs, axis=0).tolist()) if pairs else None
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def draw_answers(rows: Split, prediction: Prediction, classes: Classes, prepare: Callable | None, path: Path) -> None:
+    """A sheet of the first 48 photos with their answers and probabilities, and the box where the model looked."""
+    samples = rows.samples[:48]
+    n_columns = min(8, len(samples))
+    with drawing():
+        figure, axes = grid(f"Predictions: {', '.join(classes)}", math.ceil(len(samples) / n_columns), n_columns)
+        for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
+            photo = prepare(sample)[0] if prepare else load_photo(sample.path)
+            extent, size = (-0.5, photo.width - 0.5, photo.height - 0.5, -0.5), photo.size
+            photo.thumbnail((256, 256))
+            captions = []
+            for label, logits in prediction.logits.items():
+                p, c = logits[i].softmax(-1).max(-1)
+                captions.append(f"{class_names(label, classes[label])[c]} {p:.2f}")
+            draw_image(ax, np.asarray(photo), sample.name, captions, extent=extent)
+            if "bbox" in sample.boxes:
+                draw_box(ax, "bbox", sample.boxes["bbox"])
+            if prediction.boxes is not None:
+                draw_box(ax, "learned", crop_box(prediction.boxes[i].tolist(), size))
+        make_room(figure, axes)
+        save(figure, path)
 
 
 if __name__ == "__main__":

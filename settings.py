@@ -4,18 +4,23 @@ A setting of your own is one line in `Settings`; it acts where you use `settings
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import subprocess
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli import note, usage_error
+from cli import atomic_write, note, usage_error
+
+if TYPE_CHECKING:
+    from data import Split
 
 MAX_IMAGE_SIZE = 4096
 # What may change on resume, since the bits do not; `data` and `teacher` may be the same ones elsewhere.
@@ -81,7 +86,9 @@ class Settings:
     box_head: Annotated[bool, in_model("Predict the garment's box, for a second look at it.", "--box-head", **OFF)] = (
         False
     )
-    export_dtype: Annotated[Literal["fp32", "fp16"], in_model("Precision of the weights in best.pt.")] = "fp32"
+    export_dtype: Annotated[
+        Literal["fp32", "fp16", "int8"], in_model("Precision of best.pt; int8: 8 bits a weight, predicts in float32.")
+    ] = "fp32"
     max_mb: Annotated[float, in_model("Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0
 
     loss: Annotated[Literal["ce", "focal", "asymmetric"], in_loss("Loss of each label; ce: cross-entropy.")] = "ce"
@@ -137,8 +144,11 @@ def flag_of(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def check_settings(settings: Settings) -> None:
-    """Check what Typer's bounds do not cover. Raises BadParameter."""
+def checked_settings(settings: Settings) -> Settings:
+    """The settings with whole paths, so that config.json holds from any folder.
+
+    Says what costs a day where it goes unnoticed. Raises BadParameter for what Typer's bounds do not cover.
+    """
     for key, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise usage_error(flag_of(key), f"{value} is not a finite number")
@@ -161,6 +171,31 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.grad_accum > settings.batch_size:
         raise usage_error("--grad-accum", f"{settings.grad_accum} micro-batches of a batch of {settings.batch_size}")
+    print_notes(settings)
+    data = tuple(data if data == "demo" else os.path.abspath(data) for data in settings.data)
+    paths = {key: getattr(settings, key) for key in ("weights", "teacher", "cache")}
+    paths = {key: os.path.abspath(path) for key, path in paths.items() if path and path != "off"}
+    return dataclasses.replace(settings, data=data, **paths)
+
+
+def choose_view(settings: Settings, train_split: "Split", val_split: "Split") -> str:
+    """What validation sees. Raises BadParameter for what cannot be seen or learned; says where boxes are missing."""
+    view = settings.val_view or ("learned" if settings.box_head else "bbox")
+    for flag, asked, split in (("--train-view", settings.train_view, train_split), ("--val-view", view, val_split)):
+        if asked == "mask" and not split.has("mask"):
+            raise usage_error(flag, f"{split.csv} has no Mask_ columns; python preprocess.py writes a dataset that has")
+    without = sum(settings.train_view not in sample.boxes for sample in train_split.samples)
+    if settings.box_head and without == len(train_split.samples):
+        raise usage_error("--box-head", f"it learns boxes, and {train_split.csv} has no {settings.train_view} boxes")
+    if without == len(train_split.samples):
+        note("training has no boxes: it sees whole photos")
+    elif settings.crop_prob > 0 and without:
+        note(f"{without:,} training photos have no {settings.train_view} box: they are seen whole")
+    if view in ("bbox", "mask") and not val_split.has(view):
+        if settings.val_view:
+            note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
+        return "full"
+    return view
 
 
 def print_notes(settings: Settings) -> None:
@@ -201,7 +236,7 @@ def learning_rate(settings: Settings, scheduled: float, epochs: float) -> float:
 # ---------------------------------------------------------------- config.json
 
 
-def read_settings(run: str | Path) -> Settings:
+def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
     """The settings in a run's config.json; what it lacks has its default. Raises BadParameter, ValueError."""
     path = Path(run) / "config.json"
     try:
@@ -210,7 +245,7 @@ def read_settings(run: str | Path) -> Settings:
         settings = Settings(**{key: value for key, value in written.items() if key in known})
         check_types(settings)
     except (FileNotFoundError, NotADirectoryError):
-        raise usage_error("--resume", f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
+        raise usage_error(flag, f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():
@@ -256,9 +291,36 @@ def resumed_settings(given: Settings, names: Collection[str]) -> Settings:
     return settings
 
 
-def absolute_paths(settings: Settings) -> Settings:
-    """The settings with whole paths, so that config.json holds from any folder."""
-    data = tuple(data if data == "demo" else os.path.abspath(data) for data in settings.data)
-    paths = {key: getattr(settings, key) for key in ("weights", "teacher", "cache")}
-    whole = {key: os.path.abspath(path) for key, path in paths.items() if path and path != "off"}
-    return dataclasses.replace(settings, data=data, **whole)
+def write_config(settings: Settings, folder: Path, machine: dict, fingerprint: dict[str, str]) -> None:
+    """config.json: settings, commit, data and machine. Says what differs from a resumed run's start."""
+    if settings.resume:
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if other := [key for key, value in machine.items() if before.get(key) != value]:
+            note(f"the run was started with other {', '.join(other)}: its last digits may differ")
+    written = {"settings": dataclasses.asdict(dataclasses.replace(settings, resume=None)), **machine}
+    with atomic_write(folder / "config.json") as f:
+        json.dump(written | {"commit": commit(), "data": fingerprint}, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_fingerprint(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("data")
+
+
+def data_fingerprint(settings: Settings, *splits: "Split") -> dict[str, str]:
+    """What tells the run's data, and its teacher, from others."""
+    fingerprint = {name: split.fingerprint for name, split in zip(("train", "val"), splits)}
+    if settings.teacher:
+        with open(settings.teacher, "rb") as f:
+            fingerprint["teacher"] = hashlib.file_digest(f, "sha256").hexdigest()
+    return fingerprint
+
+
+def commit() -> str | None:
+    """The commit of these scripts, with "+changes" where files differ from it; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run([*command, "--dirty=+changes"], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

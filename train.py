@@ -13,18 +13,14 @@ entry; they suit a GPU and 11,058 photos.
 import copy
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import typer
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
@@ -37,12 +33,12 @@ import loading
 from augment import check_cutmix, cutmix
 from checkpoint import Checkpoint
 from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
-from data import Split, find_dataset, read_preparation, read_splits
+from data import Split, find_dataset, list_problems, read_preparation, read_splits
 from evaluate import Prediction, rank, world_size
 from loading import EvalPhotos, TrainPhotos, derive_seed
 from losses import MultiHeadLoss
-from model import FashionModel, build_model, choose_amp, choose_device, parameter_groups, update_ema
-from settings import Settings, absolute_paths, check_settings, learning_rate, print_notes, resumed_settings
+from model import FashionModel, build_model, choose_amp, choose_device, parameter_groups, set_deterministic, update_ema
+from settings import Settings, checked_settings, choose_view, data_fingerprint, learning_rate, resumed_settings
 
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column, sign
 CHECK_EVERY = 20  # steps between two checks of the losses, each of which waits for the device
@@ -97,32 +93,30 @@ class Run:
 
 def train(settings: Settings) -> None:
     """Train until the last epoch, or until none was better for `patience` epochs."""
-    check_settings(settings)
-    settings = absolute_paths(settings)
+    settings = checked_settings(settings)
     device, amp_dtype = set_up_torch(settings)
 
     roots = [find_dataset(data, settings.subtask) for data in settings.data]
     train_split, val_split = read_splits(roots, settings.subtask, settings.fit_all)
     view = choose_view(settings, train_split, val_split)
     check_cutmix(settings.cutmix or (), train_split.classes)
-    print_notes(settings)
 
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
-    checkpoint = new_checkpoint(settings, model, view, read_preparation(roots[-1]))
-    checkpoints.check_budget(checkpoint, settings)
+    checkpoint = checkpoints.new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
+    checkpoints.check_budget(checkpoint, model, settings)
     criterion = MultiHeadLoss(settings, train_split)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None
     train_loader, val_loader = make_loaders(settings, model, train_split, val_split, view)
 
     state = new_state(settings, model.to(device))
-    fingerprint = checkpoints.data_fingerprint(settings, train_split, val_split)
-    folder = restore(settings, state, fingerprint) if settings.resume else new_folder(settings)
+    fingerprint = data_fingerprint(settings, train_split, val_split)
+    folder = checkpoints.restore(settings, state, fingerprint) if settings.resume else checkpoints.new_folder(settings)
     if finished(settings, state):
         say(f"{folder} is finished after {state.epoch} epochs; nothing was changed")
         return
     run = Run(folder, checkpoint, evaluate.parallel(model), val_split, amp_dtype)
-    with opened(settings, state, run, fingerprint):
+    with checkpoints.opened(settings, state, run, fingerprint):
         while not finished(settings, state):
             loss = train_one_epoch(settings, state, train_loader, criterion, teacher, run)
             weights = checkpoints.exported_weights(state.ema or model, settings.export_dtype)
@@ -161,7 +155,7 @@ def train_one_epoch(
                 seed = step_seed(settings, state, "cutmix")
                 images, targets = cutmix(images, targets, state.model.classes, settings.cutmix, seed)
             step_losses = dict.fromkeys(criterion.losses, 0.0)
-            for part in micro_batches(len(images), settings.grad_accum, smallest_part(state.model)):
+            for part in micro_batches(len(images), settings.grad_accum, state.model.min_images):
                 weight = (part.stop - part.start) / len(images)
                 with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
                     logits = model(images[part])
@@ -193,15 +187,10 @@ def optimizer_step(settings: Settings, state: TrainState, steps: int) -> None:
 
 
 def micro_batches(n: int, parts: int, smallest: int) -> Iterator[slice]:
-    """`n` images in this many parts; a part of fewer than `smallest` is left out."""
-    for part in torch.arange(n).chunk(parts):
-        if len(part) >= smallest:
-            yield slice(int(part[0]), int(part[-1]) + 1)
-
-
-def smallest_part(model: FashionModel) -> int:
-    """How many images a process trains on at least: batch norm cannot train on one."""
-    return 2 if model.has_batch_norm else 1
+    """`n` images in this many parts, or in fewer: none has less than `smallest` where `n` is not less."""
+    parts = max(1, min(parts, n // smallest))
+    for i in range(parts):
+        yield slice(n * i // parts, n * (i + 1) // parts)
 
 
 def step_seed(settings: Settings, state: TrainState, purpose: str) -> int:
@@ -218,7 +207,7 @@ def after_step(settings: Settings, state: TrainState, recent: list[tuple[int, di
     if stop:
         raise Stopped
     if save:
-        save_last(state, run)
+        checkpoints.save_last(state, run)
 
 
 def add_losses(state: TrainState, recent: list[tuple[int, dict[str, Tensor]]]) -> None:
@@ -239,9 +228,9 @@ def validate(
     settings: Settings, state: TrainState, weights: dict[str, Tensor], loader: DataLoader, run: Run
 ) -> Prediction:
     """What a model with these weights, as they are saved, predicts. Raises ValueError for damaged photos, Stopped."""
-    view, n = run.checkpoint.view, len(loader.dataset)
+    view, n = run.checkpoint.view, len(loader.batch_sampler.part)
     model = copy.deepcopy(state.model)
-    model.load_state_dict(weights)
+    model.load_state_dict(checkpoints.restored_weights(weights))
     with progress(n * (1 + (view == "learned")), f"epoch {state.epoch + 1}/{settings.epochs}, validation") as bar:
 
         def advance(images: int) -> None:
@@ -279,7 +268,8 @@ def finish_epoch(
     state.metrics.append(row)
     run.epoch_start = time.monotonic()
     column, sign = MONITORS[settings.monitor]
-    if settings.fit_all or sign * row[column] > state.best_score:
+    is_best = settings.fit_all or sign * row[column] > state.best_score
+    if is_best:
         state.best_epoch, state.best_score = state.epoch, sign * row[column]
         run.checkpoint = replace(run.checkpoint, weights=weights, epoch=state.epoch, scores=scores)
         if prediction and not console.quiet:
@@ -289,20 +279,8 @@ def finish_epoch(
     if not console.quiet:
         cli.write_csv(run.folder / "metrics.csv", list(row), [list(past.values()) for past in state.metrics])
     # The last file of an epoch: whatever is interrupted before it is there is done again, to the same bits.
-    save_last(state, run)
-    say(epoch_line(settings, state))
-
-
-def epoch_line(settings: Settings, state: TrainState) -> str:
-    row = state.metrics[-1]
-    parts = [f"epoch {row['epoch']}/{settings.epochs}", f"lr {row['lr']:.1e}", f"loss {row['train_loss']:.3f}"]
-    if not settings.fit_all:
-        labels = [key.removeprefix("val_top1_") for key in row if key.startswith("val_top1_")]
-        each = ", ".join(f"{label} {row[f'val_top1_{label}']:.3f}" for label in labels[:-1])  # the last is the mean
-        parts += [f"val_loss {row['val_loss']:.3f}", f"top1 {row['val_top1_mean']:.4f} ({each})"]
-        parts += [f"acsa {row['val_acsa_mean']:.4f}"]
-    best = ["best"] if state.best_epoch == state.epoch and not settings.fit_all else []
-    return "  ".join([*parts, f"{row['seconds']:.0f} s", *best])
+    checkpoints.save_last(state, run)
+    say(cli.epoch_line(row, settings.epochs, is_best))
 
 
 def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run) -> None:
@@ -317,9 +295,9 @@ def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run)
         cli.show_scores(f"validation ({best.view}), best epoch {best.epoch} of {state.epoch}", best.scores)
         cli.say_boxes(best.scores)
     if best.view == "learned" and val_split.has("bbox") and not settings.fit_all:
-        boxed = EvalPhotos(val_split.samples, best.image_size, "bbox", best.resize)
-        loader = loading.make_eval_loader(boxed, settings.batch_size, loading.default_workers(settings.workers))
-        prediction = evaluate.predict_split(model.to(state.model.mean.device), loader, "bbox", run.amp_dtype)
+        how = (best.resize, settings.batch_size, settings.workers, run.amp_dtype)
+        model.to(state.model.mean.device)
+        prediction = evaluate.predict_samples(model, val_split.samples, "bbox", *how)
         scores = evaluate.score(prediction.logits, prediction.targets)
         cli.show_scores("the same model, boxes given (bbox)", scores)
     limit = f" of at most {settings.max_mb:g} MB" if settings.max_mb else ""
@@ -356,98 +334,42 @@ def set_up_torch(settings: Settings) -> tuple[torch.device, torch.dtype | None]:
     with as_usage_error("--amp"):
         amp_dtype = choose_amp(settings.amp, device)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = not settings.deterministic
-    if device.type == "cuda":  # attention that is deterministic is the plain one
-        torch.backends.cuda.enable_flash_sdp(not settings.deterministic)
-        torch.backends.cuda.enable_mem_efficient_sdp(not settings.deterministic)
-        torch.backends.cuda.enable_cudnn_sdp(not settings.deterministic)
+    set_deterministic(settings.deterministic, device)
     return device, amp_dtype
-
-
-def choose_view(settings: Settings, train_split: Split, val_split: Split) -> str:
-    """What validation sees. Raises BadParameter for what cannot be seen or learned; says where boxes are missing."""
-    view = settings.val_view or ("learned" if settings.box_head else "bbox")
-    for flag, asked, split in (("--train-view", settings.train_view, train_split), ("--val-view", view, val_split)):
-        if asked == "mask" and not split.has("mask"):
-            raise usage_error(flag, f"{split.csv} has no Mask_ columns; python preprocess.py writes a dataset that has")
-    without = sum(settings.train_view not in sample.boxes for sample in train_split.samples)
-    if settings.box_head and without == len(train_split.samples):
-        raise usage_error("--box-head", f"it learns boxes, and {train_split.csv} has no {settings.train_view} boxes")
-    if settings.crop_prob > 0 and without:
-        photos = f"{without:,} of {len(train_split.samples):,} training photos"
-        note(f"{photos} have no {settings.train_view} box: they are seen whole")
-    if view in ("bbox", "mask") and not val_split.has(view):
-        note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
-        return "full"
-    return view
 
 
 def new_model(settings: Settings, split: Split) -> FashionModel:
     """The model with its first weights; a resumed run replaces them by last.pt's. Raises BadParameter, OSError."""
-    pretrained = settings.pretrained and not settings.weights and not settings.resume
+    fresh = not (settings.resume and (Path(settings.resume) / "last.pt").exists())
+    pretrained = settings.pretrained and not settings.weights and fresh
     options = (settings.image_size, pretrained, settings.drop_path, settings.box_head)
-    try:
-        model = build_model(settings.model, split.classes, *options)
-    except ValueError as error:
-        of_size = settings.image_size and " px" in str(error)
-        flag = "--box-head" if "--box-head" in str(error) else "--image-size" if of_size else "--model"
-        raise usage_error(flag, error) from None
-    if settings.drop_path and not any(isinstance(module, DropPath) for module in model.modules()):
-        raise usage_error("--drop-path", f"{settings.model} has no drop path")
+    model = build_model(settings.model, split.classes, *options)
     part = math.ceil(settings.batch_size / world_size() / settings.grad_accum)
-    if part < smallest_part(model):
+    if part < model.min_images:
         raise usage_error("--batch-size", f"{settings.model} has batch norm, which cannot train on one image at a time")
-    if settings.weights and not settings.resume:
-        counts = checkpoints.load_weights(model, settings.weights, settings.model)
-        if counts:
-            note(f"{settings.weights}: {counts}")
+    if settings.weights and fresh:
+        checkpoints.load_weights(model, settings.weights, settings.model)
     return model
-
-
-def new_checkpoint(settings: Settings, model: FashionModel, view: str, preparation: dict | None) -> Checkpoint:
-    """best.pt before the first epoch: as large as it will be."""
-    labels = [*model.classes, "mean"]
-    return Checkpoint(
-        backbone=settings.model,
-        image_size=model.image_size,
-        classes=model.classes,
-        mean=model.mean.flatten().tolist(),
-        std=model.std.flatten().tolist(),
-        box_head=settings.box_head,
-        data=settings.data[-1],
-        subtask=settings.subtask,
-        view=view,
-        resize=eval_resize(settings),
-        preparation=preparation,
-        batch_size=settings.batch_size,
-        amp=settings.amp,
-        weights=checkpoints.exported_weights(model, settings.export_dtype),
-        scores={f"{kind}_{label}": 0.0 for label in labels for kind in ("top1", "acsa")},
-    )
-
-
-def eval_resize(settings: Settings) -> str:
-    return "squash" if settings.resize == "random-resized-crop" else settings.resize
 
 
 def make_loaders(
     settings: Settings, model: FashionModel, train_split: Split, val_split: Split, view: str
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of training and of this process's part of validation, their views decoded once."""
-    workers, smallest = loading.default_workers(settings.workers), smallest_part(model)
+    workers, smallest = loading.default_workers(settings.workers), model.min_images
     train_photos = TrainPhotos(train_split.samples, model.image_size, settings)
     n = len(train_photos)
     sampler = loading.EpochSampler(n, settings.batch_size, settings.seed, rank(), world_size(), smallest)
     if not sampler.steps:
         raise usage_error("--data", f"{n} training photos are too few: {smallest * world_size()} are needed")
-    part = slice(*(len(val_split.samples) * i // world_size() for i in (rank(), rank() + 1)))
-    val_photos = EvalPhotos(val_split.samples[part], model.image_size, view, eval_resize(settings))
-    loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
-    loading.add_decoded(val_photos, [val_photos.view], settings.cache, workers)
+    val_photos = EvalPhotos(val_split.samples, model.image_size, view, checkpoints.eval_resize(settings))
+    part = range(*(len(val_photos) * i // world_size() for i in (rank(), rank() + 1)))
+    problems = loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
+    problems += loading.add_decoded(val_photos, {val_photos.view}, settings.cache, workers)
+    if problems := list(dict.fromkeys(problems)):  # a photo may be damaged in two views
+        raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
     train_loader = loading.make_loader(train_photos, sampler, workers)
-    return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers)
+    return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers, part)
 
 
 def new_state(settings: Settings, model: FashionModel) -> TrainState:
@@ -460,74 +382,8 @@ def new_state(settings: Settings, model: FashionModel) -> TrainState:
     return TrainState(model, copy.deepcopy(model) if settings.ema else None, optimizer, scheduler, scaler)
 
 
-# ---------------------------------------------------------------- the run's folder
-
-
-def new_folder(settings: Settings) -> Path:
-    """The run's folder, which is not there yet. Raises BadParameter."""
-    folder = Path("runs") / evaluate.from_first(settings.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
-    if not console.quiet and folder.exists():
-        raise usage_error("--name", f"{folder} exists; choose another --name, or continue it: --resume {folder}")
-    return folder
-
-
-def restore(settings: Settings, state: TrainState, fingerprint: dict[str, str]) -> Path:
-    """Load last.pt into the state; returns the run's folder. Raises ValueError where data or files do not fit."""
-    folder = Path(settings.resume)
-    if checkpoints.read_fingerprint(folder) != fingerprint:
-        changed = "rows, labels, image files or the teacher changed"
-        raise ValueError(f"the data are not those that {folder} was started with ({changed}); start a new run")
-    if not (folder / "last.pt").exists():
-        note(f"{folder} was stopped before its first state was saved: it starts again")
-        return folder
-    try:
-        state.load_state_dict(checkpoints.read(folder / "last.pt"))
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder / 'last.pt'} does not fit the run's settings ({reason})") from None
-    if state.best_epoch and not (folder / "best.pt").is_file():
-        raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
-    return folder
-
-
-@contextmanager
-def opened(settings: Settings, state: TrainState, run: Run, fingerprint: dict[str, str]) -> Iterator[None]:
-    """Hold the run's folder, made if it is new; save when a signal stops the run, remove what holds nothing."""
-    folder, device, writes = run.folder, state.model.mean.device, not console.quiet
-    new_parent = not folder.parent.exists()
-    if writes:
-        folder.mkdir(parents=True, exist_ok=bool(settings.resume))
-    with cli.locked(folder) if writes else nullcontext(), run.signals:
-        try:
-            if writes:
-                cli.remove_leftovers(folder)
-                checkpoints.write_config(settings, folder, device, run.amp_dtype, fingerprint)
-            size = f"{run.checkpoint.image_size} px, best.pt {checkpoints.megabytes(run.checkpoint):.2f} MB"
-            among = f", {world_size()} processes" if world_size() > 1 else ""
-            say(f"{folder}: {settings.model}, {size}, {device}{among}, {run.amp_dtype or torch.float32}")
-            yield
-        except BaseException as error:
-            if isinstance(error, Stopped):
-                save_last(state, run)
-            if writes and not settings.resume and not (folder / "last.pt").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                with suppress(OSError):  # another run may have come into it
-                    if new_parent:
-                        folder.parent.rmdir()
-            elif isinstance(error, KeyboardInterrupt):
-                note(f"stopped; to continue: python train.py --resume {folder}")
-            raise
-
-
 def finished(settings: Settings, state: TrainState) -> bool:
     return state.epoch >= settings.epochs or state.epoch - state.best_epoch >= settings.patience
-
-
-def save_last(state: TrainState, run: Run) -> None:
-    """Write last.pt."""
-    state.seconds, run.saved_at = time.monotonic() - run.epoch_start, time.monotonic()
-    if not console.quiet:
-        checkpoints.save({"format": checkpoints.FORMAT} | state.state_dict(), run.folder / "last.pt")
 
 
 # ---------------------------------------------------------------- python train.py

@@ -1,16 +1,17 @@
-"""preprocess.py beside ONNX Runtime's own inference (the limit), rembg's folder command and a new session for each photo (the notes' way).
+"""preprocess.py beside ONNX Runtime's own inference (the limit), rembg's folder command and a session for each photo.
 
-    python -m venv rembg && rembg/bin/pip install 'rembg[cpu,cli]'          # an environment of its own: its packages replace ours
-    python benchmarks/preprocess.py --rembg rembg/bin/rembg --model u2netp  # about 6 minutes on two cores; u2net: 12
+    python -m venv rembg && rembg/bin/pip install 'rembg[cpu,cli]'          # of its own: its packages replace ours
+    python benchmarks/preprocess.py --rembg rembg/bin/rembg --model u2netp  # 6 minutes on two cores; u2net: 12
     python benchmarks/preprocess.py --memory                                # 500 photos: 2 minutes; u2net: 4
 
-Takes 40 JPEGs of 600 x 800 cut from scikit-image's pictures. Every round times each way once, forwards and backwards in turn, and compares
-within itself, so that other work on the machine hits all alike; it says how much of that there was, and compares CPU time too.
-Imports and the start of a session are left out: preprocess.py is timed from the first photo to the last, its session made before
-(`Job.run`); from `rembg p` the time is taken off that it needs for an empty folder; the limit is inference alone, at the fastest of some
-layouts of sessions and threads. The notes' way has the start of its sessions in it. All but the limit read and write files.
-Exit code 1 where a bound is missed: 0.90 of the limit with u2netp, 0.95 with others, 4 times the notes' way; with --memory at most 5 %
-more anonymous memory at 500 photos than at 100.
+Takes 40 JPEGs of 600 x 800 cut from scikit-image's pictures. Every round times each way once, forwards and backwards in
+turn, and compares within itself, so that other work on the machine affects all alike; it says how much of that there
+was, and compares CPU time too. Imports and the start of a session are left out: preprocess.py is timed from the first
+photo to the last (`make_photos`); from `rembg p` the time is subtracted that it needs for an empty folder; the limit is
+inference alone, at the fastest of some layouts of sessions and threads. A session for each photo is the notes' way; its
+start is included. All but the limit read and write files. Exit code 1 where a bound is missed: 0.90 of the limit with
+u2netp, 0.95 with others, 4 times the notes' way; with --memory at most 5 % more anonymous memory at 500 photos than at
+100.
 """
 
 import csv
@@ -39,7 +40,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import preprocess
 from cli import note, run_app, say, show_table, usage_error
-from data import csv_name, read_table
+from data import csv_name
 from loading import default_workers
 
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
@@ -53,7 +54,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def make_photos(root: Path, n: int) -> None:
-    """A dataset of one split: `n` different cuts of the pictures (place, size, side, brightness), as JPEGs, with a CSV."""
+    """A dataset of one split: `n` JPEGs cut from the pictures (place, size, side, brightness vary), with a CSV."""
     draw = random.Random(0)
     folder = Path(skimage.data.__file__).parent
     pictures = [Image.open(folder / name).convert("RGB") for name in PICTURES]
@@ -73,25 +74,18 @@ def make_photos(root: Path, n: int) -> None:
 
 
 def run_ours(root: Path, out: Path, model: str) -> Callable[[], None]:
-    """What `preprocess.py ROOT OUT --rembg-model MODEL` does once its session is there; every call begins with a new output folder."""
-    settings = {
-        "rembg_model": model,
-        "background_color": [0, 0, 0],
-        "keep_background": False,
-        "crop": "none",
-        "box_margin": 0.0,
-    }
+    """What preprocess.py does once its session is there; each call begins with a new output folder."""
+    settings = {"rembg_model": model, "background_color": [0, 0, 0], "keep_background": False}
+    settings |= {"crop": "none", "box_margin": 0.0}
     remover = preprocess.Remover(model)
-    remover.start()
-    table = read_table(root, "train", {})
+    remover.idle.append(remover.start())
+    _, photos, _ = preprocess.read_photos(root, ["train"], 1)
 
-    def run(prepare: Callable = preprocess.prepare_photo) -> None:
+    def run() -> None:
         folder = Path(tempfile.mkdtemp(dir=out))
-        job = preprocess.Job(folder, {"train": table}, settings)
-        with preprocess.append_to(folder / preprocess.LOG) as log:
-            job.run(partial(prepare, preparation=settings, remover=remover), default_workers(None), log)
-        if job.failed or len(job.done) < len(table.rows):
-            raise ValueError(f"preprocess.py made {len(job.done)} of {len(table.rows)} photos")
+        make = partial(preprocess.make_photo, folder, settings, remover)
+        if problems := preprocess.make_photos(folder, photos, {}, make, default_workers(None)):
+            raise ValueError(f"preprocess.py failed: {problems[0]}")
 
     return run
 
@@ -150,7 +144,7 @@ def run_rembg(command: str, photos: Path, out: Path, model: str) -> None:
 
 
 def run_notes(photos: list[Path], out: Path, model: str) -> None:
-    """`rembg.remove` with a session of its own for each photo; on black, as a JPEG, which takes less time than a PNG."""
+    """`rembg.remove` with a session for each photo; on black, as a JPEG, which takes less time than a PNG."""
     for path in photos:
         result = rembg.remove(Image.open(path), session=rembg.new_session(model), bgcolor=(0, 0, 0, 255))
         result.convert("RGB").save(out / path.name, quality=95)
@@ -220,9 +214,8 @@ def compare(root: Path, out: Path, model: str, rounds: int, rembg_command: str) 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, list[float]] = {name: [] for name in ways}
     busy = []
-    say(
-        f"{model}, {len(paths)} photos of {SIZE[0]} x {SIZE[1]}, {cores} cores, {rounds} rounds; load average before {os.getloadavg()[0]:.1f}"
-    )
+    load = f"load average before {os.getloadavg()[0]:.1f}"
+    say(f"{model}, {len(paths)} photos of {SIZE[0]} x {SIZE[1]}, {cores} cores, {rounds} rounds; {load}")
     for i in range(rounds):
         for name in list(ways)[:: 1 if i % 2 == 0 else -1]:
             start, own, load = time.perf_counter(), own_cpu(), all_cpu()
@@ -230,9 +223,8 @@ def compare(root: Path, out: Path, model: str, rounds: int, rembg_command: str) 
             seconds[name].append(time.perf_counter() - start)
             cpu[name].append(own_cpu() - own)
             busy.append((all_cpu() - load - cpu[name][-1]) / seconds[name][-1] / cores)
-        say(
-            f"round {i + 1} of {rounds}: other processes took {100 * statistics.mean(busy[-len(ways) :]):.0f} % of the cores"
-        )
+        others = 100 * statistics.mean(busy[-len(ways) :])
+        say(f"round {i + 1} of {rounds}: other processes took {others:.0f} % of the cores")
     for taken in (seconds, cpu):
         taken[RUNS_REMBG] = [whole - start for whole, start in zip(taken[RUNS_REMBG], taken.pop("start"))]
 
@@ -269,13 +261,15 @@ def compare(root: Path, out: Path, model: str, rounds: int, rembg_command: str) 
 def watch_memory(root: Path, out: Path, model: str) -> bool:
     """Print the most anonymous memory around every hundredth photo; returns whether it stays flat."""
     seen: list[float] = []
+    prepare_photo = preprocess.prepare_photo
 
-    def prepare(*args, **kwargs) -> preprocess.Prepared:
-        result = preprocess.prepare_photo(*args, **kwargs)
+    def prepare(*args) -> tuple:
+        result = prepare_photo(*args)
         seen.append(anonymous_memory())
         return result
 
-    run_ours(root, out, model)(prepare)
+    preprocess.prepare_photo = prepare
+    run_ours(root, out, model)()
     most = {n: max(seen[n - 50 : n]) for n in range(100, MANY + 1, 100)}
     show_table(
         f"anonymous memory with {model}",

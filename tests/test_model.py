@@ -5,42 +5,73 @@ import torch
 from pytest import approx, mark, param, raises
 from safetensors.torch import save_file
 
+import checkpoint as checkpoints
 import cli
-from benchmarks import gpu_check
-from model import FORMAT, build_model, checkpoint_bytes, load_weights, predict_logits, save_checkpoint, score
+from checkpoint import Checkpoint, exported_weights, load_model, load_weights, megabytes, read, save
+from data import BOX
+from evaluate import run_batches, score, score_boxes
+from model import POSITIONS, FashionModel, build_model
+from photos import box_iou
 
-CLASSES = {"Daily": 6, "type": 4, "fit.style": 2}  # names that torch's ModuleDict would refuse
+# names that torch's ModuleDict would refuse
+CLASSES = {"Daily": tuple("012345"), "type": tuple("0123"), "fit.style": ("loose", "tight")}
+
+
+def classes(**counts: int) -> dict[str, tuple[str, ...]]:
+    return {label: tuple(map(str, range(n))) for label, n in counts.items()}
+
+
+def checkpoint_of(model: FashionModel, backbone: str = "test_vit") -> Checkpoint:
+    return Checkpoint(
+        backbone=backbone,
+        image_size=model.image_size,
+        classes=model.classes,
+        common_classes=dict.fromkeys(model.classes, 0),
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        box_head=model.box_head is not None,
+        data="demo",
+        subtask=1,
+        view="full",
+        resize="squash",
+        preparation=None,
+        batch_size=16,
+        amp="off",
+        weights=exported_weights(model),
+    )
 
 
 def images(n=3, size=64):
     return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@mark.parametrize(
-    "name",
-    [
-        "test_vit",
-        "test_efficientnet",
-        "mobilenetv4_conv_small_050",
-        "test_convnext",
-        "eva02_tiny_patch14_224.mim_in22k",
-    ],
-)
+BACKBONES = ["test_vit", "test_efficientnet", "mobilenetv4_conv_small_050", "test_convnext"]
+
+
+@mark.parametrize("name", [*BACKBONES, "eva02_tiny_patch14_224.mim_in22k"])
 def test_backbones(name):
-    model, size = build_model(name, CLASSES, 112)
+    model = build_model(name, CLASSES, 112)
     logits = model.eval()(images(size=112))
-    assert size == 112 and {label: tuple(v.shape) for label, v in logits.items()} == {
-        label: (3, n) for label, n in CLASSES.items()
-    }
+    assert model.image_size == 112
+    assert {label: tuple(v.shape) for label, v in logits.items()} == {k: (3, len(v)) for k, v in CLASSES.items()}
+
+
+@mark.parametrize("name", BACKBONES)
+def test_a_box_head_adds_its_logits_and_is_left_out_where_only_labels_are_asked_for(name):
+    model = build_model(name, CLASSES, 64, box_head=True).eval()
+    logits, labels = model(images()), model(images(), labels_only=True)
+    assert logits[BOX].shape == (3, 4, POSITIONS) and logits[BOX].dtype == torch.float32
+    assert list(labels) == list(CLASSES) and set(logits) == {*CLASSES, BOX}
+    for label in CLASSES:
+        torch.testing.assert_close(labels[label], logits[label], rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_normalises_with_its_backbones_own_mean_and_std():
-    model, size = build_model("eva02_tiny_patch14_224.mim_in22k", {"a": 2})
+    model = build_model("eva02_tiny_patch14_224.mim_in22k", classes(a=2))
     config = timm.data.resolve_model_data_config(model.backbone)
-    assert size == config["input_size"][-1]
-    assert model.mean.flatten().tolist() == approx(config["mean"]) and model.std.flatten().tolist() == approx(
-        config["std"]
-    )
+    assert model.image_size == config["input_size"][-1]
+    assert model.mean.flatten().tolist() == approx(config["mean"])
+    assert model.std.flatten().tolist() == approx(config["std"])
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model.eval()(torch.full((1, 3, 224, 224), 255, dtype=torch.uint8))
@@ -48,36 +79,72 @@ def test_the_model_normalises_with_its_backbones_own_mean_and_std():
 
 
 def test_weights_of_timm_from_a_file(tmp_path):
-    source = timm.create_model(
-        "test_vit", num_classes=10, img_size=96
-    )  # position embeddings of another size are resampled
+    # position embeddings of another size are resampled
+    source = timm.create_model("test_vit", num_classes=10, img_size=96)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
     for file in ("w.safetensors", "w.pth"):
-        model, _ = build_model("test_vit", CLASSES, 64)
-        notes = load_weights(model, tmp_path / file, "test_vit")
+        model = build_model("test_vit", CLASSES, 64)
+        counts = load_weights(model, tmp_path / file, "test_vit")
         assert torch.equal(model.backbone.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-        assert len(notes) == 1 and "head.weight" in notes[0]
+        assert counts == "2 tensors of the file have no place"  # head.weight and head.bias
     half = {k: v for k, v in source.state_dict().items() if not k.startswith("blocks.1")}
     torch.save(half, tmp_path / "half.pt")
-    notes = load_weights(build_model("test_vit", CLASSES, 96)[0], tmp_path / "half.pt", "test_vit")
-    assert any("stay random" in note and "blocks.1" in note for note in notes)
+    model = build_model("test_vit", CLASSES, 96)
+    missing = sum(name.startswith("blocks.1") for name in model.backbone.state_dict())
+    counts = load_weights(model, tmp_path / "half.pt", "test_vit")
+    assert f"{missing} of the backbone's {len(model.backbone.state_dict())} tensors stay random" in counts
 
 
 def test_weights_of_a_best_pt_with_other_labels(tmp_path):
-    source, _ = build_model("test_vit", {"Daily": 6, "Gender": 5}, 64)
-    save_checkpoint({"format": FORMAT, "classes": source.classes, "weights": source.state_dict()}, tmp_path / "best.pt")
-    model, _ = build_model("test_vit", {"Gender": 5, "Color": 3, "Daily": 7}, 64)
-    notes = load_weights(model, tmp_path / "best.pt", "test_vit")
-    assert torch.equal(model.heads[0].weight, source.heads[1].weight) and len(notes) == 1 and "Color, Daily" in notes[0]
+    source = build_model("test_vit", classes(Daily=6, Gender=5), 64)
+    save(checkpoint_of(source).content(), tmp_path / "best.pt")
+    model = build_model("test_vit", classes(Gender=5, Color=3, Daily=7), 64)
+    counts = load_weights(model, tmp_path / "best.pt", "test_vit")
+    assert torch.equal(model.heads[0].weight, source.heads[1].weight)
+    assert counts == "1 of 3 heads came with it"
 
 
 def test_weights_of_a_best_pt_at_another_size(tmp_path):
-    source, _ = build_model("test_vit", {"Daily": 6}, 64)
-    save_checkpoint({"format": FORMAT, "classes": source.classes, "weights": source.state_dict()}, tmp_path / "best.pt")
-    model, _ = build_model("test_vit", {"Daily": 6}, 96)
-    assert load_weights(model, tmp_path / "best.pt", "test_vit") == []
+    source = build_model("test_vit", classes(Daily=6), 64)
+    save(checkpoint_of(source).content(), tmp_path / "best.pt")
+    model = build_model("test_vit", classes(Daily=6), 96)
+    assert load_weights(model, tmp_path / "best.pt", "test_vit") == "1 of 1 heads came with it"
     assert model.backbone.pos_embed.shape != source.backbone.pos_embed.shape
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    save(checkpoint_of(build_model("test_vit", CLASSES, 32)).content(), tmp_path / "best.pt")
+    with raises(ValueError, match="test_resnet"):
+        load_weights(build_model("test_resnet", CLASSES, 32), tmp_path / "best.pt", "test_resnet")
+    # a few tensors of a wider backbone fit, no head does
+    model = build_model("test_vit3", CLASSES, 32)
+    heads = [head.weight.clone() for head in model.heads]
+    counts = load_weights(model, tmp_path / "best.pt", "test_vit3")
+    assert "stay random" in counts and "heads" not in counts
+    assert all(torch.equal(head.weight, before) for head, before in zip(model.heads, heads))
+
+
+def test_exported_weights():
+    model = build_model("test_resnet", CLASSES, 32)
+    half = exported_weights(model, "fp16")
+    for key, value in model.state_dict().items():
+        assert half[key].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
+        assert torch.equal(half[key], value.to(half[key].dtype))
+    with torch.no_grad():
+        model.heads[0].weight[0, 0] = 1e6
+    with raises(ValueError, match=r"heads.0.weight .* fp16"):
+        exported_weights(model, "fp16")
+
+
+@mark.parametrize("box_head", [False, True])
+def test_a_best_pt_brings_the_same_model_back(tmp_path, box_head):
+    model = build_model("test_vit", CLASSES, 32, box_head=box_head).eval()
+    save(checkpoint_of(model).content(), tmp_path / "best.pt")
+    again, checkpoint = load_model(tmp_path / "best.pt")
+    assert checkpoint.classes == again.classes == CLASSES and again.image_size == 32
+    ours, theirs = model(images(size=32)), again.eval()(images(size=32))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[head], theirs[head]) for head in ours)
 
 
 def test_scores_against_a_count_by_hand():
@@ -87,54 +154,109 @@ def test_scores_against_a_count_by_hand():
     assert scores["acsa_a"] == approx((1 / 1 + 1 / 3) / 2)  # class 2 does not occur: it has no recall
 
 
+def test_unknown_labels_do_not_count_for_the_scores():
+    logits = {label: torch.tensor([[2.0, 1], [0, 2], [2, 1]]) for label in ("a", "b", "c")}  # answers 0, 1, 0
+    targets = {"a": torch.tensor([0, -1, 1]), "b": torch.tensor([0, 1, 0]), "c": torch.tensor([-1, -1, -1])}
+    scores = score(logits, targets)
+    assert scores["top1_a"] == scores["acsa_a"] == 0.5 and scores["top1_b"] == 1
+    assert "top1_c" not in scores and scores["top1_mean"] == 0.75
+    assert score(logits, {"c": targets["c"]}) == {}
+
+
+def test_scores_of_boxes():
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.4, 0.4]])
+    targets = torch.tensor([[0.0, 0.0, 1.0, 0.9], [0.5, 0.5, 1.0, 1.0], [float("nan")] * 4])
+    assert box_iou(boxes, targets)[:2].tolist() == approx([0.9, 0.0]) and box_iou(boxes, targets)[2].isnan()
+    assert score_boxes(boxes, targets) == approx({"iou": 0.45, "iou_over_0.5": 0.5, "iou_over_0.8": 0.5})
+    assert score_boxes(boxes[2:], targets[2:]) == {}
+
+
+def batches(x, labels, n):
+    """As an evaluation loader gives them: images, targets, what is wrong with each photo."""
+    return [(a, {"type": b}, [""] * len(a)) for a, b in zip(x.split(n), labels.split(n))]
+
+
 def test_every_image_counts_once_at_any_batch_size():
-    model, _ = build_model("test_vit", CLASSES, 32)
+    model = build_model("test_vit", CLASSES, 32)
     x, labels = images(17, 32), torch.arange(17) % 2
-    results = [
-        predict_logits(model, [(a, {"type": b}) for a, b in zip(x.split(n), labels.split(n))], torch.device("cpu"))
-        for n in (1, 5, 17)
+    results = [run_batches(model, batches(x, labels, n), True, None) for n in (1, 5, 17)]
+    for logits, targets, problems in results:
+        assert torch.equal(targets["type"], labels) and len(logits["Daily"]) == 17 and not problems
+        assert (logits["Daily"] - results[0][0]["Daily"]).abs().max() < 1e-4
+
+
+def test_problems_are_told_by_the_index_of_their_photo():
+    model, (x, labels) = build_model("test_vit", CLASSES, 32), (images(7, 32), torch.zeros(7, dtype=torch.int64))
+    damaged = [
+        (a, b, [f"photo {i}" if i in (0, 2) else "" for i in range(len(a))]) for a, b, _ in batches(x, labels, 3)
     ]
-    assert all(torch.equal(targets["type"], labels) and len(logits["Daily"]) == 17 for logits, targets in results)
-    assert all((logits["Daily"] - results[0][0]["Daily"]).abs().max() < 1e-4 for logits, _ in results)
+    assert run_batches(model, damaged, True, None)[2] == {i: f"photo {i % 3}" for i in (0, 2, 3, 5, 6)}
 
 
 @mark.parametrize("name", ["test_vit", param("tiny_vit_5m_224", marks=mark.slow)])
 def test_the_same_predictions_at_any_number_of_threads(name):
-    model, _ = build_model(name, CLASSES, 64)
-    batches = [(x, {}) for x in images(100, 64).split(40)]
+    model = build_model(name, CLASSES, 64)
+    loader = [(x, {}, [""] * len(x)) for x in images(100, 64).split(40)]
     before, found, counted = torch.get_num_threads(), [], []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            found.append(predict_logits(model, batches, torch.device("cpu"), advance=counted.append)[0]["Daily"])
+            found.append(run_batches(model, loader, True, None, counted.append)[0]["Daily"])
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(before)
     assert sum(counted) == 300 and all(torch.equal(found[0], other) for other in found[1:])
     with torch.inference_mode():
-        torch.testing.assert_close(found[0], torch.cat([model(x)["Daily"] for x, _ in batches]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[0], torch.cat([model(x)["Daily"] for x, *_ in loader]), rtol=1e-4, atol=1e-5)
 
     def fails():
-        yield batches[0]
+        yield loader[0]
         raise ValueError("a damaged photo")
 
     with raises(ValueError, match="a damaged photo"):
-        predict_logits(model, fails(), torch.device("cpu"))
+        run_batches(model, fails(), True, None)
     with raises(RuntimeError):
-        predict_logits(model, [(torch.zeros(20, 3, 64, dtype=torch.uint8), {})], torch.device("cpu"))
+        run_batches(model, [(torch.zeros(20, 3, 64, dtype=torch.uint8), {}, [""] * 20)], True, None)
 
 
 def test_the_size_is_that_of_the_file_and_a_failed_write_leaves_the_old_one(tmp_path):
-    state = {"format": FORMAT, "weights": build_model("test_vit", CLASSES, 32)[0].state_dict()}
-    save_checkpoint(state, tmp_path / "best.pt")
+    checkpoint = checkpoint_of(build_model("test_vit", CLASSES, 32))
+    save(checkpoint.content(), tmp_path / "best.pt")
     before = (tmp_path / "best.pt").read_bytes()
-    assert checkpoint_bytes(state) == len(before)
+    assert megabytes(checkpoint) == len(before) / 1e6
     with raises(Exception, match="pickle"):
-        save_checkpoint({"format": lambda: None}, tmp_path / "best.pt")
+        save({"format": lambda: None}, tmp_path / "best.pt")
     assert (tmp_path / "best.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
+def test_files_that_are_no_checkpoints(tmp_path):
+    path = tmp_path / "best.pt"
+    checkpoint = checkpoint_of(build_model("test_vit", CLASSES, 32))
+    save(checkpoint.content(), path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with raises(ValueError, match="damaged"):  # torch.load alone does not see a flipped bit
+        read(path)
+    path.write_bytes(content[:middle])
+    with raises(ValueError, match="damaged"):
+        read(path)
+    torch.save({"format": "another"}, path)
+    with raises(ValueError, match="no checkpoint of this version"):
+        read(path)
+    save({"format": checkpoints.FORMAT, "model": {}}, path)
+    with raises(ValueError, match=r"last\.pt"):
+        load_model(path)
+    save(checkpoint.content() | {"view": "sideways"}, path)
+    with raises(ValueError, match=r"no complete best\.pt"):
+        load_model(path)
+    with raises(FileNotFoundError):
+        read(tmp_path / "none.pt")
+
+
 def test_without_a_gpu_its_checks_say_so(monkeypatch, capfd):
+    from benchmarks import gpu_check
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu_check.py"])
     with raises(SystemExit) as stop:

@@ -1,6 +1,6 @@
 """The box head on photographs: those of scikit-image that show a garment or a figure, with boxes drawn by hand.
 
-To look at the boxes that a trained model finds in them: python benchmarks/gap.py --photographs runs/NAME/best.pt boxes.png
+To see the boxes that a trained model finds in them: python benchmarks/gap.py --photographs runs/NAME/best.pt boxes.png
 """
 
 import csv
@@ -61,21 +61,8 @@ def cuttings(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_box_head_finds_what_was_drawn_by_hand_round_it(run, cuttings, tmp_path):
-    flags = [
-        "--no-pretrained",
-        "--model",
-        "test_resnet",
-        "--image-size",
-        64,
-        "--batch-size",
-        8,
-        "--workers",
-        0,
-        "--amp",
-        "off",
-        "--threads",
-        1,
-    ]
+    flags = ["--no-pretrained", "--model", "test_resnet", "--image-size", 64, "--batch-size", 8, "--workers", 0]
+    flags += ["--amp", "off", "--threads", 1]
     flags += ["--augment", "none", "--box-head", "--crop-prob", 0, "--epochs", 8, "--t-0", 8, "--lr", 4e-3]
     done = run("train", "--data", cuttings, "--name", "a", *flags)
     assert done.code == 0, done.err

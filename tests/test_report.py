@@ -147,6 +147,11 @@ def test_mistakes_are_the_surest_errors(pictured, drawn):
         } and errors
         for i, sure in errors:
             assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in range(CLASSES[label])))
+    unknown = report.surest_errors(answers, "Daily")[0][0]
+    answers.truth["Daily"][unknown] = -1
+    assert unknown not in dict(report.surest_errors(answers, "Daily"))
+    counts = [text.get_text() for text in report.confusion(answers, CLASSES).axes[0].texts]
+    assert sum(int(text.split("\n")[0]) for text in counts) == len(written) - 1
     answers.learned = [{"learned": (5, 5, 60, 70)}] * len(written)
     split = data.read_split(drawn, "val", CLASSES)
     texts = [t.get_text() for t in report.mistakes(answers, split).findobj(Text)]

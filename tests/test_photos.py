@@ -1,0 +1,111 @@
+"""Box arithmetic, decoding of every kind of image, and views."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+
+import photos
+from photos import clip_box, load_photo, to_pixels
+
+relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+
+
+@relaxed
+@given(box=st.tuples(*[st.integers(-500, 500)] * 4), width=st.integers(1, 300), height=st.integers(1, 300))
+def test_a_clipped_box_is_the_part_inside(box, width, height):
+    if any(box[0] <= x < box[2] for x in range(width)) and any(box[1] <= y < box[3] for y in range(height)):
+        clipped = clip_box(box, width, height)
+        for low, high, side in ((0, 2, width), (1, 3, height)):
+            assert list(range(clipped[low], clipped[high])) == [x for x in range(side) if box[low] <= x < box[high]]
+    else:
+        with pytest.raises(ValueError, match="outside"):
+            clip_box(box, width, height)
+
+
+def checker() -> Image.Image:
+    """48 x 32, red left, blue right."""
+    image = Image.new("RGB", (48, 32), (200, 30, 40))
+    image.paste((20, 40, 220), (24, 0, 48, 32))
+    return image
+
+
+def test_every_kind_of_image_comes_out_as_upright_rgb(tmp_path):
+    source = checker()
+    grey16 = np.asarray(source.convert("L")).astype(np.uint16) * 257
+    files = {
+        "rgb.png": source, "palette.png": source.convert("P"), "grey.png": source.convert("L"), "bilevel.png": source.convert("1"),
+        "cmyk.jpg": source.convert("CMYK"), "grey16.png": Image.fromarray(grey16), "grey16.tif": Image.fromarray(grey16),
+        "rgba.png": source.convert("RGBA"), "la.png": source.convert("LA"), "a.webp": source, "a.bmp": source, "a.gif": source,
+    }  # fmt: skip
+    for name, image in files.items():
+        image.save(tmp_path / name)
+        photo = load_photo(tmp_path / name)
+        assert photo.mode == "RGB" and photo.size == (48, 32), name
+        left, right = (np.asarray(photo)[8:24, a:b].mean((0, 1)) for a, b in ((4, 20), (28, 44)))
+        if "grey" in name or "la." in name:
+            assert abs(left - 83).max() < 3 and abs(right - 54).max() < 3, (name, left, right)
+        elif "bilevel" not in name:
+            assert abs(left - (200, 30, 40)).max() < 12 and abs(right - (20, 40, 220)).max() < 12, (name, left, right)
+
+
+TURNS = dict(
+    zip(
+        range(2, 9),
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+    )
+)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    checker().save(tmp_path / "a.png", exif=exif)
+    expected = checker() if orientation == 1 else checker().transpose(Image.Transpose[TURNS[orientation]])
+    photo = load_photo(tmp_path / "a.png")
+    assert photo.size == expected.size and np.array_equal(np.asarray(photo), np.asarray(expected))
+    with photos.open_image(tmp_path / "a.png") as image:
+        assert photos.upright_size(image) == expected.size
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it skips
+def test_an_odd_exif_block_does_not_spoil_a_photo(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    checker().save(tmp_path / "a.jpg", exif=exif)
+    good = (tmp_path / "a.jpg").read_bytes()
+    start = good.index(b"Exif")
+    for at in range(start + 6, start + 50):
+        (tmp_path / "b.jpg").write_bytes(good[:at] + bytes([good[at] ^ 0x55]) + good[at + 1 :])
+        assert load_photo(tmp_path / "b.jpg").mode == "RGB"
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match="floating-point"):
+        load_photo(tmp_path / "f.tif")
+
+
+def test_transparency_goes_onto_the_background(tmp_path):
+    rgba = np.zeros((10, 10, 4), np.uint8)
+    rgba[..., 0], rgba[:, :5, 3] = 200, 255
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    pixels = np.asarray(load_photo(tmp_path / "a.png", (0, 0, 99)))
+    assert (pixels[:, :5] == (200, 0, 0)).all() and (pixels[:, 5:] == (0, 0, 99)).all()
+    Image.fromarray(np.array([[257, 9 * 257]], np.uint16)).save(tmp_path / "g.png", transparency=257)
+    assert np.asarray(load_photo(tmp_path / "g.png", (0, 0, 99)))[0].tolist() == [[0, 0, 99], [9, 9, 9]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([9, 9, 9, 50, 60, 70])
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert np.asarray(load_photo(tmp_path / "p.png"))[0].tolist() == [[0, 0, 0], [50, 60, 70]]
+
+
+def test_a_view_is_the_crop_squashed_to_size():
+    pixels = to_pixels(checker(), (24, 0, 48, 32), 16)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    assert (
+        pixels.float().mean((1, 2)) - torch.tensor([20.0, 40, 220])
+    ).abs().max() < 1  # nothing of the other half leaks in
+    assert to_pixels(checker(), None, 16).float().mean((1, 2))[0] == pytest.approx(110, abs=3)
