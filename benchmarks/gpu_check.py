@@ -5,7 +5,7 @@
     python benchmarks/gpu_check.py --device cpu --model test_vit --image-size 32 --data Small    # tries this script
 
 Three settings: `boxed` (the defaults), `learned` (box head, --export-dtype fp16, EMA) and `mixed` (CutMix, a teacher,
-EMA, --amp fp16, micro-batches). For each
+--amp fp16, micro-batches, --export-dtype int8). For each
 - the same command twice gives the same metrics.csv (times aside) and the same weights;
 - a run that is killed (kill -9) in its second epoch and resumed gives the same again;
 - predict.py repeats the validation: of each label at most one answer differs.
@@ -42,7 +42,7 @@ from cli import run_app, say, show_table
 SETTINGS = {  # flags of train.py, beside those of all runs
     "boxed": [],
     "learned": ["--box-head", "--crop-prob", "0.7", "--export-dtype", "fp16", "--ema", "0.9"],
-    "mixed": ["--cutmix", "joint", "--teacher", "runs/boxed/best.pt", "--ema", "0.9", "--grad-accum", "2"],
+    "mixed": ["--cutmix", "joint", "--teacher", "runs/boxed/best.pt", "--grad-accum", "2", "--export-dtype", "int8"],
 }
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
