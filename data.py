@@ -741,6 +741,14 @@ def conflicting_labels(split: Split) -> list[tuple[Sample, Sample]]:
     return conflicts
 
 
+def note_doubts(train: Split, val: Split) -> None:
+    """Say in a line each what spoils a result: photos of both splits, photos with two labels."""
+    if shared := shared_photos(train, val):
+        note(f"{len(shared):,} validation photos are training photos too: the score is of photos that it has seen")
+    if conflicts := conflicting_labels(train):
+        note(f"{len(conflicts):,} training photos are there twice with other labels; python data.py names them")
+
+
 def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | ValueError]]) -> set[int]:
     """The indices of the rows to hold out: a tenth of each class, by a hash of the path below the dataset.
 

@@ -192,7 +192,7 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
     elif settings.crop_prob > 0 and without:
         note(f"{without:,} training photos have no {settings.train_view} box: they are seen whole")
     if view in ("bbox", "mask") and not val_split.has(view):
-        if settings.val_view:
+        if settings.val_view or without < len(train_split.samples):
             note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
         return "full"
     return view

@@ -33,7 +33,7 @@ import loading
 from augment import check_cutmix, cutmix
 from checkpoint import Checkpoint
 from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
-from data import Split, find_dataset, list_problems, read_preparation, read_splits
+from data import Split, find_dataset, list_problems, note_doubts, read_preparation, read_splits
 from evaluate import Prediction, rank, world_size
 from loading import EvalPhotos, TrainPhotos, derive_seed
 from losses import MultiHeadLoss
@@ -101,6 +101,8 @@ def train(settings: Settings) -> None:
     train_split, val_split = read_splits(roots, settings.subtask, settings.fit_all)
     view = choose_view(settings, train_split, val_split)
     check_cutmix(settings.cutmix or (), train_split.classes)
+    if not settings.fit_all:
+        note_doubts(train_split, val_split)
 
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
@@ -273,9 +275,9 @@ def finish_epoch(
     if is_best:
         state.best_epoch, state.best_score = state.epoch, sign * row[column]
         run.checkpoint = replace(run.checkpoint, weights=weights, epoch=state.epoch, scores=scores)
-        if prediction and not console.quiet:
-            evaluate.write_predictions(run.folder / "val_predictions.csv", run.val_split, prediction)
         if not console.quiet:
+            if prediction:
+                evaluate.write_predictions(run.folder / "val_predictions.csv", run.val_split, prediction)
             checkpoints.save(run.checkpoint.content(), run.folder / "best.pt")
     if not console.quiet:
         cli.write_csv(run.folder / "metrics.csv", list(row), [list(past.values()) for past in state.metrics])
@@ -297,10 +299,8 @@ def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run)
         cli.say_boxes(best.scores)
     if best.view == "learned" and val_split.has("bbox") and not settings.fit_all:
         how = (best.resize, settings.batch_size, settings.workers, run.amp_dtype)
-        model.to(state.model.mean.device)
-        prediction = evaluate.predict_samples(model, val_split.samples, "bbox", *how)
-        scores = evaluate.score(prediction.logits, prediction.targets)
-        cli.show_scores("the same model, boxes given (bbox)", scores)
+        boxed = evaluate.predict_samples(model.to(state.model.mean.device), val_split.samples, "bbox", *how)
+        cli.show_scores("the same model, boxes given (bbox)", evaluate.score(boxed.logits, boxed.targets))
     limit = f" of at most {settings.max_mb:g} MB" if settings.max_mb else ""
     say(f"best.pt: {(folder / 'best.pt').stat().st_size / 1e6:.2f} MB{limit}")
     predictions = "" if settings.fit_all else "val_predictions.csv, "
@@ -320,9 +320,7 @@ def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run)
 
 def set_up_torch(settings: Settings) -> tuple[torch.device, torch.dtype | None]:
     """Join torchrun's processes, choose device and precision, ask for the same bits every time. Raises BadParameter."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when CUDA starts; cuBLAS is deterministic with it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

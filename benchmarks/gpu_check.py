@@ -5,7 +5,7 @@
     python benchmarks/gpu_check.py --device cpu --model test_vit --image-size 32 --data Small    # tries this script
 
 Three settings: `boxed` (the defaults), `learned` (box head, --export-dtype fp16, EMA) and `mixed` (CutMix, a teacher,
-EMA, --amp fp16, micro-batches). For each
+--amp fp16, micro-batches, --export-dtype int8). For each
 - the same command twice gives the same metrics.csv (times aside) and the same weights;
 - a run that is killed (kill -9) in its second epoch and resumed gives the same again;
 - predict.py repeats the validation: of each label at most one answer differs.
@@ -42,7 +42,7 @@ from cli import run_app, say, show_table
 SETTINGS = {  # flags of train.py, beside those of all runs
     "boxed": [],
     "learned": ["--box-head", "--crop-prob", "0.7", "--export-dtype", "fp16", "--ema", "0.9"],
-    "mixed": ["--cutmix", "joint", "--teacher", "runs/boxed/best.pt", "--ema", "0.9", "--grad-accum", "2"],
+    "mixed": ["--cutmix", "joint", "--teacher", "runs/boxed/best.pt", "--grad-accum", "2", "--export-dtype", "int8"],
 }
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -134,7 +134,9 @@ class Checks:
 
 
 def last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2]
+    """What a script says last of what went wrong; torchrun prints its own report after that."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return ([""] + lines + [line for line in lines if line.startswith("error:")])[-1]
 
 
 def read_rows(run: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
@@ -191,7 +193,7 @@ def check(
     chip = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     seconds = time.monotonic() - checks.began
     title = f"{backbone} on {chip}, torch {torch.__version__}, {epochs} epochs; {seconds:.0f} s"
-    show_table(title, ["check", "result", ""], checks.rows)
+    show_table(title, ["check", "result", ""], [[*row[:2], row[2][:90]] for row in checks.rows])
     if failed := [what for what, result, _ in checks.rows if result == "FAILED"]:
         raise ValueError(f"{len(failed)} checks failed: {'; '.join(failed)}")
 

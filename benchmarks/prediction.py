@@ -26,13 +26,14 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from checkpoint import Checkpoint, load_model
+from checkpoint import load_model, new_checkpoint
 from cli import note, run_app, say, show_table
 from data import SPLITS, Sample, Split, find_dataset, join_splits, read_split
 from evaluate import CHUNK, score
 from model import FashionModel, build_model, choose_amp
 from photos import load_photo, view_pixels
 from predict import predict_rows
+from settings import Settings
 
 BATCH = 64
 SIZE = (600, 800)  # of the photos
@@ -48,8 +49,9 @@ def write_photos(folder: Path, n: int) -> Split:
         path = folder / f"{i}.jpg"
         photo = load_photo(sources[i % len(sources)].path)
         photo.resize(SIZE, Image.Resampling.BICUBIC).save(path, quality=90)
-        samples.append(Sample(path.name, str(path), path.name, folder, {}, {}, SIZE))
-    return Split(folder, samples, {}, (), "")
+        labels = dict.fromkeys(bench.CLASSES, -1)
+        samples.append(Sample(path.name, str(path), path.name, folder, {}, labels, SIZE))
+    return Split(folder, samples, bench.CLASSES, (), "")
 
 
 def decode(sample: Sample, size: int) -> Tensor:
@@ -64,25 +66,6 @@ def plain_loop(model: FashionModel, rows: Split) -> Tensor:
         images = [decode(sample, model.image_size) for sample in rows.samples[start : start + BATCH]]
         logits.append(model(torch.stack(images))["Daily"])
     return torch.cat(logits)
-
-
-def new_checkpoint(model: FashionModel, backbone: str) -> Checkpoint:
-    """What train.py records of a model that was validated on whole photos, as far as predict_rows reads it."""
-    return Checkpoint(
-        backbone=backbone,
-        image_size=model.image_size,
-        classes=model.classes,
-        mean=[],
-        std=[],
-        box_head=model.box_head is not None,
-        data="demo",
-        subtask=1,
-        view="full",
-        resize="squash",
-        preparation=None,
-        batch_size=BATCH,
-        amp="auto",
-    )
 
 
 def forwards(model: FashionModel, images: Tensor) -> dict[str, Callable[[], object]]:
@@ -160,10 +143,12 @@ def compare(
         rows = write_photos(Path(folder), images)
         decoding = {"decode, one core": lambda: [decode(sample, size) for sample in rows.samples]}
         decoded = time_in_turns(decoding, rounds, images)
+        settings = Settings(data=("demo",), model=backbone, batch_size=BATCH)
+        saved = new_checkpoint(settings, model, rows, "full", preparation=None)
         ways = {
             "plain loop": lambda: plain_loop(model, rows),
-            "predict.py": lambda: predict_rows(model, new_checkpoint(model, backbone), rows, "full"),
-            TWICE: lambda: predict_rows(boxed, new_checkpoint(boxed, backbone), rows, "learned"),
+            "predict.py": lambda: predict_rows(model, saved, rows, "full"),
+            TWICE: lambda: predict_rows(boxed, saved, rows, "learned"),
         }
         rates = time_in_turns(ways, rounds, images)
         forward = {}

@@ -14,8 +14,7 @@ from settings import (
     CHANGEABLE,
     WITHDRAWN,
     Settings,
-    absolute_paths,
-    check_settings,
+    checked_settings,
     learning_rate,
     print_notes,
     read_settings,
@@ -77,12 +76,12 @@ def test_config_json_round_trip(tmp_path):
     assert read_settings(written(tmp_path, dataclasses.asdict(settings))) == settings
 
 
-def test_config_json_of_a_run_is_its_settings_with_absolute_paths(run, drawn, tmp_path):
+def test_config_json_of_a_run_is_its_settings_with_checked_settings(run, drawn, tmp_path):
     flags = ["--data", drawn, *TINY, "--epochs", 1, "--cache", "views", "--name", "a"]
     assert run("train", *flags).code == 0
     expected = dataclasses.replace(parsed(*flags), data=(str(drawn),), cache=str(tmp_path / "views"))
-    assert read_settings("runs/a") == expected == absolute_paths(parsed(*flags))
-    assert absolute_paths(Settings(data=["demo"], cache="off")) == Settings(data=["demo"], cache="off")
+    assert read_settings("runs/a") == expected == checked_settings(parsed(*flags))
+    assert checked_settings(Settings(data=["demo"], cache="off")) == Settings(data=["demo"], cache="off")
 
 
 def test_what_an_older_run_did_not_know_has_its_default(tmp_path):
@@ -187,7 +186,7 @@ def test_fewer_epochs_are_refused_and_restarts_are_said(tmp_path, capsys):
 )
 def test_settings_that_make_no_sense_together(flag, settings):
     with pytest.raises(typer.BadParameter) as error:
-        check_settings(Settings(**settings))
+        checked_settings(Settings(**settings))
     assert error.value.param_hint == flag
 
 
@@ -197,8 +196,7 @@ def test_the_defaults_and_the_notes_settings_pass(capsys):
         Settings(loss="focal", crop_prob=0.7),
         Settings(box_head=True, crop_prob=0.7, lr=5e-5),
     ):
-        check_settings(settings)
-        print_notes(settings)
+        checked_settings(settings)
     assert capsys.readouterr().out == ""
 
 
