@@ -23,9 +23,8 @@ def scripts(tmp_path):
         shutil.copy(path, tmp_path)
     for name, diff in DIFFS:
         path, lines = tmp_path / name, diff.splitlines(keepends=True)
-        before, after = (
-            "".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+"
-        )  # the last line may go on
+        # the last line may go on
+        before, after = ("".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+")
         text = path.read_text(encoding="utf-8")
         assert text.count(before) == 1, f"README's edit of {name} finds its place {text.count(before)} times"
         path.write_text(text.replace(before, after), encoding="utf-8")
@@ -41,37 +40,18 @@ def start(scripts, *command):
 
 
 def train(scripts, drawn, *flags):
-    return start(
-        scripts,
-        "train.py",
-        "--data",
-        drawn,
-        *TINY,
-        "--epochs",
-        1,
-        "--t-0",
-        1,
-        "--workers",
-        0,
-        "--name",
-        "edited",
-        *flags,
-    )
+    more = ["--epochs", 1, "--t-0", 1, "--workers", 0, "--name", "edited"]
+    return start(scripts, "train.py", "--data", drawn, *TINY, *more, *flags)
 
 
 @pytest.mark.slow
 def test_an_augmentation_a_loss_a_head_and_a_backbone(scripts, drawn):
-    assert {name for name, _ in DIFFS} == {"augment.py", "losses.py", "train.py", "model.py"}
+    assert {name for name, _ in DIFFS} == {"augment.py", "losses.py", "settings.py", "model.py"}
     assert "RandomGrayscale" in str(runpy.run_path(str(scripts / "augment.py"))["augmentation"]("basic"))
     trained = train(scripts, drawn, "--loss", "poly1", "--model", "my_resnet", "--box-head", "--crop-prob", 0.5)
     mean = re.findall(r"mean +\d\.\d+.*", trained)
-    assert (
-        mean
-        and re.findall(
-            r"mean +\d\.\d+.*", start(scripts, "predict.py", "runs/edited/best.pt", "--split", "val", "--workers", 0)
-        )
-        == mean
-    )
+    predicted = start(scripts, "predict.py", "runs/edited/best.pt", "--split", "val", "--workers", 0)
+    assert mean and re.findall(r"mean +\d\.\d+.*", predicted) == mean
     weights = torch.load(scripts / "runs/edited/best.pt", weights_only=True)["weights"]
     assert weights["heads.0.2.weight"].shape == (6, 128) and weights["backbone.conv1.weight"].shape[0] == 64
 
