@@ -1,6 +1,8 @@
-"""The words of README and of docs/ hold: each command parses, each flag, script and link named there exists, and the scripts' commands run, shrunk.
+"""The words of README and of docs/ hold: each command parses, each flag, script and link named there exists, and the
+scripts' commands run, shrunk.
 
-A command is a line of a code block, or a span in backticks, that starts with `python SCRIPT.py` or `torchrun`. What stands in <...> or [...] is left out.
+A command is a line of a code block, or a span in backticks, that starts with `python SCRIPT.py` or `torchrun`. What
+stands in <...> or [...] is left out.
 """
 
 import importlib.util
@@ -17,23 +19,18 @@ from conftest import ROOT, TINY, run_script
 from PIL import Image
 
 import demo
+import entry
 import predict
 import preprocess
 
 TEXTS = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))]
-ELSEWHERE = {
-    "--standalone",
-    "--nproc-per-node",
-    "--nnodes",
-    "--node-rank",
-    "--rdzv-backend",
-    "--rdzv-endpoint",
-    "--help",
-}  # torchrun's, and everyone's
+ELSEWHERE = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint"}
+ELSEWHERE |= {"--help"}  # torchrun's, and everyone's
 SERVICES = {"task.py"}  # scripts named that are not ours
 SHRUNK = {
     "train": [*TINY, "--epochs", "1", "--t-0", "1", "--warmup-epochs", "0"],
     "predict": ["--workers", "0"],
+    "entry": [],
     "preprocess": ["--rembg-model", "u2netp", "--workers", "1"],
     "demo": ["--train", "4", "--val", "2", "--test", "2"],
     "data": [],
@@ -55,9 +52,9 @@ def commands(lines: list[str]) -> list[tuple[str, list[str]]]:
     """(script, its arguments) of the lines that start one of ours; `R="..."` on a line before stands for $R."""
     found, variables = [], {}
     for line in lines:
+        line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
         if setting := re.match(r'(\w+)="(.*?)"', line):
             variables[setting[1]] = setting[2]
-        line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
         for part in re.sub(r"<[^>]*>|\[[^\]]*\]", "", line).split(" && "):
             if re.match(r"(\$ )?(python3? \S+\.py|torchrun )", part):
                 words = shlex.split(part, comments=True)
@@ -166,14 +163,14 @@ def stand_ins(monkeypatch, drawn, tmp_path):
     """The demo set is a small one, garments are found in the middle of photos, entries are not tried."""
     weights = tmp_path / "u2netp.onnx"
     weights.touch()
-    for script in (preprocess, predict):
+    for script in (preprocess, predict, entry):
         monkeypatch.setattr(script, "find_weights", lambda model: ("md5:0", weights))
     monkeypatch.setattr(preprocess.Remover, "start", lambda self: ["CPU"])
     middle = Image.new("L", (64, 64))
     middle.paste(255, (16, 16, 48, 48))
     monkeypatch.setattr(preprocess.Remover, "mask", lambda self, photo: middle.resize(photo.size))
     monkeypatch.setattr(demo, "cached", lambda: drawn)
-    monkeypatch.setattr(predict, "try_entry", lambda *args: 0.02)
+    monkeypatch.setattr(entry, "try_entry", lambda *args: 0.02)
 
 
 def fill(args: list[str], drawn: Path, script: str) -> None:
@@ -201,8 +198,8 @@ def test_each_command_runs(command, run, place, stand_ins, drawn, monkeypatch):
     monkeypatch.chdir(place)
     fill(args, drawn, script)
     before = set(place.iterdir()) | set((place / "runs").iterdir())
-    if script in ("preprocess", "demo"):  # the folder to write
-        shutil.rmtree(args[script == "preprocess"], ignore_errors=True)
+    if script in ("preprocess", "demo", "entry"):  # the folder to write
+        shutil.rmtree(args[script != "demo"], ignore_errors=True)
     more = [] if "--resume" in args else [*SHRUNK[script], *(["--name", "shrunk"] if script == "train" else [])]
     done = run(script, *args, *more)
     assert done.code == 0, done.err
