@@ -115,8 +115,7 @@ def run_app(app: typer.Typer) -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
-        # The frames hold the loaders, and Python would wait for their processes at exit, for ever.
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error)
         message, code = _message(error)
         if console.quiet and hasattr(error, "format_message"):  # the first of several processes says it
             time.sleep(1)
@@ -124,6 +123,16 @@ def run_app(app: typer.Typer) -> None:
         if debug:
             raise
         _fail(message, code)
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error, and of those before it, hold.
+
+    They hold the loaders, and Python would wait for their processes at exit, for ever.
+    """
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 # ---------------------------------------------------------------- progress, tables

@@ -93,10 +93,11 @@ class Run:
 
 def train(settings: Settings) -> None:
     """Train until the last epoch, or until none was better for `patience` epochs."""
+    data = settings.data  # errors name it as it was given
     settings = checked_settings(settings)
     device, amp_dtype = set_up_torch(settings)
 
-    roots = [find_dataset(data, settings.subtask) for data in settings.data]
+    roots = [find_dataset(path, settings.subtask) for path in data]
     train_split, val_split = read_splits(roots, settings.subtask, settings.fit_all)
     view = choose_view(settings, train_split, val_split)
     check_cutmix(settings.cutmix or (), train_split.classes)
@@ -367,7 +368,8 @@ def make_loaders(
     problems = loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
     problems += loading.add_decoded(val_photos, {val_photos.view}, settings.cache, workers)
     if problems := list(dict.fromkeys(problems)):  # a photo may be damaged in two views
-        raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
+        title = f"{len(problems)} photos cannot be decoded"
+        raise ValueError(list_problems(title, problems) if len(problems) > 1 else problems[0])
     train_loader = loading.make_loader(train_photos, sampler, workers)
     return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers, part)
 

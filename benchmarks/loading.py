@@ -1,42 +1,42 @@
-"""Loading alone, without a model: the notes' Albumentations pipeline over a DataLoader against ours, and how ours grows with the dataset.
+"""Loading alone, without a model: the notes' Albumentations pipeline over a DataLoader against ours, and how ours grows
+with the dataset.
 
-    python benchmarks/loading.py            # 3 minutes on two cores
-    python benchmarks/loading.py --grow     # 1,000, 10,000 and 100,000 photos of 75 x 100, in a cache of 64 px: 5 minutes, 1.5 GB of disk
+    python benchmarks/loading.py           # 3 minutes on two cores
+    python benchmarks/loading.py --grow    # 1,000, 10,000, 100,000 photos of 75 x 100, 64 px: 5 minutes, 1.5 GB of disk
 
-JPEGs of 600 x 800, cut to their boxes, 224 px, `--augment basic`. An image's time is CPU time of all processes, so images/s a core; other
-work on the machine disturbs it less than it does the clock. Each round times two epochs of each loader: in the first its processes start, which then
-stay, as in training. Ten epochs are the first and nine times the second, ours with the building of the cache, which is timed once.
-`--resize random-resized-crop`, `--box-jitter` and the view `learned` differ from draw to draw and are decoded from the photo each time, in our
-loader as in theirs: the last row.
-Exit code 1 below 3 times theirs from the second epoch on, 2 times in ten epochs; with --grow where an image's time differs by more than 10 %.
+JPEGs of 600 x 800, cut to their boxes, 224 px, `--augment basic`. An image's time is CPU time of all processes, so
+images/s a core; other work on the machine disturbs it less than it does the clock. Each round times two epochs of each
+loader: in the first its processes start, which then stay, as in training. Ten epochs are the first and nine times the
+second, ours with the building of the cache, which is timed once. `--resize random-resized-crop` differs from draw to
+draw and is decoded from the photo each time, in our loader as in theirs: the last row.
+Exit code 1 below 3 times theirs from the second epoch on, 2 times in ten epochs; with --grow where an image's time
+differs by more than 10 %.
 """
 
 import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import albumentations as A
+import bench  # finds the scripts, and tells Albumentations not to ask the network
 import cv2
-import numpy as np
 import torch
 import typer
 from albumentations.pytorch import ToTensorV2
 from torch.utils.data import DataLoader
 
-import augment
 import data
 import loading
-import bench  # finds the scripts, and tells Albumentations not to ask the network
-from cache import add_cache
 from cli import run_app, say, show_table
+from settings import Settings
 
 OURS, NOTES, VARYING = "cached", "Albumentations", "random-resized-crop"
 warnings.filterwarnings("ignore", message="ShiftScaleRotate")  # another of its transforms does the same
@@ -53,6 +53,7 @@ class Notes(torch.utils.data.Dataset):
             A.CLAHE(clip_limit=6, tile_grid_size=(16, 16), p=0.5),
             A.RandomGamma((80, 120), p=0.5),
         ]
+        distortions = [A.OpticalDistortion(distort_limit=0.5), A.GridDistortion(num_steps=5, distort_limit=0.5)]
         blurs = [
             A.MotionBlur(blur_limit=3),
             A.MedianBlur(blur_limit=3),
@@ -65,9 +66,7 @@ class Notes(torch.utils.data.Dataset):
                 A.VerticalFlip(p=0.5),
                 A.HorizontalFlip(p=0.5),
                 A.OneOf(one_of_colours, p=0.5),
-                A.OneOf(
-                    [A.OpticalDistortion(distort_limit=0.5), A.GridDistortion(num_steps=5, distort_limit=0.5)], p=0.3
-                ),
+                A.OneOf(distortions, p=0.3),
                 A.OneOf(blurs, p=0.3),
                 A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.2, rotate_limit=20, p=0.3),
                 A.CoarseDropout(num_holes_range=(1, 3), hole_height_range=(4, 22), hole_width_range=(4, 22), p=0.5),
@@ -79,7 +78,7 @@ class Notes(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, dict[str, int]]:
         xmin, ymin, xmax, ymax = self.samples[i].boxes["bbox"]
         image = cv2.cvtColor(cv2.imread(self.samples[i].path), cv2.COLOR_BGR2RGB)[ymin:ymax, xmin:xmax]
         return self.transform(image=image)["image"], self.samples[i].labels
@@ -92,32 +91,40 @@ def one_thread(worker: int) -> None:
 def cpu_seconds(work: Callable[[], None]) -> float:
     """CPU time of some work in this process and in those that it starts, whether they end or stay."""
 
-    def now() -> float:
-        used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        ticks = [
-            Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-            for child in multiprocessing.active_children()
-        ]
-        return sum(usage.ru_utime + usage.ru_stime for usage in used) + sum(
-            int(n) for two in ticks for n in two
-        ) / os.sysconf("SC_CLK_TCK")
+    def used() -> float:
+        own, ended = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        ticks = 0
+        for child in multiprocessing.active_children():
+            stat = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(stat[11]) + int(stat[12])  # user and system time
+        seconds = own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
+        return seconds + ticks / os.sysconf("SC_CLK_TCK")
 
-    start = now()
+    start = used()
     work()
-    return now() - start
+    return used() - start
 
 
 def two_epochs(loader: DataLoader) -> tuple[float, float]:
     """CPU time of each, the start of the loader's processes in the first."""
 
     def epoch() -> None:
-        for images, _ in loading.batches(loader):
+        for images, _ in loader:
             assert len(images)
 
     times = cpu_seconds(epoch), cpu_seconds(epoch)
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
     return times
+
+
+def our_loader(photos: loading.TrainPhotos, workers: int) -> DataLoader:
+    return loading.make_loader(photos, loading.EpochSampler(len(photos), 64, 0), workers)
+
+
+def notes_loader(samples: list[data.Sample], size: int, workers: int) -> DataLoader:
+    options = {"num_workers": workers, "worker_init_fn": one_thread, "persistent_workers": workers > 0}
+    return DataLoader(Notes(samples, size), 64, True, **options)
 
 
 @app.command()
@@ -136,105 +143,76 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         if grow:
             return growth(Path(folder), workers)
-        root = bench.make_dataset(Path(folder) / "Photos", images)
-        samples = data.read_split(root, "train").samples
-        basic = augment.augmentation("basic")
-        cached, varying = (
-            loading.Photos(samples, size, "bbox", augment=basic, resize=resize)
-            for resize in ("squash", "random-resized-crop")
-        )
-        building = cpu_seconds(lambda: add_cache([cached], [root], None, workers)) / images
-
-        def ours(photos: loading.Photos) -> DataLoader:
-            return loading.make_loader(photos, 64, workers, loading.EpochBatches(images, 64, 0))
-
+        samples = data.read_split(bench.make_dataset(Path(folder, "Photos"), images), "train").samples
+        cached = loading.TrainPhotos(samples, size, Settings())
+        varying = loading.TrainPhotos(samples, size, Settings(resize="random-resized-crop"))
+        building = cpu_seconds(lambda: loading.add_decoded(cached, cached.views, None, workers)) / images
         ways = {
-            OURS: lambda: ours(cached),
-            NOTES: lambda: DataLoader(
-                Notes(samples, size),
-                64,
-                True,
-                num_workers=workers,
-                worker_init_fn=one_thread,
-                persistent_workers=workers > 0,
-            ),
-            VARYING: lambda: ours(varying),
+            OURS: lambda: our_loader(cached, workers),
+            NOTES: lambda: notes_loader(samples, size, workers),
+            VARYING: lambda: our_loader(varying, workers),
         }
-        first, second = ({way: [] for way in ways} for _ in range(2))
+        first: dict[str, list[float]] = {way: [] for way in ways}  # seconds an image
+        second: dict[str, list[float]] = {way: [] for way in ways}
         for i in range(rounds):
             for way in list(ways)[:: 1 if i % 2 == 0 else -1]:
-                for times, seconds in zip((first, second), two_epochs(ways[way]())):
-                    times[way].append(seconds / images)
+                seconds = two_epochs(ways[way]())
+                first[way].append(seconds[0] / images)
+                second[way].append(seconds[1] / images)
     later = [theirs / own for theirs, own in zip(second[NOTES], second[OURS])]
-    ours, theirs = ([a + 9 * b for a, b in zip(first[way], second[way])] for way in (OURS, NOTES))
-    ten = [b / (building + a) for a, b in zip(ours, theirs)]
-    rows = [
-        [
-            way,
-            *(bench.spread([1e3 * t for t in of[way]], 2) for of in (first, second)),
-            bench.spread([1 / t for t in second[way]], 0),
-        ]
-        for way in ways
-    ]
+    own_ten, their_ten = ([a + 9 * b for a, b in zip(first[way], second[way])] for way in (OURS, NOTES))
+    ten = [theirs / (building + own) for own, theirs in zip(own_ten, their_ten)]
+    rows = []
+    for way in ways:
+        ms = [bench.spread([1e3 * t for t in of[way]], 2) for of in (first, second)]
+        rows.append([way, *ms, bench.spread([1 / t for t in second[way]], 0)])
     rows.append(["building the cache, once", f"{1e3 * building:.2f}", "", ""])
     columns = ["", "CPU ms an image, first epoch", "second", "images/s a core, second"]
     show_table(f"{images} photos, {size} px, {workers} workers; load {os.getloadavg()[0]:.1f}", columns, rows)
-    say(
-        f"second epoch on: {bench.spread(later, 2)} times Albumentations, at least 3; ten epochs, the first included: {bench.spread(ten, 2)}, at least 2"
-    )
+    say(f"second epoch on: {bench.spread(later, 2)} times Albumentations, at least 3")
+    say(f"ten epochs, the first included: {bench.spread(ten, 2)} times, at least 2")
     if statistics.median(later) < 3 or statistics.median(ten) < 2:
         raise ValueError("missed")
 
 
 def growth(folder: Path, workers: int) -> None:
-    """Each number of photos in a process of its own: an image's CPU time, and anonymous memory of the loader's processes after 4,096 images."""
+    """Measure each number of photos in a process of its own."""
     rows, times = [], []
     for n in (1_000, 10_000, 100_000):
         root = bench.make_dataset(folder / str(n), n, size=(75, 100))
-        sys.stdout.flush()
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(writer, repr(measured(root, n, workers)).encode())
-            os._exit(0)
-        os.close(writer)
-        numbers = np.array(eval(os.read(reader, 10_000)))
-        os.waitpid(child, 0)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            numbers = pool.submit(measure_growth, root, n, workers).result()
         times.append(numbers[2])
-        cells = [f"{value:.{digits}f}" for value, digits in zip(numbers, (1, 1, 3, 0, 0, 0))]
-        rows.append([f"{n:,}", *cells])
-    columns = [
-        "photos",
-        "cache built, s",
-        "warm, s",
-        "CPU ms an image",
-        "rows of the CSV, MB",
-        "loader, MB",
-        "the same five epochs later",
-    ]
+        rows.append([f"{n:,}", *(f"{value:.{digits}f}" for value, digits in zip(numbers, (1, 1, 3, 0, 0, 0)))])
+    columns = ["photos", "cache built, s", "warm, s", "CPU ms an image", "rows of the CSV, MB", "loader, MB"]
+    columns += ["the same five epochs later"]
     show_table(f"64 px, {workers} workers; load {os.getloadavg()[0]:.1f}", columns, rows)
     if max(times) > 1.1 * min(times):
         raise ValueError("an image's time differs by more than 10 %")
 
 
-def measured(root: Path, n: int, workers: int, images: int = 4_096) -> tuple[float, ...]:
-    """Seconds to build and to open the cache, CPU ms an image (least of epochs 2 to 6), anonymous MB: of the rows, the loader, it later."""
+def measure_growth(root: Path, n: int, workers: int, images: int = 4_096) -> tuple[float, ...]:
+    """Seconds to build and to open the cache, CPU ms an image (least of epochs 2 to 6), and anonymous MB of the rows,
+    of the loader's processes after `images` images, and of these five epochs later."""
+    torch.set_num_threads(1)
     before = bench.anonymous_mb()
-    photos = loading.Photos(data.read_split(root, "train").samples, 64, "bbox", augment=augment.augmentation("basic"))
+    photos = loading.TrainPhotos(data.read_split(root, "train").samples, 64, Settings())
     rows = bench.anonymous_mb() - before
     seconds = []
     for _ in range(2):
         start = time.monotonic()
-        add_cache([photos], [root], None, workers)
+        loading.add_decoded(photos, photos.views, None, workers)
         seconds.append(time.monotonic() - start)
-    order, times, memory = loading.EpochBatches(n, 64, 0), [], []
-    order.done = max(0, len(order) - images // 64)
-    loader, before = loading.make_loader(photos, 64, workers, order), bench.anonymous_mb()
+    loader = our_loader(photos, workers)
+    sampler, times, memory = loader.batch_sampler, [], []
+    sampler.skip = max(0, sampler.steps - images // 64)
+    before = bench.anonymous_mb()
     for epoch in range(6):
-        order.epoch = epoch
-        times.append(1e3 * cpu_seconds(lambda: [None for _ in loading.batches(loader)]) / min(n, images))
+        sampler.epoch = epoch
+        times.append(1e3 * cpu_seconds(lambda: [None for _ in loader]) / min(n, images))
         memory.append(bench.anonymous_mb() - before)
-    loader._iterator._shutdown_workers()
+    if workers:
+        loader._iterator._shutdown_workers()
     return *seconds, min(times[1:]), rows, memory[0], memory[-1]
 
 

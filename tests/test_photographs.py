@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import read_split, relative_boxes
-from model import score_boxes
+from data import read_split
+from evaluate import score_boxes
+from loading import relative_boxes
 
 BOXES = {  # in pixels, of photographs in skimage.data; the right and lower ends are exclusive
     "astronaut": (15, 148, 362, 512),  # the orange suit, half hidden by the helmet
