@@ -20,10 +20,11 @@ from cli import usage_error
 
 
 def augmentation(kind: str) -> Callable:
-    """The transforms of `--augment` "basic", "randaugment" or "none". Add a torchvision transform as a line of its own.
+    """The transforms of `--augment` "basic", "randaugment" or "none". Add one of torchvision's v2 as a line of its own.
 
-    The result maps a uint8 image (3, H, W) to one of the same shape, or (image, boxes in XYXY) to both. The image does
-    not depend on whether boxes come with it.
+    It keeps the image's size; put one that takes no boxes (it moves nothing) into `KeepBoxes`. The result maps a uint8
+    image (3, H, W) to one of the same shape, or (image, boxes in XYXY) to both. The image does not depend on whether
+    boxes come with it.
     """
     if kind == "none":
         return v2.Identity()

@@ -410,8 +410,8 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
     try:
         state.load_state_dict(read(folder / "last.pt"))
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder / 'last.pt'} does not fit the run's settings ({reason})") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise ValueError(f"{folder / 'last.pt'} does not fit these scripts or settings ({reason})") from None
     if state.best_epoch and not (folder / "best.pt").is_file():
         raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
     return folder

@@ -30,7 +30,7 @@ import numpy as np
 import typer
 
 from cli import note, progress, run_app, say, show_table
-from photos import SUFFIXES, Box, clip_box, load_photo, open_image, upright_size
+from photos import SUFFIXES, Box, clip_box, load_photo, move_into, open_image, photo_region, upright_size
 
 SPLITS = ("train", "val", "test")
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -287,10 +287,13 @@ def check_header(sample: Sample) -> Sample | ValueError:
     try:
         with open_image(sample.path) as image:
             width, height = upright_size(image)
-        boxes = {view: clip_box(box, width, height) for view, box in sample.boxes.items()}
+        clipped = {view: clip_box(box, width, height) for view, box in sample.boxes.items()}
     except ValueError as error:
         return ValueError(str(error) if sample.where == sample.path else f"{sample.where}: {error}")
-    return replace(sample, boxes=boxes, size=(width, height))
+    region = photo_region(width, height)
+    moved = {view: move_into(box, region) for view, box in clipped.items()}
+    size = (region[2] - region[0], region[3] - region[1])
+    return replace(sample, boxes={view: box for view, box in moved.items() if box}, size=size)
 
 
 def _to_split(source: _Source, classes: Classes, problems: list[str] | None = None) -> Split:

@@ -131,7 +131,14 @@ def run_batches(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the pool's threads set the default of those to come
-    return concatenated(outputs), concatenated(targets), problems
+    logits = concatenated(outputs)
+    for label, names in model.classes.items() if logits else ():
+        if logits[label].shape[1:] != (len(names),):
+            shape = tuple(logits[label].shape[1:])
+            raise ValueError(
+                f"the head of {label} gives {shape} numbers a photo; it needs one for each of {len(names)} classes"
+            )
+    return logits, concatenated(targets), problems
 
 
 def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -27,8 +27,8 @@ from torchvision.tv_tensors import BoundingBoxes
 import photos
 from augment import augmentation
 from cli import note, progress, say
-from data import BOX, Sample
-from photos import Box, crop_box, load_photo, placement, to_image, view_pixels
+from data import BOX, Sample, list_problems
+from photos import Box, crop_box, placement, read_photo, to_image, view_pixels
 from settings import Settings
 
 SPARE_BYTES = 500_000_000  # what the cache leaves free on a disk
@@ -175,14 +175,6 @@ class EvalPhotos(Dataset):
         return view_pixels(photo, box, self.size, self.resize)
 
 
-def read_photo(sample: Sample) -> Image.Image:
-    """Raises ValueError that names the sample's row."""
-    try:
-        return load_photo(sample.path)
-    except ValueError as error:
-        raise ValueError(f"{sample.where}: {error}") from None
-
-
 # ---------------------------------------------------------------- order and loaders
 
 
@@ -298,6 +290,15 @@ class DecodedViews:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self.open()
+
+
+def decode_once(views: dict[TrainPhotos | EvalPhotos, Collection[str]], cache: str | None, workers: int) -> None:
+    """`add_decoded` for several datasets. Raises ValueError with all photos that cannot be decoded."""
+    problems = [p for dataset, of in views.items() for p in add_decoded(dataset, of, cache, workers)]
+    problems = list(dict.fromkeys(problems))  # a photo may be damaged in two views
+    if problems:
+        title = f"{len(problems)} photos cannot be decoded"
+        raise ValueError(list_problems(title, problems) if len(problems) > 1 else problems[0])
 
 
 def add_decoded(

@@ -63,6 +63,8 @@ def head_losses(settings: Settings, split: Split) -> dict[str, Loss]:
             smoothing=settings.label_smoothing,
         ),
     }
+    if settings.loss not in choices:
+        raise usage_error("--loss", f"losses.py has no {settings.loss}; add it to `choices`")
     losses: dict[str, Loss] = {}
     for label in split.classes:
         weights = class_weights(split, label) if settings.class_weights else None

@@ -50,7 +50,8 @@ class FashionModel(nn.Module):
         convolutional = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
         self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
         backbone.to(memory_format=self.memory_format)
-        self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in classes.values())  # labels have any name
+        # A head of any kind gives (N, classes), and the largest is the answer. A list: labels have any name.
+        self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in classes.values())
         self.register_buffer("mean", torch.tensor([*mean]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([*std]).view(3, 1, 1), persistent=False)
         self.levels = list(levels or ())

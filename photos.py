@@ -1,15 +1,20 @@
 """From a photo file to the pixels of a view: the one path of training, validation, prediction and the decoded cache.
 
-Edit `view_pixels` to change what every image is made of; the cache notices an edit of this file and decodes again.
+Edit `photo_region` to cut every photo alike, `view_pixels` to change how a view becomes an image (not where things lie
+in it: boxes would not follow). The cache notices an edit of this file and decodes again.
 """
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from data import Sample
 
 MAX_PIXELS = 200_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # none that starts another program; MPO counts as JPEG
@@ -60,8 +65,19 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
 
 
+def photo_region(width: int, height: int) -> Box:
+    """The part of an upright photo of this size that is used: all of it. Boxes are moved into it."""
+    return 0, 0, width, height
+
+
 def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
-    """Decode an image to upright RGB, 8 bits a channel; transparency goes onto `background`. Raises ValueError."""
+    """The region of a photo, upright, RGB of 8 bits; transparency goes onto `background`. Raises ValueError."""
+    photo = _decode(path, background)
+    region = photo_region(*photo.size)
+    return photo if region == (0, 0, *photo.size) else photo.crop(region)
+
+
+def _decode(path: str | os.PathLike, background: tuple[int, int, int]) -> Image.Image:
     with open_image(path) as image:
         try:
             image.load()
@@ -81,6 +97,14 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
             raise
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
+
+
+def read_photo(sample: "Sample") -> Image.Image:
+    """The photo of a sample. Raises ValueError that names the sample's row."""
+    try:
+        return load_photo(sample.path)
+    except ValueError as error:
+        raise ValueError(f"{sample.where}: {error}") from None
 
 
 def _grey16_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -119,6 +143,16 @@ def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 
 
 # ---------------------------------------------------------------- boxes
+
+
+def move_into(box: Box, region: Box) -> Box | None:
+    """The part of a box that a region of its photo holds, in the region's pixels; None where it holds nothing."""
+    left, top, right, bottom = region
+    moved = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    try:
+        return clip_box(moved, right - left, bottom - top)
+    except ValueError:
+        return None
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:

@@ -42,7 +42,7 @@ from data import (
 from evaluate import Prediction, predict_samples, score, score_boxes
 from loading import relative_boxes
 from model import FashionModel, choose_amp, choose_device
-from photos import Box, load_photo
+from photos import Box
 from preprocess import Remover, find_weights, prepare_photo
 
 UNTRAINED = {  # preprocess.py's defaults
@@ -184,7 +184,8 @@ def prepare_once(sample: Sample, prepare: Prepare, folder: Path) -> tuple[Image.
     """What `prepare` gives, the photo from `folder` the second time: removing a background takes longest of all."""
     file = folder / f"{hashlib.sha256(os.fsencode(sample.path)).hexdigest()}.png"
     if file.exists():
-        return load_photo(file), {}
+        with Image.open(file) as photo:
+            return photo.copy(), {}
     photo, boxes = prepare(sample)
     photo.save(file, compress_level=1)
     return photo, boxes

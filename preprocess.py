@@ -41,7 +41,7 @@ from data import (
     read_table,
 )
 from loading import default_workers
-from photos import Box, clip_box, load_photo
+from photos import Box, clip_box, load_photo, move_into
 
 RESULTS = "preprocess.jsonl"
 SAVE_OPTIONS = {  # by Pillow's formats; a photo of any other becomes NAME.png
@@ -223,14 +223,6 @@ def local_mean(image: np.ndarray, weight: np.ndarray) -> np.ndarray:
     side = 2 * EDGE_RADIUS + 1
     sums = ndimage.uniform_filter(np.concatenate([image * weight, weight], axis=2), (side, side, 0), mode="nearest")
     return sums[..., :3] / sums[..., 3:]
-
-
-def move_into(box: Box, crop: Box) -> Box | None:
-    """The part of a box inside a crop, in the crop's pixels; None where they do not meet."""
-    left, top = crop[:2]
-    with suppress(ValueError):
-        return clip_box((box[0] - left, box[1] - top, box[2] - left, box[3] - top), crop[2] - left, crop[3] - top)
-    return None
 
 
 # ---------------------------------------------------------------- a dataset

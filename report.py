@@ -33,7 +33,7 @@ from torch import Tensor
 from augment import cutmix
 from checkpoint import Checkpoint, load_model, read
 from cli import atomic_write, note, run_app, say
-from data import BOX_COLUMNS, Classes, Sample, Split, class_names, find_dataset, read_splits
+from data import BOX, BOX_COLUMNS, Classes, Sample, Split, class_names, find_dataset, read_splits
 from evaluate import Prediction, score
 from loading import EpochSampler, TrainPhotos, derive_seed, relative_boxes
 from model import FashionModel
@@ -334,7 +334,7 @@ def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
     title = f"Training images of epoch 1, as the model receives them ({photos.size} px): {', '.join(classes)}"
     side = max(2.0, photos.size / 100 + 0.2)  # an inch has 100 pixels: none of the image's may be lost
     figure, axes = grid(title, 4, 6, side)
-    for n, (ax, (_, index), (_, _, view)) in enumerate(zip(axes.flat, next(iter(sampler)), items)):
+    for n, (ax, (_, index), (_, drawn, view)) in enumerate(zip(axes.flat, next(iter(sampler)), items)):
         captions = []
         for label in classes:
             captions += target_texts(targets[label][n], class_names(label, classes[label]))
@@ -345,6 +345,8 @@ def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
             captions,
             interpolation="nearest",
         )
+        if BOX in drawn and drawn[BOX].isfinite().all():
+            draw_box(ax, "bbox", (drawn[BOX] * photos.size).tolist())
     make_room(figure, axes)
     return figure
 

@@ -5,9 +5,8 @@
     python train.py --loss focal --crop-prob 0.7                    # the organisers' Dataset/, the notes' settings
     python train.py --resume runs/NAME                              # continue, or go on with more --epochs
 
-Writes runs/NAME/: config.json, metrics.csv (a row an epoch), best.pt (to predict with and to send in), last.pt (to
-resume from), val_predictions.csv (the best epoch's) and report.py's pictures. The defaults are those of the notes' last
-entry; they suit a GPU and 11,058 photos.
+Writes runs/NAME/: config.json, metrics.csv, best.pt (to predict with and to send in), last.pt (to resume from),
+val_predictions.csv and pictures. The defaults, the notes' last entry's, suit a GPU and 11,058 photos.
 """
 
 import copy
@@ -33,7 +32,7 @@ import loading
 from augment import check_cutmix, cutmix
 from checkpoint import Checkpoint
 from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
-from data import Split, find_dataset, list_problems, note_doubts, read_preparation, read_splits
+from data import Split, find_dataset, note_doubts, read_preparation, read_splits
 from evaluate import Prediction, rank, world_size
 from loading import EvalPhotos, TrainPhotos, derive_seed
 from losses import MultiHeadLoss
@@ -280,7 +279,8 @@ def finish_epoch(
                 evaluate.write_predictions(run.folder / "val_predictions.csv", run.val_split, prediction)
             checkpoints.save(run.checkpoint.content(), run.folder / "best.pt")
     if not console.quiet:
-        cli.write_csv(run.folder / "metrics.csv", list(row), [list(past.values()) for past in state.metrics])
+        rows = [[past.get(column, math.nan) for column in row] for past in state.metrics]
+        cli.write_csv(run.folder / "metrics.csv", list(row), rows)
     # The last file of an epoch: whatever is interrupted before it is there is done again, to the same bits.
     checkpoints.save_last(state, run)
     say(cli.epoch_line(row, settings.epochs, is_best))
@@ -357,26 +357,22 @@ def make_loaders(
     """Loaders of training and of this process's part of validation, their views decoded once."""
     workers, smallest = loading.default_workers(settings.workers), model.min_images
     train_photos = TrainPhotos(train_split.samples, model.image_size, settings)
-    n = len(train_photos)
-    sampler = loading.EpochSampler(n, settings.batch_size, settings.seed, rank(), world_size(), smallest)
+    n, processes = len(train_photos), (rank(), world_size())
+    sampler = loading.EpochSampler(n, settings.batch_size, settings.seed, *processes, smallest)
     if not sampler.steps:
         raise usage_error("--data", f"{n} training photos are too few: {smallest * world_size()} are needed")
     val_photos = EvalPhotos(val_split.samples, model.image_size, view, checkpoints.eval_resize(settings))
     part = range(*(len(val_photos) * i // world_size() for i in (rank(), rank() + 1)))
-    problems = loading.add_decoded(train_photos, train_photos.views, settings.cache, workers)
-    problems += loading.add_decoded(val_photos, {val_photos.view}, settings.cache, workers)
-    if problems := list(dict.fromkeys(problems)):  # a photo may be damaged in two views
-        title = f"{len(problems)} photos cannot be decoded"
-        raise ValueError(list_problems(title, problems) if len(problems) > 1 else problems[0])
+    loading.decode_once({train_photos: train_photos.views, val_photos: {val_photos.view}}, settings.cache, workers)
     train_loader = loading.make_loader(train_photos, sampler, workers)
     return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers, part)
 
 
 def new_state(settings: Settings, model: FashionModel) -> TrainState:
-    device = model.mean.device
-    fused = device.type in ("cpu", "cuda")  # one pass over all parameters
-    groups = parameter_groups(model, settings.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    device, groups = model.mean.device, parameter_groups(model, settings.layer_decay)
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": device.type in ("cpu", "cuda")}
+    optimizer = torch.optim.AdamW(groups, **options)
+    # for another schedule edit settings.restart_epochs too, which notes and pictures read; one cosine is --t-0 EPOCHS
     scheduler = CosineAnnealingWarmRestarts(optimizer, settings.t_0, settings.t_mult, settings.eta_min)
     scaler = torch.amp.GradScaler(device.type, enabled=choose_amp(settings.amp, device) is torch.float16)
     return TrainState(model, copy.deepcopy(model) if settings.ema else None, optimizer, scheduler, scaler)

@@ -1,4 +1,4 @@
-"""README's section on editing holds: each of its edits, made to a copy of the scripts as it says, trains."""
+"""The edits of README and docs/guide.md hold: made to a copy of the scripts as they say, it trains and predicts."""
 
 import csv
 import re
@@ -11,22 +11,22 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = TEXT[TEXT.index("\n## Editing") :]
-DIFFS = re.findall(r"^```diff\n--- (\w+\.py)\n(.*?)^```$", SECTION, flags=re.S | re.M)
+TEXTS = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md")]
+DIFFS = re.findall(r"^```diff\n--- (\w+\.py)\n(.*?)^```$", "\n".join(TEXTS), flags=re.S | re.M)
 
 
 @pytest.fixture
 def scripts(tmp_path):
-    """A copy of the scripts, with all of the section's edits made."""
+    """A copy of the scripts with all edits made."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     for name, diff in DIFFS:
         path, lines = tmp_path / name, diff.splitlines(keepends=True)
-        # the last line may go on
-        before, after = ("".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+")
+        before, after = (
+            "".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+"
+        )  # the last line may go on
         text = path.read_text(encoding="utf-8")
-        assert text.count(before) == 1, f"README's edit of {name} finds its place {text.count(before)} times"
+        assert text.count(before) == 1, f"the edit of {name} finds its place {text.count(before)} times"
         path.write_text(text.replace(before, after), encoding="utf-8")
     return tmp_path
 
@@ -40,20 +40,23 @@ def start(scripts, *command):
 
 
 def train(scripts, drawn, *flags):
-    more = ["--epochs", 1, "--t-0", 1, "--workers", 0, "--name", "edited"]
-    return start(scripts, "train.py", "--data", drawn, *TINY, *more, *flags)
+    always = ("--epochs", 1, "--t-0", 1, "--workers", 0, "--name", "edited")
+    return start(scripts, "train.py", "--data", drawn, *TINY, *always, *flags)
 
 
 @pytest.mark.slow
-def test_an_augmentation_a_loss_a_head_and_a_backbone(scripts, drawn):
-    assert {name for name, _ in DIFFS} == {"augment.py", "losses.py", "settings.py", "model.py"}
+def test_the_edits_act_in_training_and_prediction(scripts, drawn):
+    edited = {"augment.py", "losses.py", "settings.py", "model.py", "photos.py", "train.py"}
+    assert {name for name, _ in DIFFS} == edited
     assert "RandomGrayscale" in str(runpy.run_path(str(scripts / "augment.py"))["augmentation"]("basic"))
     trained = train(scripts, drawn, "--loss", "poly1", "--model", "my_resnet", "--box-head", "--crop-prob", 0.5)
-    mean = re.findall(r"mean +\d\.\d+.*", trained)
     predicted = start(scripts, "predict.py", "runs/edited/best.pt", "--split", "val", "--workers", 0)
+    mean = re.findall(r"mean +\d\.\d+.*", trained)
     assert mean and re.findall(r"mean +\d\.\d+.*", predicted) == mean
     weights = torch.load(scripts / "runs/edited/best.pt", weights_only=True)["weights"]
-    assert weights["heads.0.2.weight"].shape == (6, 128) and weights["backbone.conv1.weight"].shape[0] == 64
+    assert weights["heads.2.weight"].shape == (1, 128) and weights["backbone.conv1.weight"].shape[0] == 64
+    with open(scripts / "runs/edited/metrics.csv", newline="", encoding="utf-8") as f:
+        assert float(next(csv.DictReader(f))["weight_norm"]) > 0
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from data import BOX_COLUMNS, Sample, read_split
 from loading import Photos
 from model import read_checkpoint, save_checkpoint
-from preprocess import Remover, foreground_box, move_into, prepare_photo, replace_background
+from photos import move_into
+from preprocess import Remover, foreground_box, prepare_photo, replace_background
 
 SHA256 = "sha256:309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"  # of u2netp.onnx
 HEADER = "image_name,BBox_xmin,BBox_ymin,BBox_xmax,BBox_ymax,Daily,Gender,Embellishment"

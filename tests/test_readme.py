@@ -52,9 +52,9 @@ def commands(lines: list[str]) -> list[tuple[str, list[str]]]:
     """(script, its arguments) of the lines that start one of ours; `R="..."` on a line before stands for $R."""
     found, variables = [], {}
     for line in lines:
+        line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
         if setting := re.match(r'(\w+)="(.*?)"', line):
             variables[setting[1]] = setting[2]
-        line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
         for part in re.sub(r"<[^>]*>|\[[^\]]*\]", "", line).split(" && "):
             if re.match(r"(\$ )?(python3? \S+\.py|torchrun )", part):
                 words = shlex.split(part, comments=True)

@@ -106,7 +106,7 @@ def test_a_run_ends_with_its_pictures(pictured):
 
 
 def test_every_column_and_key_is_described(pictured):
-    text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     columns = {column for name in ("metrics.csv", "val_predictions.csv") for column in rows(pictured.folder / name)[0]}
     columns = {re.sub(r"_p\d+$", "_p0", re.sub("Daily|Gender|Embellishment", "LABEL", column)) for column in columns}
     assert {
