@@ -6,8 +6,9 @@
 
 u2netp's weights are downloaded; without a network set U2NET_HOME to their folder.
 
-Taken are the commands that read or write `demo`, `Small` or its copy, and those on runs/NAME that every run can be given, where NAME becomes
-the first command's run: that word is README's own. What needs files of one's own is left out. Exit code 1 where a command fails.
+Taken are the commands that read or write `demo`, `Small` or its copy, and those on runs/NAME that every run can be
+given, where NAME becomes the first command's run: that word is README's own. What needs files of one's own is left out.
+Exit code 1 where a command fails.
 """
 
 import os
@@ -36,7 +37,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def demo_commands(text: str, long: bool) -> list[str]:
-    """README's lines and spans for the demo sets: the first command, what draws and cleans, the others in their order."""
+    """README's lines and spans for the demo sets: first what installs and draws, then the others in their order."""
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in blocks(text) + spans(text)]
     lines = [line for line in dict.fromkeys(lines) if re.match(r"(pip install .*&& )?python \w+\.py", line)]
     chosen = [
