@@ -236,7 +236,9 @@ def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: 
     columns = {"image_name": every}
     for label, classes in saved.classes.items():
         column, common = submission_column(label), classes[saved.common_classes[label]]
-        columns[column] = [answers[column][found[name]] if name in found else common for name in every]
+        values = [answers[column][found[name]] if name in found else common for name in every]
+        numbers = all(text.isdecimal() for text in classes)  # the organisers compare numbers
+        columns[column] = [int(value) for value in values] if numbers else values
     if unread := sum(name not in found for name in every):
         note(f"{unread:,} photos could not be read: they get the commonest classes of training")
     return columns
