@@ -320,7 +320,7 @@ def test_random_resized_crop_shows_a_part_of_the_view(tmp_path):
     photo = Image.new("RGB", (250, 200))
     photo.putdata([(x, y, 0) for y in range(200) for x in range(250)])
     photo.save(tmp_path / "a.png")
-    sample = Sample("a.png", str(tmp_path / "a.png"), tmp_path / "a.csv", "", {"bbox": (50, 20, 210, 180)}, {})
+    sample = Sample("a.png", str(tmp_path / "a.png"), "", tmp_path / "a.csv", {"bbox": (50, 20, 210, 180)}, {})
     photos = TrainPhotos([sample], 64, Settings(augment="none", resize="random-resized-crop"))
     areas, ratios = [], []
     for epoch in range(300):
