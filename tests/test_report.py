@@ -254,6 +254,18 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
         assert "NanumGothic" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_picture_of_predictions(pictured, drawn, run, tmp_path, split):
+    data_flags = ["--data", drawn, "--split", split, "--out", "p.csv", "--workers", 0]
+    done = run("predict", pictured.folder / "best.pt", *data_flags, "--picture", "answers.png")
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "answers.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000  # eight photos a row
+        rgba = np.asarray(picture.convert("RGBA"))
+    assert (rgba[..., 3] == 255).all() and (rgba[0] == 255).all() and rgba[..., :3].min() < 60
+    assert len(rows(tmp_path / "p.csv")) == 20
+
+
 def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
     read = report.read_run(copy)
     read.settings = replace(read.settings, t_0=2, t_mult=2)
