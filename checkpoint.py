@@ -181,20 +181,23 @@ def megabytes(checkpoint: Checkpoint) -> float:
 def check_budget(checkpoint: Checkpoint, model: FashionModel, settings: Settings) -> None:
     """Raises BadParameter where best.pt is over --max-mb; says where it is with the remover that prediction needs."""
     size, preparation = megabytes(checkpoint), checkpoint.preparation
+    limit, remover = f"over --max-mb {settings.max_mb:g}", 0.0
+    if preparation and needs_remover(preparation, checkpoint.view):
+        remover = preparation["weights_bytes"] / 1e6
+    if not settings.max_mb or size + remover <= settings.max_mb:
+        return
+    room = settings.max_mb - (remover if size <= settings.max_mb else 0)
     advice = "choose a smaller backbone"
     for export_dtype in EXPORT_DTYPES[EXPORT_DTYPES.index(settings.export_dtype) + 1 :]:
         smaller = megabytes(replace(checkpoint, weights=exported_weights(model, export_dtype)))
-        if smaller <= settings.max_mb:
+        if smaller <= room:
             advice = f"--export-dtype {export_dtype} takes {smaller:.2f} MB"
             break
-    if 0 < settings.max_mb < size:
-        limit = f"over --max-mb {settings.max_mb:g}; {advice}, or --max-mb 0 where the model is not sent in"
-        raise usage_error("--model", f"best.pt would take {size:.2f} MB, {limit}")
-    if settings.max_mb and preparation and needs_remover(preparation, checkpoint.view):
-        remover = preparation["weights_bytes"] / 1e6
-        if size + remover > settings.max_mb:
-            both = f"best.pt ({size:.2f} MB) and {preparation['rembg_model']} ({remover:.2f} MB)"
-            note(f"{both}, which prediction needs for raw photos, are over --max-mb together: {advice}, or use u2netp")
+    if size > settings.max_mb:
+        remedy = f"{advice}, or --max-mb 0 where the model is not sent in"
+        raise usage_error("--model", f"best.pt would take {size:.2f} MB, {limit}; {remedy}")
+    both = f"best.pt ({size:.2f} MB) and {preparation['rembg_model']} ({remover:.2f} MB)"
+    note(f"{both}, which prediction needs for raw photos, are {limit} together: {advice}, or use u2netp")
 
 
 def _serialised(content: dict) -> memoryview:
@@ -250,7 +253,7 @@ def read_torch_file(path: str | os.PathLike) -> object:
 def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
     """The model of a best.pt, and all that the file holds. Raises FileNotFoundError, ValueError."""
     content = read(path)
-    try:
+    with complete(path):
         checkpoint = _parse(content)
         model = build_model(
             checkpoint.backbone, checkpoint.classes, checkpoint.image_size, box_head=checkpoint.box_head
@@ -258,9 +261,16 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
         model.load_state_dict(restored_weights(checkpoint.weights))
         model.mean.copy_(torch.tensor(checkpoint.mean).view(3, 1, 1))
         model.std.copy_(torch.tensor(checkpoint.std).view(3, 1, 1))
+    return model, checkpoint
+
+
+@contextmanager
+def complete(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what an incomplete or changed best.pt causes into a ValueError that names the file."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, typer.BadParameter) as error:
         raise ValueError(f"{path} is no complete best.pt ({' '.join(str(error).split())[:200]})") from None
-    return model, checkpoint
 
 
 def _parse(content: dict) -> Checkpoint:
@@ -327,8 +337,9 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
     if isinstance(given, dict) and given.get("format") == FORMAT:
         if "weights" not in given:
             raise ValueError(f"{path} is no best.pt (a last.pt is for --resume)")
-        saved = _parse(given)
-        given = restored_weights(given["weights"])
+        with complete(path):
+            saved = _parse(given)
+            given = restored_weights(saved.weights)
         given = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
     given = _timm_names(given, model.backbone, path, name)
     own = model.backbone.state_dict()

@@ -237,7 +237,9 @@ def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: 
     columns = {"image_name": every}
     for label, classes in saved.classes.items():
         column, common = submission_column(label), classes[saved.common_classes[label]]
-        columns[column] = [answers[column][found[name]] if name in found else common for name in every]
+        values = [answers[column][found[name]] if name in found else common for name in every]
+        numbers = all(text.isdecimal() for text in classes)  # the organisers compare numbers
+        columns[column] = [int(value) for value in values] if numbers else values
     if unread := sum(name not in found for name in every):
         note(f"{unread:,} photos could not be read: they get the commonest classes of training")
     return columns
@@ -268,6 +270,9 @@ def choose_treatment(
     treated = (trained or UNTRAINED) | ({"rembg_model": rembg_model} if rembg_model else {})
     preparation = None
     if prepared:
+        if rembg_model not in (None, prepared["rembg_model"]):
+            already = f"these photos went through {prepared['rembg_model']} already"
+            raise usage_error("--rembg-model", f"{already}; give the raw ones")
         if background == "remove" and prepared["keep_background"]:
             raise usage_error("--background", "these photos went through preprocess.py already; give the raw ones")
         if background != "keep" and prepared != trained:
@@ -279,7 +284,7 @@ def choose_treatment(
     view = choose_view(view, saved, rows, cleans=preparation is not None, raw=prepared is None)
     if view == "mask" and not preparation and not rows.has("mask"):
         preparation = treated | {"keep_background": True, "crop": "none"}  # only to find the foreground's box
-    if rembg_model and not needs_remover(preparation, view):
+    if rembg_model and not (preparation and needs_remover(preparation, view)):
         note(f"--rembg-model {rembg_model} cannot act: these photos are used as they are")
     return view, preparation
 

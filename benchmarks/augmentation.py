@@ -124,7 +124,7 @@ def mean_change(changed: Tensor, image: Tensor) -> float:
 def sample_photos(dataset: str, n: int) -> list[Tensor]:
     samples = data.read_split(data.find_dataset(dataset), "train").samples
     chosen = random.Random(0).sample(samples, min(n, len(samples)))
-    return [photos.to_pixels(photos.load_photo(sample.path), sample.boxes.get("bbox"), 224) for sample in chosen]
+    return [photos.view_pixels(photos.load_photo(sample.path), sample.boxes.get("bbox"), 224) for sample in chosen]
 
 
 def draw(images: list[Tensor], path: Path, side: int = 112) -> None:

@@ -14,15 +14,17 @@ from torchvision.tv_tensors import BoundingBoxes
 import augment
 from augment import Warp, augmentation
 from benchmarks.augmentation import FACTOR, KINDS, changes, rates
+from checkpoint import eval_resize
 from data import Sample, read_split
-from loading import EpochBatches, Photos, batches, make_loader
-from photos import load_photo, to_pixels
+from loading import EpochSampler, EvalPhotos, TrainPhotos, make_loader, training_batches
+from photos import load_photo, view_pixels
+from settings import Settings
 
 
 @pytest.fixture(scope="module")
 def images(drawn):
     samples = read_split(drawn, "train").samples
-    return [to_pixels(load_photo(sample.path), sample.boxes["bbox"], 224) for sample in samples]
+    return [view_pixels(load_photo(sample.path), sample.boxes["bbox"], 224) for sample in samples]
 
 
 def test_each_kind_occurs_at_the_notes_rate():
@@ -318,8 +320,8 @@ def test_random_resized_crop_shows_a_part_of_the_view(tmp_path):
     photo = Image.new("RGB", (250, 200))
     photo.putdata([(x, y, 0) for y in range(200) for x in range(250)])
     photo.save(tmp_path / "a.png")
-    sample = Sample("a.png", str(tmp_path / "a.png"), "", {"bbox": (50, 20, 210, 180)}, {})
-    photos = Photos([sample], 64, "bbox", resize="random-resized-crop")
+    sample = Sample("a.png", str(tmp_path / "a.png"), "", tmp_path / "a.csv", {"bbox": (50, 20, 210, 180)}, {})
+    photos = TrainPhotos([sample], 64, Settings(augment="none", resize="random-resized-crop"))
     areas, ratios = [], []
     for epoch in range(300):
         red, green, _ = photos[epoch, 0][0].float()
@@ -330,9 +332,12 @@ def test_random_resized_crop_shows_a_part_of_the_view(tmp_path):
         ratios.append((width / height).item())
     assert 0.07 < min(areas) < 0.14 and 0.85 < max(areas) < 1.03
     assert 0.7 < min(ratios) < 0.85 and 1.18 < max(ratios) < 1.42
-    squashed = Photos([sample], 64, "bbox")
-    assert torch.equal(squashed[3, 0][0], to_pixels(load_photo(sample.path), (50, 20, 210, 180), 64))
-    assert torch.equal(photos[0][0], squashed[0][0])  # validation never crops at random
+    squashed = TrainPhotos([sample], 64, Settings(augment="none"))[3, 0][0]
+    assert torch.equal(squashed, view_pixels(load_photo(sample.path), (50, 20, 210, 180), 64))
+    resize = eval_resize(Settings(resize="random-resized-crop"))
+    assert torch.equal(
+        EvalPhotos([sample], 64, "bbox", resize)[0, None][0], squashed
+    )  # validation never crops at random
 
 
 @pytest.mark.parametrize(
@@ -340,15 +345,18 @@ def test_random_resized_crop_shows_a_part_of_the_view(tmp_path):
 )
 def test_the_same_bits_at_any_number_of_workers_and_threads(drawn, kind, resize):
     samples, loaded, seen = read_split(drawn, "train").samples, [], []
+    chosen = Settings(augment=kind, resize=resize, crop_prob=0.5, seed=1)
     before = torch.get_num_threads()
     for workers, threads in ((0, 1), (0, 2), (2, 1)):
         torch.set_num_threads(threads)
         try:
-            order = EpochBatches(len(samples), 16, seed=3)
-            order.epoch = 2
-            photos = Photos(samples, 112, "bbox", 0.5, augmentation(kind), seed=1, resize=resize)
-            loaded.append(torch.cat([images for images, _ in batches(make_loader(photos, 16, workers, order))]))
-            Photos(samples, 16, augment=lambda image: seen.append(torch.get_num_threads()) or image)[1, 0]
+            sampler = EpochSampler(len(samples), 16, seed=3)
+            sampler.epoch = 2
+            photos = TrainPhotos(samples, 112, chosen)
+            loader = make_loader(photos, sampler, workers)
+            loaded.append(torch.cat([images for images, _ in training_batches(loader)]))
+            photos.augment = lambda image: seen.append(torch.get_num_threads()) or image
+            photos[1, 0]
             assert torch.get_num_threads() == threads and set(seen) == {1}
         finally:
             torch.set_num_threads(before)

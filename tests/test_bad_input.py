@@ -323,6 +323,23 @@ def test_a_photo_that_cannot_be_read_is_left_out_at_the_end(run, checkpoint, tmp
     assert names == ["image_name", "x.jpg"]
 
 
+def test_a_folder_with_photos_that_cannot_be_read(run, checkpoint, drawn, tmp_path):
+    """The others are answered; what is left out is named."""
+    (tmp_path / "best.pt").write_bytes(checkpoint)
+    photos = sorted((drawn / "test").rglob("*.jpg"))[:3]
+    (tmp_path / "mine").mkdir()
+    for name, photo in zip(("a.jpg", "b.jpg", "broken.jpg"), photos, strict=True):
+        shutil.copy(photo, tmp_path / "mine" / name)
+    broken = tmp_path / "mine" / "broken.jpg"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    (tmp_path / "mine" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    done = run("predict", "best.pt", "mine", "--workers", 0)
+    assert done.code == 1 and done.err.count("error:") == 1 and "Traceback" not in done.err, done.err
+    assert "broken.jpg" in done.err and "phone.heic" in done.err
+    names = [line.split(",")[0] for line in Path("predictions.csv").read_text().splitlines()]
+    assert names == ["image_name", "mine/a.jpg", "mine/b.jpg"]
+
+
 def test_a_last_pt_is_no_weights(run, drawn, checkpoint, tmp_path):
     (tmp_path / "last.pt").write_bytes(saved({"format": FORMAT, "model": {}}))
     refused(run, drawn, "--weights", "last.pt", says=["last.pt is for --resume"])

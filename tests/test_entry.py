@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,39 @@ def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path, ho
     order = [names.index(str(test / "test" / name)) for name in columns.pop("image_name")]
     assert len(order) == 20
     assert columns == {label: [values[i] for i in order] for label, values in expected.items()}
+
+
+def test_an_entry_answers_every_row(run, raw, drawn, untried, monkeypatch, tmp_path):
+    """A photo that is damaged, or not there, gets the commonest classes of training."""
+    data = tmp_path / "Data"
+    shutil.copytree(drawn, data)
+    with open(data / csv_name("test", 1), newline="") as f:
+        names = [row["image_name"] for row in csv.DictReader(f)]
+    cut, text, gone = (data / "test" / names[i] for i in (3, 7, 11))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    text.write_text("no photo")
+    gone.unlink()
+    assert run("entry", "runs/a/best.pt", "Entry").code == 0
+    notebook = json.loads(Path("Entry/task.ipynb").read_text(encoding="utf-8"))
+    names_of_cell = {}
+    exec("".join(notebook["cells"][1]["source"]).replace("/aif/Dataset", data.as_posix()), names_of_cell)
+    monkeypatch.setenv("U2NET_HOME", "")  # the notebook sets it
+    monkeypatch.chdir("Entry")
+    sent = names_of_cell["submit"]()().to_dict("list")
+    monkeypatch.chdir(tmp_path)
+
+    done = run("predict", "runs/a/best.pt", "--data", data, "--split", "test", "--out", "p.csv", "--workers", 0)
+    assert done.code == 1 and all(names[i] in done.err for i in (3, 7, 11))
+    expected = answers(Path("p.csv"))
+    found = {name: i for i, name in enumerate(expected["image_name"])}
+    assert sent["image_name"] == names and len(found) == 17
+    with open(data / csv_name("train", 1), newline="") as f:
+        training = list(csv.DictReader(f))
+    for label, column in (("Daily", "daily"), ("Gender", "gender"), ("Embellishment", "embel")):
+        counts = Counter(int(row[label]) for row in training)
+        commonest = [c for c in counts if counts[c] == max(counts.values())]
+        for name, value in zip(names, sent[column], strict=True):
+            assert value == expected[column][found[name]] if name in found else value in commonest
 
 
 @pytest.mark.slow

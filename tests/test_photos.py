@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import photos
-from photos import clip_box, load_photo, to_pixels
+from photos import clip_box, load_photo, view_pixels
 
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 
@@ -35,9 +35,10 @@ def test_every_kind_of_image_comes_out_as_upright_rgb(tmp_path):
     source = checker()
     grey16 = np.asarray(source.convert("L")).astype(np.uint16) * 257
     files = {
-        "rgb.png": source, "palette.png": source.convert("P"), "grey.png": source.convert("L"), "bilevel.png": source.convert("1"),
-        "cmyk.jpg": source.convert("CMYK"), "grey16.png": Image.fromarray(grey16), "grey16.tif": Image.fromarray(grey16),
-        "rgba.png": source.convert("RGBA"), "la.png": source.convert("LA"), "a.webp": source, "a.bmp": source, "a.gif": source,
+        "rgb.png": source, "palette.png": source.convert("P"), "grey.png": source.convert("L"),
+        "bilevel.png": source.convert("1"), "cmyk.jpg": source.convert("CMYK"), "grey16.png": Image.fromarray(grey16),
+        "grey16.tif": Image.fromarray(grey16), "rgba.png": source.convert("RGBA"), "la.png": source.convert("LA"),
+        "a.webp": source, "a.bmp": source, "a.gif": source,
     }  # fmt: skip
     for name, image in files.items():
         image.save(tmp_path / name)
@@ -103,9 +104,23 @@ def test_transparency_goes_onto_the_background(tmp_path):
 
 
 def test_a_view_is_the_crop_squashed_to_size():
-    pixels = to_pixels(checker(), (24, 0, 48, 32), 16)
+    pixels = view_pixels(checker(), (24, 0, 48, 32), 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
-    assert (
-        pixels.float().mean((1, 2)) - torch.tensor([20.0, 40, 220])
-    ).abs().max() < 1  # nothing of the other half leaks in
-    assert to_pixels(checker(), None, 16).float().mean((1, 2))[0] == pytest.approx(110, abs=3)
+    colour = torch.tensor([20.0, 40, 220])
+    assert (pixels.float().mean((1, 2)) - colour).abs().max() < 1  # nothing of the other half leaks in
+    assert view_pixels(checker(), None, 16).float().mean((1, 2))[0] == pytest.approx(110, abs=3)
+
+
+@relaxed
+@given(width=st.integers(1, 300), height=st.integers(1, 300), box=st.tuples(*[st.floats(0, 1)] * 4))
+def test_a_letterboxed_view_keeps_its_shape_and_its_boxes(width, height, box):
+    left, top, inner_width, inner_height = photos.letterbox(width, height, 64)
+    assert max(inner_width, inner_height) == 64 and left >= 0 and top >= 0
+    assert abs(inner_width - 64 * width / max(width, height)) <= 1
+    assert abs(inner_height - 64 * height / max(width, height)) <= 1
+    white = view_pixels(Image.new("RGB", (width, height), "white"), None, 64, "letterbox")
+    assert (white[:, top : top + inner_height, left : left + inner_width] == 255).all()
+    assert (white == 255).sum() == 3 * inner_width * inner_height
+    place = photos.placement([(width, height)], 64, "letterbox")
+    boxes = torch.tensor([box])
+    torch.testing.assert_close(photos.to_photo(photos.to_image(boxes, place), place), boxes, atol=1e-4, rtol=0)

@@ -24,9 +24,9 @@ import torch
 from conftest import ROOT, TINY, run_script
 from PIL import Image, ImageDraw, ImageFilter
 
+from checkpoint import read, save
 from data import BOX_COLUMNS, Sample, read_split
-from loading import Photos
-from model import read_checkpoint, save_checkpoint
+from loading import EvalPhotos
 from photos import move_into
 from preprocess import Remover, foreground_box, prepare_photo, replace_background
 
@@ -625,8 +625,8 @@ def test_models_that_do_not_fit(run, garments, model, says):
 
 
 def test_training_needs_no_rembg(trained, processed):
-    saved = read_checkpoint(trained.best)["data"]
-    assert saved["view"] == "bbox" and saved["path"] == str(processed.resolve())
+    saved = read(trained.best)
+    assert saved["view"] == "bbox" and saved["data"] == str(processed.resolve())
     assert saved["preparation"] == json.loads((processed / "preprocess.json").read_text())["preparation"]
 
 
@@ -666,14 +666,11 @@ def test_the_budget_counts_the_remover(trained):
 def test_several_datasets_are_trained_on_and_the_last_validates(run, garments, processed):
     done = run("train", "--data", garments, "--data", processed, *QUICK, "--val-view", "mask", "--train-view", "mask")
     assert done.code == 0, done.err
+    assert "7 training photos have no mask box" in done.out
+    assert [row["image_name"] for row in rows(Path("runs/a/val_predictions.csv"))] == ["a.png", "b.png"]
+    saved = read("runs/a/best.pt")
     assert (
-        "14 training photos" in done.out
-        and "2 validation photos (mask)" in done.out
-        and "7 of 14 training photos have no mask box" in done.out
-    )
-    saved = read_checkpoint("runs/a/best.pt")["data"]
-    assert (
-        saved["path"] == str(processed.resolve())
+        saved["data"] == str(processed.resolve())
         and saved["preparation"]["rembg_model"] == "u2netp"
         and saved["view"] == "mask"
     )
@@ -683,7 +680,7 @@ def test_several_datasets_are_trained_on_and_the_last_validates(run, garments, p
     ]
     shutil.rmtree("runs")
     assert run("train", "--data", processed, "--data", garments, *QUICK).code == 0
-    assert read_checkpoint("runs/a/best.pt")["data"]["preparation"] is None
+    assert read("runs/a/best.pt")["preparation"] is None
 
 
 def test_datasets_of_other_labels_are_refused(run, garments, processed, tmp_path):
@@ -710,7 +707,7 @@ def test_the_training_view_is_what_the_model_sees(processed):
         .crop(mask_box(rows(csv_of(processed, "val"))[0]))
         .resize((32, 32), Image.Resampling.BICUBIC)
     )
-    seen, _ = Photos(split.samples, 32, "mask")[0]
+    seen, *_ = EvalPhotos(split.samples, 32, "mask")[0, None]
     assert (seen.permute(1, 2, 0).numpy() == np.asarray(image)).all()
 
 
@@ -719,9 +716,7 @@ def test_half_precision_halves_the_file_and_repeats_its_table(run, trained, proc
     assert done.code == 0, done.err
     best = Path("runs/a/best.pt")
     assert best.stat().st_size < 0.55 * trained.best.stat().st_size
-    assert {tensor.dtype for tensor in read_checkpoint(best)["weights"].values() if tensor.is_floating_point()} == {
-        torch.float16
-    }
+    assert {tensor.dtype for tensor in read(best)["weights"].values() if tensor.is_floating_point()} == {torch.float16}
     last = done.out[done.out.rindex("  label ") :]
     table = [line for line in last.splitlines() if line.startswith("  ") and "." in line]
     again = run("predict", best, "--split", "val", "--workers", 0)
@@ -740,9 +735,9 @@ def test_on_the_fly_pixels_are_the_stored_ones(u2netp, garments, processed):
     prepare = cache(lambda path: prepare_photo(next(s for s in raw if s.path == path), preparation, remover))
     raw, stored = read_split(garments, "val").samples, read_split(processed, "val").samples
     for view in ("bbox", "mask", "full"):
-        on_the_fly = Photos(raw, 48, view, prepare=lambda sample: prepare(sample.path))
+        on_the_fly = EvalPhotos(raw, 48, view, prepare=lambda sample: prepare(sample.path))
         for i in range(2):
-            assert torch.equal(on_the_fly[i][0], Photos(stored, 48, view)[i][0])
+            assert torch.equal(on_the_fly[i, None][0], EvalPhotos(stored, 48, view)[i, None][0])
 
 
 def test_raw_photos_are_treated_as_in_training(run, trained, garments, processed):
@@ -794,7 +789,7 @@ def test_a_model_that_was_trained_raw(u2netp, run, raw_trained, garments, proces
     whole = predict(run, raw_trained, "--split", "test")
     assert whole.code == 0 and "(full)" in whole.out and "--view mask" in whole.out and "on the fly" not in whole.out
     found = predict(run, raw_trained, "--split", "test", "--view", "mask", "--rembg-model", "u2netp")
-    assert found.code == 0 and "(mask)" in found.out and "found with u2netp" in found.out, found.err
+    assert found.code == 0 and "(mask)" in found.out and "cropped to the foreground (u2netp)" in found.out, found.err
     gone = predict(
         run, raw_trained, "--split", "test", "--background", "remove", "--view", "full", "--rembg-model", "u2netp"
     )
@@ -819,9 +814,9 @@ def test_a_remover_that_is_not_trainings(run, trained, garments, processed, tmp_
     assert done.code == 2 and "--rembg-model" in done.err and not Path("p.csv").exists()
     done = predict(run, trained.best, "--data", garments, "--rembg-model", "sam")
     assert done.code == 2 and "--rembg-model" in done.err
-    saved = read_checkpoint(trained.best)
-    saved["data"]["preparation"]["checksum"] = "md5:0"
-    save_checkpoint(saved, tmp_path / "other.pt")
+    saved = read(trained.best)
+    saved["preparation"]["checksum"] = "md5:0"
+    save(saved, tmp_path / "other.pt")
     done = predict(run, "other.pt", garments / "val" / "a.png")
     assert done.code == 0 and "are not those of training (md5:0)" in done.out
 
@@ -839,11 +834,12 @@ HOSTILE = [
 
 @pytest.mark.parametrize("preparation", HOSTILE)
 def test_a_checkpoint_that_lies_about_its_treatment(run, trained, garments, tmp_path, preparation):
-    saved = read_checkpoint(trained.best)
-    saved["data"]["preparation"] = preparation
-    save_checkpoint(saved, tmp_path / "bad.pt")
+    saved = read(trained.best)
+    saved["preparation"] = preparation
+    save(saved, tmp_path / "bad.pt")
     done = run("predict", "bad.pt", garments / "val" / "a.png", "--workers", 0)
-    assert done.code == 1 and "bad.pt does not say how its photos were treated" in done.err, done.err
+    assert done.code == 1 and "bad.pt is no complete best.pt" in done.err, done.err
+    assert len(done.err.strip().splitlines()) == 1
 
 
 def test_the_record_travels_between_processes_without_its_session(u2netp):
@@ -860,7 +856,7 @@ def test_the_record_travels_between_processes_without_its_session(u2netp):
 def test_a_sample_alone(u2netp, garments):
     """One function for one photo of no dataset: RGB, the boxes in it, nothing written."""
     before = contents(garments)
-    sample = Sample("a", str(garments / "val" / "a.png"), "a", {}, {})
+    sample = Sample("a", str(garments / "val" / "a.png"), "a", csv_of(garments, "val"), {}, {})
     image, boxes = prepare_photo(sample, PLAIN, Remover("u2netp"))
     assert image.mode == "RGB" and set(boxes) == {"mask"} and contents(garments) == before
 

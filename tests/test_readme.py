@@ -124,7 +124,6 @@ def test_each_flag_script_and_link_exists(text):
         *ROOT.glob("*.py"),
         *ROOT.glob("benchmarks/*.py"),
         ROOT / "tests" / "torture.py",
-        ROOT / "tests" / "readme_demo.py",
     ]
     scripts = [path.relative_to(ROOT).with_suffix("").as_posix() for path in paths]
     known = set(ELSEWHERE)

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -26,9 +27,10 @@ import loading
 import report
 import train as train_script
 from model import FashionModel
+from settings import Settings, restart_epochs
 
 PICTURED = [*TINY[:-1], "--batch-size", "24", "--crop-prob", "0.5", "--cutmix", "Gender", "--cutmix", "Embellishment"]
-CLASSES = {"Daily": 6, "Gender": 5, "Embellishment": 3}
+CLASSES = {"Daily": tuple("012345"), "Gender": tuple("01234"), "Embellishment": tuple("012")}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,10 @@ def pictured(drawn, tmp_path_factory):
     """A finished run, what it printed, the images that the model received first, and the figure of inputs.png."""
     folder, received, figures = tmp_path_factory.mktemp("pictured"), [], []
 
-    def forward(net, images, plain=FashionModel.forward):
+    def forward(net, images, labels_only=False, plain=FashionModel.forward):
         if net.training and images.any():
             received.extend(images.clone())
-        return plain(net, images)
+        return plain(net, images, labels_only)
 
     def inputs(*given, plain=report.inputs):
         figures.append(plain(*given))
@@ -66,8 +68,10 @@ def copy(pictured, tmp_path):
 def answers_of(names, classes=CLASSES, seed=0):
     """Random answers."""
     generator = torch.Generator().manual_seed(seed)
-    truth = {label: torch.randint(n, (len(names),), generator=generator) for label, n in classes.items()}
-    predicted = {label: torch.randint(n, (len(names),), generator=generator) for label, n in classes.items()}
+    truth, predicted = (
+        {label: torch.randint(len(of), (len(names),), generator=generator) for label, of in classes.items()}
+        for _ in range(2)
+    )
     confidence = {label: torch.rand(len(names), generator=generator) for label in classes}
     return report.Answers(names, truth, predicted, confidence, [{}] * len(names))
 
@@ -97,23 +101,18 @@ def test_a_run_ends_with_its_pictures(pictured):
         with Image.open(pictured.folder / name) as picture:
             assert picture.format == "PNG" and 300 < picture.width < 2000 and 300 < picture.height < 2500
             rgba = np.asarray(picture.convert("RGBA"))
-        assert (
-            (rgba[..., 3] == 255).all() and (rgba[0] == 255).all() and rgba[..., :3].min() < 60
-        )  # white, opaque, with something on it
-    assert any("heat inside the garment's box: 0." in line for line in pictured.said) and any(
-        report.PICTURES[4] in line for line in pictured.said
-    )
+        assert (rgba[..., 3] == 255).all() and (rgba[0] == 255).all()  # opaque, with a white margin
+        assert rgba[..., :3].min() < 60  # and something on it
+    assert any("heat inside the garment's box: 0." in line for line in pictured.said)
+    assert any(report.PICTURES[4] in line for line in pictured.said)
 
 
 def test_every_column_and_key_is_described(pictured):
     text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     columns = {column for name in ("metrics.csv", "val_predictions.csv") for column in rows(pictured.folder / name)[0]}
     columns = {re.sub(r"_p\d+$", "_p0", re.sub("Daily|Gender|Embellishment", "LABEL", column)) for column in columns}
-    assert {
-        name
-        for name in {*columns, *json.loads((pictured.folder / "config.json").read_text())}
-        if f"`{name}`" not in text
-    } == set()
+    keys = json.loads((pictured.folder / "config.json").read_text()).keys()
+    assert [name for name in columns | keys if f"`{name}`" not in text] == []
 
 
 def test_the_inputs_are_the_pixels_that_the_model_received(pictured):
@@ -129,11 +128,11 @@ def test_the_inputs_are_the_pixels_that_the_model_received(pictured):
 
 def test_the_view_named_is_the_view_seen(drawn):
     samples = data.read_split(drawn, "train").samples
-    photos = loading.Photos(samples, 32, "bbox", crop_prob=0.5, seed=3)
-    views = [photos.view_in(2, i) for i in range(40)]
+    photos = loading.TrainPhotos(samples, 32, Settings(crop_prob=0.5, seed=3, augment="none"))
+    views = [photos.draw(2, i)[2] for i in range(40)]
     assert 8 < views.count("bbox") < 32
     for i, view in enumerate(views):
-        assert torch.equal(photos[2, i][0], loading.Photos(samples, 32, view)[i][0])
+        assert torch.equal(photos[2, i][0], loading.EvalPhotos(samples, 32, view)[i, None][0])
 
 
 def test_mistakes_are_the_surest_errors(pictured, drawn):
@@ -142,11 +141,10 @@ def test_mistakes_are_the_surest_errors(pictured, drawn):
     for label in CLASSES:
         errors = report.surest_errors(answers, label)
         assert [sure for _, sure in errors] == sorted((sure for _, sure in errors), reverse=True)
-        assert {i for i, _ in errors} == {
-            i for i, row in enumerate(written) if row[label] != row[f"{label}_predicted"]
-        } and errors
+        wrong = {i for i, row in enumerate(written) if row[label] != row[f"{label}_predicted"]}
+        assert wrong and {i for i, _ in errors} == wrong
         for i, sure in errors:
-            assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in range(CLASSES[label])))
+            assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in CLASSES[label]))
     unknown = report.surest_errors(answers, "Daily")[0][0]
     answers.truth["Daily"][unknown] = -1
     assert unknown not in dict(report.surest_errors(answers, "Daily"))
@@ -169,9 +167,8 @@ def test_confusion_counts_rows_and_scores(pictured):
         counts = [text.get_text().split("\n") for text in ax.texts]
         assert sum(int(count) for count, _ in counts) == len(answers.names) == 20
         title = f"{label}\nTop-1 {float(best[f'val_top1_{label}']):.4f}, ACSA {float(best[f'val_acsa_{label}']):.4f}"
-        assert ax.get_title(loc="left") == title and [t.get_text() for t in ax.get_yticklabels()] == list(
-            data.CLASS_NAMES[label]
-        )
+        assert ax.get_title(loc="left") == title
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == list(data.CLASS_NAMES[label])
 
 
 @pytest.mark.parametrize("kind", ["class token", "averaged tokens", "convolutional"])
@@ -183,7 +180,9 @@ def test_the_heat_is_where_the_garment_is(kind):
         backbone = timm.create_model(
             "test_vit", num_classes=0, img_size=96, global_pool="token" if kind == "class token" else "avg"
         )
-    net = FashionModel(backbone, backbone.num_features, {"Daily": 3, "Gender": 3}, (0.5,) * 3, (0.25,) * 3)
+    net = FashionModel(
+        backbone, backbone.num_features, {"Daily": tuple("abc"), "Gender": tuple("abc")}, (0.5,) * 3, (0.25,) * 3
+    )
     size, side = 96, 48 if kind == "convolutional" else 32  # pixels
 
     def draw(n):
@@ -227,17 +226,20 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
         "\U0001f457.jpg",
     ]
     split = data.read_split(drawn, "val", CLASSES)
-    samples = [data.replace(sample, name=odd[i % len(odd)]) for i, sample in enumerate(split.samples)]
-    split = data.replace(split, samples=samples)
+    samples = [replace(sample, name=odd[i % len(odd)]) for i, sample in enumerate(split.samples)]
+    split = replace(split, samples=samples)
     answers = answers_of([sample.name for sample in samples])
-    settings = SimpleNamespace(batch_size=8, seed=1, cutmix=["joint"], t_0=2, t_mult=2)
-    photos = loading.Photos(samples, 48, "bbox", 0.5)
+    settings = Settings(batch_size=8, seed=1, cutmix=["joint"], t_0=2, t_mult=2, crop_prob=0.5)
+    photos = loading.TrainPhotos(samples, 48, settings)
     net = FashionModel(timm.create_model("test_resnet", num_classes=0), 96, CLASSES, (0.5,) * 3, (0.25,) * 3)
     top1 = [f"val_top1_{label}" for label in (*CLASSES, "스타일", "mean")]
     metrics = {key: np.linspace(0.2, 0.9, 9) for key in ("lr", "train_loss", "val_loss", *top1)}
     metrics["epoch"] = np.arange(1.0, 10)
     runs = [report.Run("runs/" + name, settings, metrics, 4) for name in odd[1:]]
-    many = {"Color": 19, "Daily": 6, "fit.type": 2, "many": 32}
+    many = {
+        label: tuple(map(str, range(n))) for label, n in {"Color": 19, "Daily": 6, "fit.type": 2, "many": 32}.items()
+    }
+    saved = SimpleNamespace(image_size=48, view="bbox", resize="squash")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with report.drawing():
@@ -245,26 +247,37 @@ def test_names_of_any_kind_draw_without_warnings_and_overlaps(drawn, monkeypatch
             nothing_overlaps(report.inputs(photos, settings, CLASSES))
             nothing_overlaps(report.confusion(answers, CLASSES))
             nothing_overlaps(report.confusion(answers_of(odd * 9, many), many))
-            nothing_overlaps(report.looks(net, {"image_size": 48, "data": {"view": "bbox"}}, split, answers)[0])
+            nothing_overlaps(report.looks(net, saved, split, answers)[0])
             nothing_overlaps(report.curves(runs[:1]))
             nothing_overlaps(report.curves(runs))
     if {font.name for font in font_manager.fontManager.ttflist}.isdisjoint(report.HANGUL_FONTS):
         assert "NanumGothic" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_picture_of_predictions(pictured, drawn, run, tmp_path, split):
+    data_flags = ["--data", drawn, "--split", split, "--out", "p.csv", "--workers", 0]
+    done = run("predict", pictured.folder / "best.pt", *data_flags, "--picture", "answers.png")
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "answers.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000  # eight photos a row
+        rgba = np.asarray(picture.convert("RGBA"))
+    assert (rgba[..., 3] == 255).all() and (rgba[0] == 255).all() and rgba[..., :3].min() < 60
+    assert len(rows(tmp_path / "p.csv")) == 20
+
+
 def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
     read = report.read_run(copy)
-    read.settings.t_0 = read.settings.t_mult = 2
+    read.settings = replace(read.settings, t_0=2, t_mult=2)
     read.metrics = {key: np.resize(values, 9) for key, values in read.metrics.items()} | {"epoch": np.arange(1.0, 10)}
-    assert list(islice(report.restart_epochs(2, 2), 3)) == [3, 7, 15]
+    assert list(islice(restart_epochs(read.settings), 3)) == [3, 7, 15]
     with report.drawing():
         figure = report.curves([read])
         loss, accuracy, rate = figure.axes
         assert [line.get_label() for line in accuracy.lines[:4]] == ["Daily", "Gender", "Embellishment", "mean"]
         for ax in (loss, accuracy, rate):
-            assert {3, 7, read.best_epoch} <= {line.get_xdata()[0] for line in ax.lines} and 15 not in {
-                line.get_xdata()[0] for line in ax.lines
-            }
+            starts = {line.get_xdata()[0] for line in ax.lines}
+            assert {3, 7, read.best_epoch} <= starts and 15 not in starts
     done = run("report", pictured.folder, copy)
     assert done.code == 0 and "compare.png" in done.out, done.err
     assert {p.name for p in copy.iterdir()} == RUN_FILES | set(report.PICTURES)
@@ -293,9 +306,8 @@ def test_a_damaged_run_is_one_line(copy, run, tmp_path):
         whole = (copy / name).read_bytes()
         (copy / name).write_text(text)
         done = run("report", copy)
-        assert done.code == 1 and done.err.count("\n") == 1 and name in done.err and "Traceback" not in done.err, (
-            done.err
-        )
+        assert done.code == 1 and done.err.count("\n") == 1, done.err
+        assert name in done.err and "Traceback" not in done.err, done.err
         (copy / name).unlink()
         if name != "val_predictions.csv":
             assert run("report", copy).code == 2
@@ -309,7 +321,7 @@ def test_a_failure_of_drawing_fails_no_run(run, drawn, tmp_path, monkeypatch):
     def fail(*given):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(train_script, "draw_pictures", fail)
+    monkeypatch.setattr(report, "draw_pictures", fail)
     done = run("train", "--data", drawn, *PICTURED, "--epochs", 1, "--name", "a")
     assert done.code == 0 and "RuntimeError: no room" in done.out and "python report.py runs/a" in done.out
     assert not list((tmp_path / "runs" / "a").glob("*.png"))
