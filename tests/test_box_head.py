@@ -165,6 +165,7 @@ class Pointing(torch.nn.Module):
     def __init__(self, boxes: torch.Tensor):
         super().__init__()
         self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.classes = {"Daily": ("0", "1", "2")}
         self.boxes, self.seen = boxes, {True: [], False: []}
 
     def forward(self, images: torch.Tensor, labels_only: bool = False) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ The cache is whole or nothing: it gives what the files give, or it is decoded ag
 """
 
 import csv
-import functools
 import importlib.util
 import inspect
 import multiprocessing
@@ -48,9 +47,7 @@ def dataset(drawn, tmp_path) -> Path:
 def decoded(monkeypatch) -> list[str]:
     """The paths of the photos that are decoded in this process."""
     paths, load = [], photos.load_photo
-    monkeypatch.setattr(
-        loading, "load_photo", functools.wraps(load)(lambda path: paths.append(str(path)) or load(path))
-    )
+    monkeypatch.setattr(photos, "load_photo", lambda path: paths.append(str(path)) or load(path))
     return paths
 
 
