@@ -277,7 +277,9 @@ def test_a_checkpoint_that_is_none(run, checkpoint, tmp_path, damage):
     assert {p.name for p in tmp_path.iterdir()} == {"bad.pt"}
 
 
-@pytest.mark.parametrize("damage", ["text", "half", "a flipped bit", "code", "a list"])
+@pytest.mark.parametrize(
+    "damage", ["text", "half", "a flipped bit", "code", "a list", "too little", "half a preparation"]
+)
 def test_weights_that_are_none(run, drawn, checkpoint, tmp_path, damage):
     for name in ("bad.pth", "bad.safetensors"):
         (tmp_path / name).write_bytes(DAMAGES[damage](checkpoint))
