@@ -79,14 +79,15 @@ def new_checkpoint(
 ) -> Checkpoint:
     """best.pt before the first epoch: as large as it will be."""
     labels = [*model.classes, "mean"]
-    counts = {label: Counter(sample.labels[label] for sample in split.samples) for label in model.classes}
+    common = {}
+    for label in model.classes:
+        known = [sample.labels[label] for sample in split.samples if sample.labels[label] >= 0]
+        common[label] = Counter(known).most_common(1)[0][0]
     return Checkpoint(
         backbone=settings.model,
         image_size=model.image_size,
         classes=model.classes,
-        common_classes={
-            label: max(range(len(of)), key=counts[label].__getitem__) for label, of in model.classes.items()
-        },
+        common_classes=common,
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         box_head=settings.box_head,

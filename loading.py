@@ -334,11 +334,8 @@ def cache_folder(root: Path, cache: str | None) -> Path:
     own = root / ".cache"
     if cache is None and os.access(own if own.exists() else root, os.W_OK):
         return own
-    place = (
-        Path(cache)
-        if cache
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes"
-    )
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fashion-attributes")
+    place = Path(cache) if cache else users
     path = os.path.realpath(root)
     return place / f"{os.path.basename(path)}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
 
@@ -349,12 +346,8 @@ def views_key(samples: Sequence[Sample], view: str) -> str:
     digest.update("".join([inspect.getsource(photos), PIL.__version__, str(PIL.features.version("jpg"))]).encode())
     for sample in samples:
         status = os.stat(sample.path)
-        row = (
-            os.path.relpath(sample.path, sample.csv.parent),
-            status.st_size,
-            status.st_mtime_ns,
-            sample.boxes.get(view),
-        )
+        place = os.path.relpath(sample.path, sample.csv.parent)
+        row = (place, status.st_size, status.st_mtime_ns, sample.boxes.get(view))
         digest.update(repr(row).encode(errors="surrogateescape"))
     return digest.hexdigest()
 

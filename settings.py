@@ -166,9 +166,7 @@ def checked_settings(settings: Settings) -> Settings:
         other = "--cutmix" if settings.cutmix else "--resize random-resized-crop"
         raise usage_error("--box-head", f"it needs the garment where it was in the photo; leave out {other}")
     if settings.box_head and settings.crop_prob == 1:
-        raise usage_error(
-            "--box-head", "it learns from uncropped photos, which --crop-prob 1 leaves out; 0.7 keeps three in ten"
-        )
+        raise usage_error("--box-head", "it learns from uncropped photos, of which --crop-prob 1 has none; 0.7 has")
     if settings.grad_accum > settings.batch_size:
         raise usage_error("--grad-accum", f"{settings.grad_accum} micro-batches of a batch of {settings.batch_size}")
     print_notes(settings)
@@ -201,9 +199,7 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
 def print_notes(settings: Settings) -> None:
     """Say what costs a day where it goes unnoticed."""
     if settings.t_0 > settings.epochs:
-        note(
-            f"--t-0 {settings.t_0} is longer than {settings.epochs} epochs: the learning rate does not reach --eta-min"
-        )
+        note(f"--t-0 {settings.t_0} is longer than the run: the learning rate does not come down to --eta-min")
     if settings.fit_all:
         note(f"--fit-all trains for all {settings.epochs} epochs and keeps the last one; it measures nothing")
         end = next(epoch - 1 for epoch in restart_epochs(settings) if epoch > settings.epochs)
@@ -250,9 +246,7 @@ def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():
         if key not in known and (key not in WITHDRAWN or value != WITHDRAWN[key]):
-            raise ValueError(
-                f"{path}: this version has no setting {key}, which the run had as {value}; start a new run"
-            )
+            raise ValueError(f"{path}: this version has no setting {key} (it was {value}); start a new run")
     return settings
 
 
@@ -260,11 +254,8 @@ def check_types(settings: Settings) -> None:
     """Raises ValueError where a value is not of its default's type, or a count is not positive."""
     for field in dataclasses.fields(settings):
         value, default = getattr(settings, field.name), field.default
-        if (
-            default is not None
-            and type(value) is not type(default)
-            and not (type(default) is float and type(value) is int)
-        ):
+        types = (float, int) if type(default) is float else (type(default),)
+        if default is not None and type(value) not in types:
             raise ValueError(field.name)
     if min(settings.epochs, settings.t_0, settings.t_mult, settings.batch_size) < 1:
         raise ValueError("a count is not positive")
