@@ -352,6 +352,7 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
         if sum(n for (done, _), n in outcomes.items() if done == kind) > inputs // 4:
             kind = min(targets, key=lambda one: sum(n for (done, _), n in outcomes.items() if done == one))
         name, script, arguments = targets[kind]
+        shutil.rmtree(work / "trial", ignore_errors=True)  # of a trial that hypothesis gave up while it drew
         for source, folder in ((clean, "data"), (processed, "processed"), (work / "runs/trained", "run")):
             shutil.copytree(source, work / "trial" / folder, copy_function=os.link)
         path = work / "trial" / name
