@@ -16,19 +16,29 @@ DIFFS = re.findall(r"^```diff\n--- (\w+\.py)\n(.*?)^```$", "\n".join(TEXTS), fla
 
 
 @pytest.fixture
-def scripts(tmp_path):
-    """A copy of the scripts with all edits made."""
+def plain(tmp_path):
+    """A copy of the scripts."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for name, diff in DIFFS:
-        path, lines = tmp_path / name, diff.splitlines(keepends=True)
-        before, after = (
-            "".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+"
-        )  # the last line may go on
-        text = path.read_text(encoding="utf-8")
-        assert text.count(before) == 1, f"the edit of {name} finds its place {text.count(before)} times"
-        path.write_text(text.replace(before, after), encoding="utf-8")
     return tmp_path
+
+
+def edit(scripts, *names):
+    """Make the edits of these files."""
+    for name, diff in DIFFS:
+        if name in names:
+            path, lines = scripts / name, diff.splitlines(keepends=True)
+            before, after = ("".join(line[1:] for line in lines if line[0] in f" {sign}").rstrip("\n") for sign in "-+")
+            text = path.read_text(encoding="utf-8")
+            assert text.count(before) == 1, f"the edit of {name} finds its place {text.count(before)} times"
+            path.write_text(text.replace(before, after), encoding="utf-8")
+
+
+@pytest.fixture
+def scripts(plain):
+    """A copy of the scripts with all edits made."""
+    edit(plain, *(name for name, _ in DIFFS))
+    return plain
 
 
 def start(scripts, *command):
@@ -69,3 +79,49 @@ def test_a_label_is_a_column(scripts, drawn, tmp_path):
         with open(path, "w", newline="", encoding="utf-8") as f:
             csv.writer(f).writerows([[*header, "Sleeve"], *([*row, str(i % 3)] for i, row in enumerate(rows))])
     assert "Sleeve" in train(scripts, tmp_path / "Own")
+
+
+@pytest.mark.slow
+def test_photos_cut_at_the_top_third_are_cut_everywhere(plain, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "Own", ignore=shutil.ignore_patterns(".cache"))
+    flags = ["--val-view", "full", "--crop-prob", 0.5, "--augment", "none"]
+    train(plain, tmp_path / "Own", *flags)  # fills the cache
+    edit(plain, "photos.py")
+    flags += ["--pictures", "--name", "cut"]
+    trained = train(plain, tmp_path / "Own", *flags)
+    assert "decoding" in trained and "--name" not in trained
+    predicted = start(plain, "predict.py", "runs/cut/best.pt", "--split", "val", "--workers", 0)
+    assert re.findall(r"mean +\d\.\d+.*", predicted) == re.findall(r"mean +\d\.\d+.*", trained)[:1]
+    start(plain, "-c", PIXELS)
+
+
+PIXELS = """
+from pathlib import Path
+import torch
+from PIL import Image
+import data, loading, settings
+from photos import view_pixels
+train, val = data.read_splits([Path("Own")])
+chosen = settings.Settings(augment="none", crop_prob=0.5)
+photos = loading.TrainPhotos(train.samples, 32, chosen)
+loading.decode_once({photos: photos.views}, None, 1)  # from the cache of the run
+assert photos.decoded.keys() == {"bbox", "full"}
+for i, sample in enumerate(train.samples):
+    with Image.open(sample.path) as image:
+        top = image.convert("RGB").crop((0, 0, image.width, image.height // 3)) if image.mode != "RGBA" else None
+    assert sample.size[1] <= max(1, image.height // 3)
+    assert all(box[3] <= sample.size[1] for box in sample.boxes.values())
+    if top:
+        assert torch.equal(photos.decoded["full"].read(i), view_pixels(top, None, 32))
+        assert torch.equal(loading.EvalPhotos(train.samples, 32, "full")[i, None][0], view_pixels(top, None, 32))
+        drawn, _, view = photos.draw(1, i)  # what report.py draws as inputs.png
+        assert torch.equal(drawn, view_pixels(top, sample.boxes.get(view), 32))
+"""
+
+
+@pytest.mark.slow
+def test_one_cosine_without_restarts_is_no_edit(plain, drawn):
+    train(plain, drawn, "--epochs", 5, "--t-0", 5, "--patience", 9, "--lr", 1e-3, "--eta-min", 1e-6)
+    with open(plain / "runs/edited/metrics.csv", newline="", encoding="utf-8") as f:
+        rates = [float(row["lr"]) for row in csv.DictReader(f)]
+    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True) and rates[-1] < 1e-4 + 1e-6

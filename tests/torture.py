@@ -390,7 +390,7 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
                 lines = (work / "trial/out.csv").read_text().splitlines()
                 assert len(lines) == 17, f"{kind} ({how}): not all photos predicted"
             written = {path for path in work.rglob("*") if not path.is_relative_to(work / "trial")}
-            assert written == outside, f"{kind}: written outside"
+            assert written == outside, f"{kind}: written outside: {sorted(map(str, written ^ outside))[:5]}"
         finally:
             if code is None and run:
                 os.kill(run.pid, signal.SIGKILL)
