@@ -104,11 +104,11 @@ def parse_flags(words: list[str]) -> Flags:
     for word in words:
         if word.startswith("--"):
             name, *values = word.split("=", 1)
-            flags.setdefault(name, []).extend(values)
-        elif not flags:
-            raise usage_error("--", f"{word} is no flag of train.py")
+        elif flags:
+            values = [word]
         else:
-            flags[name].append(word)
+            raise usage_error("--", f"{word} is no flag of train.py")
+        flags.setdefault(name, []).extend(values)
     return flags
 
 
@@ -164,29 +164,24 @@ def run(
     chosen = ROWS if "all" in names else [NAMED[name] for name in names]
     if not chosen:
         raise usage_error("ROW", "name the rows to run, or all")
-    datasets, contents = {"raw": data, "clean": clean_data}, {"raw": content_of("--data", data)}
+    datasets = {"raw": [data], "clean": [clean_data], "raw+clean": [data, clean_data]}
+    contents = {data: content_of("--data", data)}
     if clean_data is not None:
-        contents["clean"] = content_of("--clean-data", clean_data)
+        contents[clean_data] = content_of("--clean-data", clean_data)
     elif names := [row.name for row in chosen if row.data != "raw"]:
         raise usage_error("--clean-data", f"needed for {', '.join(names)}; python preprocess.py {data} OUT writes one")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `start` ends the training too
     runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []
     for i, (row, seed) in enumerate(runs, start=1):
-        kinds, flags = row.data.split("+"), merge_flags(row, more)
-        record = {
-            "row": row.name,
-            "more": more,
-            "flags": flags,
-            "seed": seed,
-            "data": [contents[kind] for kind in kinds],
-        }
+        flags, paths = merge_flags(row, more), datasets[row.data]
+        hashes = [contents[path] for path in paths]
+        record = {"row": row.name, "more": more, "flags": flags, "seed": seed, "data": hashes}
         key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
         folder = Path("runs") / f"{row.name}-seed{seed}-{key}"
-        flags = (
-            {"--data": [datasets[kind] for kind in kinds]} | flags | {"--seed": [str(seed)], "--name": [folder.name]}
-        )
-        words = ["--resume", str(folder)] if (folder / "config.json").exists() else words_of(flags)
+        words = words_of({"--data": paths, **flags, "--seed": [str(seed)], "--name": [folder.name]})
+        if (folder / "config.json").exists():
+            words = ["--resume", str(folder)]
         command = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
         is_finished = (folder / "experiment.json").exists()
         if is_finished or dry_run:
@@ -285,9 +280,8 @@ def read_run(folder: Path) -> Run:
 
 def read_experiments() -> list[list[Run]]:
     """The finished experiments in runs/ by row, flags and seed; of two alike the newer. Notes what it leaves aside."""
-    files = sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime_ns)
     groups: dict[tuple[int, str], dict[int, Run]] = {}
-    for path in files:
+    for path in sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
             found = read_run(path.parent)
             if found.row not in NAMED:
@@ -314,11 +308,8 @@ def per_garment(images: list[str], differences: np.ndarray) -> np.ndarray:
 def mean_squares(differences: np.ndarray) -> tuple[tuple[float, int], ...]:
     """(mean square, degrees of freedom) of units, seeds and residual: the two-way analysis of variance."""
     units, seeds = differences.shape
-    mean, of_units, of_seeds = (
-        differences.mean(),
-        differences.mean(1, keepdims=True),
-        differences.mean(0, keepdims=True),
-    )
+    mean = differences.mean()
+    of_units, of_seeds = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
     residual = ((differences - of_units - of_seeds + mean) ** 2).sum()
     sums = (seeds * ((of_units - mean) ** 2).sum(), units * ((of_seeds - mean) ** 2).sum(), residual)
     freedom = (units - 1, seeds - 1, (units - 1) * (seeds - 1))
@@ -458,8 +449,8 @@ def print_lines(lines: list[Line], reference: str, markdown: bool, as_csv: bool)
     columns = list(dict.fromkeys(chain.from_iterable(line.accuracies for line in lines)))
     if as_csv:
         row, flags, seeds, _, *others = Line.__dataclass_fields__
-        fields = [row, flags, seeds, *columns, *others]
-        out = csv.DictWriter(sys.stdout, fields, extrasaction="ignore", lineterminator="\n")
+        columns = [row, flags, seeds, *columns, *others]
+        out = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         out.writeheader()
         out.writerows(vars(line) | line.accuracies for line in lines)
         return
