@@ -185,7 +185,7 @@ def run(
         command = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
         is_finished = (folder / "experiment.json").exists()
         if is_finished or dry_run:
-            print(f"# finished before: {folder}" if is_finished else shlex.join(command))
+            print(f"# finished before: {folder}" if is_finished else shlex.join(command), flush=True)
             continue
         say(f"run {i} of {len(runs)}: {folder}")
         if start(command) != 0:
