@@ -5,12 +5,11 @@
     python experiments.py table                                       # finished rows against the base
     python experiments.py compare runs/plain-seed* runs/wide-seed*    # other runs of train.py against the first
 
-A row is a set of flags of train.py; flags behind -- go to every run. A run is written to runs/ROW-seedSEED-KEY/. It is
-skipped once it is finished, unless its flags or its data changed; an interrupted one resumes.
+A row is a set of flags of train.py; flags behind -- go to every run. A run is written to runs/ROW-seedSEED-KEY/, where
+KEY is a hash of flags and data. A finished run is skipped, an interrupted one resumes.
 """
 
 import csv
-import difflib
 import hashlib
 import json
 import math
@@ -20,10 +19,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import chain, groupby
-from operator import attrgetter, itemgetter
+from dataclasses import dataclass
+from itertools import chain, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -53,7 +51,6 @@ T10 = "--t-0 10 --t-mult 2"
 T20, T30 = "--t-0 20 --t-mult 2 --eta-min 5e-8", "--t-0 30 --t-mult 2 --eta-min 5e-8"
 LS01, LS02 = "--label-smoothing 0.1", f"--label-smoothing 0.2 {T10}"
 BOTH_VIEWS = "--crop-prob 0.5 --val-view full"
-FOCAL = "--loss focal --focal-gamma 2"
 ASYMMETRIC = "--loss asymmetric --asym-gamma-pos 1 --asym-gamma-neg 4"
 CUTMIX = "--cutmix Daily --cutmix Gender --cutmix Embellishment"
 MODERN = (
@@ -65,7 +62,13 @@ ROWS = (
     Row("20240813_212817", "raw", f"{T10} --augment randaugment", "0.474", "is RandAugment better than basic?"),
     Row("20240811_135831", "raw", "--val-view full", "0.473", "the base, validated on full photos as the test is"),
     Row("20240814_crop", "raw", f"{T10} {BOTH_VIEWS}", "", "do both views in training help?"),
-    Row("20240814_215539", "raw", f"{T10} {BOTH_VIEWS} {FOCAL}", "", "does focal loss help the rare classes?"),
+    Row(
+        "20240814_215539",
+        "raw",
+        f"{T10} {BOTH_VIEWS} --loss focal --focal-gamma 2",
+        "",
+        "does focal loss help the rare classes?",
+    ),
     Row("20240815_140358", "clean", f"{LS02} {BOTH_VIEWS}", "0.472", "background removed, both views"),
     Row("20240815_182900", "clean", LS02, "0.505", "does removing the background help?"),
     Row("20240818_asymmetric", "clean", f"{T10} {ASYMMETRIC} {LS01}", "", "does the asymmetric loss help?"),
@@ -85,15 +88,12 @@ ROWS = (
 )
 NAMED = {row.name: row for row in ROWS}
 FIRST_SEED = 1103
-NOT_BEHIND = {  # flags that may not stand behind --, and why
-    "--data": "give --data before the --",
-    "--seed": "give --seeds before the --",
-    "--resume": "an interrupted row goes on by itself",
-    "--fit-all": "it holds nothing out: there would be nothing to compare",
-}
-
+NOT_BEHIND = {"--data", "--seed", "--name", "--resume", "--fit-all"}  # of train.py, not behind --
 Flags = dict[str, list[str]]  # {"--lr": ["1e-3"], "--cutmix": ["Daily", "Gender"], "--class-weights": []}
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV with every digit.")]
+Folders = Annotated[list[Path], typer.Argument(help="Folders; NAME-seed1, NAME-seed2, ... are one.", metavar="RUN...")]
 SAME = "every prediction is the same"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -103,12 +103,12 @@ def parse_flags(words: list[str]) -> Flags:
     flags: Flags = {}
     for word in words:
         if word.startswith("--"):
-            name, has_value, value = word.partition("=")
-            flags.setdefault(name, []).extend([value] if has_value else [])
-        elif not flags:
-            raise usage_error("--", f"{word} is no flag of train.py")
+            name, *values = word.split("=", 1)
+        elif flags:
+            values = [word]
         else:
-            flags[name].append(word)
+            raise usage_error("--", f"{word} is no flag of train.py")
+        flags.setdefault(name, []).extend(values)
     return flags
 
 
@@ -121,19 +121,15 @@ def words_of(flags: Flags) -> list[str]:
 
 
 def merge_flags(row: Row, more: Flags) -> Flags:
-    """The flags of a row's run. `more` replaces the row's own, except what the row is about.
-
-    That is its backbone (another one's --weights are dropped), and its epochs relative to the base's.
-    """
+    """The flags of a row's run. `more` replaces the row's own, except its backbone; its epochs keep their ratio."""
     base, own = parse_flags(BASE_FLAGS.split()), parse_flags(row.flags.split())
     flags = base | own | more
     if "--model" in own:
         flags["--model"] = own["--model"]
-        flags.pop("--weights", None)
+        flags.pop("--weights", None)  # they are of another backbone
     if "--epochs" in own and more.get("--epochs", ["?"])[-1].isdecimal():
         epochs = int(more["--epochs"][-1]) * int(own["--epochs"][0]) / int(base["--epochs"][0])
         flags["--epochs"] = [str(max(1, round(epochs)))]
-    flags.pop("--name", None)  # part of the run's name
     return flags
 
 
@@ -149,21 +145,6 @@ def list_rows() -> None:
 # ---------------------------------------------------------------- run
 
 
-@dataclass
-class Experiment:
-    """One row with one seed. experiment.json in its folder holds it, and marks it as finished."""
-
-    row: str
-    more: Flags  # the flags behind --
-    flags: Flags  # all flags of train.py except --data, --seed and --name
-    seed: int
-    data: list[str]  # content_of each dataset
-
-    def folder(self) -> Path:
-        key = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-        return Path("runs") / f"{(self.more.get('--name') or [self.row])[-1]}-seed{self.seed}-{key}"
-
-
 @app.command()
 def run(
     rows: Annotated[list[str], typer.Argument(help="Rows, or `all`.", metavar="ROW...|all [-- FLAGS OF TRAIN.PY]")],
@@ -175,67 +156,55 @@ def run(
 ) -> None:
     """Train rows over seeds; finished runs are skipped, interrupted ones resume."""
     behind = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
-    chosen, more = choose_rows(rows[: len(rows) - len(behind)]), dict(sorted(parse_flags(behind).items()))
-    for flag, why in NOT_BEHIND.items():
-        if flag in more:
-            raise usage_error("--", f"{flag} cannot stand behind it: {why}")
-    datasets, contents = {"raw": data, "clean": clean_data}, {"raw": content_of("--data", data)}
+    names, more = rows[: len(rows) - len(behind)], dict(sorted(parse_flags(behind).items()))
+    for flag in NOT_BEHIND & more.keys():
+        raise usage_error("--", f"{flag} cannot stand behind it; --data and --seeds stand before it")
+    if unknown := [name for name in names if name not in (*NAMED, "all")]:
+        raise usage_error("ROW", f"no row is called {unknown[0]!r}; python experiments.py list prints them")
+    chosen = ROWS if "all" in names else [NAMED[name] for name in names]
+    if not chosen:
+        raise usage_error("ROW", "name the rows to run, or all")
+    datasets = {"raw": [data], "clean": [clean_data], "raw+clean": [data, clean_data]}
+    contents = {data: content_of("--data", data)}
     if clean_data is not None:
-        contents["clean"] = content_of("--clean-data", clean_data)
+        contents[clean_data] = content_of("--clean-data", clean_data)
     elif names := [row.name for row in chosen if row.data != "raw"]:
         raise usage_error("--clean-data", f"needed for {', '.join(names)}; python preprocess.py {data} OUT writes one")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `start` ends the training too
-    finished, failed = 0, []
-    runs = [(row, seed) for row in chosen for seed in range(FIRST_SEED, FIRST_SEED + seeds)]
+    runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []
     for i, (row, seed) in enumerate(runs, start=1):
-        kinds = row.data.split("+")
-        experiment = Experiment(row.name, more, merge_flags(row, more), seed, [contents[kind] for kind in kinds])
-        folder = experiment.folder()
-        flags = {"--data": [datasets[kind] for kind in kinds]} | experiment.flags
-        flags |= {"--seed": [str(seed)], "--name": [folder.name]}
-        words = ["--resume", str(folder)] if (folder / "config.json").exists() else words_of(flags)
+        flags, paths = merge_flags(row, more), datasets[row.data]
+        hashes = [contents[path] for path in paths]
+        record = {"row": row.name, "more": more, "flags": flags, "seed": seed, "data": hashes}
+        key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
+        folder = Path("runs") / f"{row.name}-seed{seed}-{key}"
+        words = words_of({"--data": paths, **flags, "--seed": [str(seed)], "--name": [folder.name]})
+        if (folder / "config.json").exists():
+            words = ["--resume", str(folder)]
         command = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
         is_finished = (folder / "experiment.json").exists()
-        finished += is_finished
-        if dry_run:
-            print(f"# finished before: {folder}" if is_finished else shlex.join(command))
+        if is_finished or dry_run:
+            print(f"# finished before: {folder}" if is_finished else shlex.join(command), flush=True)
             continue
-        say(f"run {i} of {len(runs)}: {folder}{' was finished before' if is_finished else ''}")
-        if is_finished:
-            continue
-        with suppress(OSError):  # an empty folder of a training that was killed at once
-            folder.rmdir()
+        say(f"run {i} of {len(runs)}: {folder}")
         if start(command) != 0:
             failed.append(str(folder))
-            note(f"{folder} failed; going on with the next")
-        else:
-            commit = json.loads((folder / "config.json").read_bytes()).get("commit")
-            with atomic_write(folder / "experiment.json") as f:
-                f.write(json.dumps(asdict(experiment) | {"commit": commit}, indent=2, ensure_ascii=False) + "\n")
+            continue
+        record["commit"] = json.loads((folder / "config.json").read_bytes()).get("commit")
+        with atomic_write(folder / "experiment.json") as f:
+            f.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     if not dry_run:
-        say(f"{len(runs)} runs are finished, {finished} of them before; next: python experiments.py table")
-
-
-def choose_rows(names: list[str]) -> list[Row]:
-    """The rows of these names. Raises BadParameter for an unknown name, with similar ones."""
-    if not names:
-        raise usage_error("ROW", "name the rows to run, or all")
-    for name in names:
-        if name not in NAMED and name != "all":
-            similar = ", ".join(difflib.get_close_matches(name, NAMED, cutoff=0.4))
-            remedy = f"close: {similar}" if similar else "python experiments.py list prints them"
-            raise usage_error("ROW", f"no row is called {name!r}; {remedy}")
-    return list(ROWS) if "all" in names else [NAMED[name] for name in dict.fromkeys(names)]
+        say(f"{len(runs)} runs are finished; next: python experiments.py table")
 
 
 def content_of(flag: str, data: str) -> str:
     """A hash of a dataset: its CSVs, and the paths and sizes of its photos, except those of test."""
+    root, digest = Path(data), hashlib.sha256()
     if data == "demo":  # drawn by demo.py
         return data
-    root, digest = Path(data), hashlib.sha256()
     if not root.is_dir():
         raise usage_error(flag, f"{data} does not exist")
     tables = sorted([*root.glob("*_train.csv"), *root.glob("*_val.csv")])
@@ -261,7 +230,7 @@ def start(command: list[str]) -> int:
         raise
 
 
-# ---------------------------------------------------------------- reading runs
+# ---------------------------------------------------------------- table and compare
 
 
 @dataclass
@@ -304,30 +273,23 @@ def read_run(folder: Path) -> Run:
         asked = (record["row"], record["more"], config["settings"]["seed"], config.get("commit"))
         images = [(row["image_name"], *classes) for row, classes in zip(rows, truth.tolist())]
         return Run(folder, *asked, images, predicted, correct, accuracies)
-    except (OSError, KeyError, TypeError, IndexError, ValueError, AttributeError, csv.Error) as error:
-        reason = error if isinstance(error, (OSError, ValueError)) else repr(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder} is no complete run of train.py with validation ({reason})") from None
 
 
 def read_experiments() -> list[list[Run]]:
     """The finished experiments in runs/ by row, flags and seed; of two alike the newer. Notes what it leaves aside."""
-    folders = sorted(path for path in Path("runs").glob("*") if re.search(r"-seed\d+-[0-9a-f]{8}$", path.name))
-    finished = [folder for folder in folders if (folder / "experiment.json").exists()]
-    if unfinished := [str(folder) for folder in folders if folder not in finished]:
-        note(f"left aside, unfinished: {', '.join(unfinished)}; the same run command goes on with them")
     groups: dict[tuple[int, str], dict[int, Run]] = {}
-    for folder in sorted(finished, key=lambda folder: (folder / "experiment.json").stat().st_mtime_ns):
+    for path in sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
-            found = read_run(folder)
+            found = read_run(path.parent)
             if found.row not in NAMED:
-                raise ValueError(f"{folder} is of {found.row!r}, which is no row any more")
+                raise ValueError(f"{found.folder} is of {found.row!r}, which is no row any more")
             groups.setdefault((list(NAMED).index(found.row), json.dumps(found.more)), {})[found.seed] = found
         except ValueError as error:
             note(f"left aside: {error}")
     return [list(runs.values()) for _, runs in sorted(groups.items())]
-
-
-# ---------------------------------------------------------------- comparing
 
 
 def garment(image: str) -> str:
@@ -347,23 +309,19 @@ def mean_squares(differences: np.ndarray) -> tuple[tuple[float, int], ...]:
     """(mean square, degrees of freedom) of units, seeds and residual: the two-way analysis of variance."""
     units, seeds = differences.shape
     mean = differences.mean()
-    unit_means, seed_means = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
-    residual = ((differences - unit_means - seed_means + mean) ** 2).sum()
-    sums = (
-        (seeds * ((unit_means - mean) ** 2).sum(), units - 1),
-        (units * ((seed_means - mean) ** 2).sum(), seeds - 1),
-        (residual, (units - 1) * (seeds - 1)),
-    )
-    return tuple((float(total / df), df) for total, df in sums)
+    of_units, of_seeds = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
+    residual = ((differences - of_units - of_seeds + mean) ** 2).sum()
+    sums = (seeds * ((of_units - mean) ** 2).sum(), units * ((of_seeds - mean) ** 2).sum(), residual)
+    freedom = (units - 1, seeds - 1, (units - 1) * (seeds - 1))
+    return tuple((float(total / df), df) for total, df in zip(sums, freedom))
 
 
 def interval(differences: np.ndarray) -> tuple[float, float, float | None]:
     """(mean, half-width of its 95 % interval, degrees of freedom) of paired differences (units, seeds).
 
-    Crossed random effects: difference = mean + unit + seed + residual. The variance of the mean is the sum of the
-    three variance components over their numbers, (MS_units + MS_seeds - MS_residual) / (units x seeds). A negative
-    component counts as 0, as if its mean square were the residual's. Degrees of freedom by Satterthwaite (1946), from
-    the mean squares as they are. Where all differences are equal, the half-width is 0 and the degrees are None.
+    Crossed random effects: difference = mean + unit + seed + residual. The variance of the mean is
+    (MS_units + MS_seeds - MS_residual) / (units x seeds); a negative component counts as 0. Degrees of freedom by
+    Satterthwaite (1946). Where all differences are equal, the half-width is 0 and the degrees are None.
     """
     from scipy.special import stdtrit  # takes longer to import than all else here
 
@@ -430,31 +388,21 @@ def compare_runs(line: Line, runs: list[Run], reference: list[Run]) -> None:
 
 def compare_to_base(line: Line, runs: list[Run], groups: list[list[Run]]) -> None:
     """Compare a row with the base that has its flags behind --, the base with one that has some of these flags."""
-    row, more = NAMED[line.row], runs[0].more
+    more = runs[0].more
     bases = [group for group in groups if group[0].row == BASE]
-    if row.name == BASE:
+    if line.row == BASE:
         bases = [base for base in bases if base[0].more.items() < more.items()]
     else:
         bases = [base for base in bases if base[0].more == more]
-    if bases:
-        base = max(bases, key=lambda base: len(base[0].more))
-        compare_runs(line, runs, base)
-        if added := {flag: values for flag, values in more.items() if flag not in base[0].more}:
-            line.note += f"; against the base without {' '.join(words_of(added))}"
-    else:
-        line.verdict = "the base" if row.name == BASE else "no base run with these flags"
-    for other in ROWS[: ROWS.index(row)]:
-        if other.data == row.data and merge_flags(other, more) == merge_flags(row, more):
-            line.note += f"; the same as {other.name}"
-            break
-    line.note = line.note.removeprefix("; ")
-
-
-# ---------------------------------------------------------------- table and compare
-
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown.")]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV with every digit.")]
-Folders = Annotated[list[Path], typer.Argument(help="Folders; NAME-seed1, NAME-seed2, ... are one.", metavar="RUN...")]
+    if not bases:
+        line.verdict = "the base" if line.row == BASE else "no base run with these flags"
+        return
+    base = max(bases, key=lambda base: len(base[0].more))
+    compare_runs(line, runs, base)
+    if line.row == BASE:
+        added = {flag: values for flag, values in more.items() if flag not in base[0].more}
+        against = f"against the base without {' '.join(words_of(added))}"
+        line.note = "; ".join(filter(None, [line.note, against]))
 
 
 @app.command()
@@ -489,61 +437,47 @@ def compare(folders: Folders, markdown: Markdown = False, as_csv: AsCsv = False,
             if equal := [run.folder for run in runs if run.seed == found.seed]:
                 raise ValueError(f"{equal[0]} and {folder} have one --seed, {found.seed}; give one of them")
             runs.append(found)
-        first, *others = groups
-        if not others:
-            raise ValueError("give runs of two names, as in runs/plain-seed* runs/wide-seed*")
         lines = [new_line(name, {}, runs) for name, runs in groups.items()]
         lines[0].verdict = "the first"
         for line in lines[1:]:
-            compare_runs(line, groups[line.row], groups[first])
-    print_lines(lines, first, markdown, as_csv)
+            compare_runs(line, groups[line.row], groups[lines[0].row])
+    print_lines(lines, lines[0].row, markdown, as_csv)
 
 
 def print_lines(lines: list[Line], reference: str, markdown: bool, as_csv: bool) -> None:
     """Print CSV, or two tables for each set of flags behind --: accuracies, and differences to the reference."""
-    if markdown and as_csv:
-        raise usage_error("--csv", "give --markdown or --csv")
+    columns = list(dict.fromkeys(chain.from_iterable(line.accuracies for line in lines)))
     if as_csv:
         row, flags, seeds, _, *others = Line.__dataclass_fields__
-        columns = [row, flags, seeds, *accuracy_columns(lines), *others]
+        columns = [row, flags, seeds, *columns, *others]
         out = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
         out.writeheader()
         out.writerows(vars(line) | line.accuracies for line in lines)
         return
     show = print_markdown if markdown else show_table
-    for flags, section in groupby(sorted(lines, key=attrgetter("flags")), key=attrgetter("flags")):
-        of_flags, suffix = list(section), f"; {flags}" if flags else ""
-        columns = [column for column in accuracy_columns(of_flags) if not column.endswith("_sd")]
+    columns = [column for column in columns if not column.endswith("_sd")]
+    scores = ["row", "seeds", *(column.replace("_", " ", 1) for column in columns)]
+    measures = ["row", "seeds", "garments", "best mean", "difference", "95 % interval", "verdict", "note"]
+    if lines[0].author_test is not None:
+        measures.insert(-1, "author's test")
+    for flags in sorted({line.flags for line in lines}):
+        suffix, accuracies, differences = f"; {flags}" if flags else "", [], []
+        for line in [line for line in lines if line.flags == flags]:
+            name, found = [line.row, str(line.seeds)], line.accuracies
+            cells = [cell(found.get(column)) + cell(found.get(f"{column}_sd"), " ±{:.3f}") for column in columns]
+            accuracies.append([*name, *cells])
+            difference = "0.000 exactly" if SAME in line.note else cell(line.difference, "{:+.3f}")
+            bounds = cell(line.low, "{:+.3f}") + cell(line.high, " to {:+.3f}")
+            author = [] if line.author_test is None else [line.author_test]
+            cells = [cell(line.garments, "{}"), cell(found["best_mean"]), difference, bounds, line.verdict]
+            differences.append([*name, *cells, *author, line.note])
         title = f"validation Top-1, mean ± standard deviation over seeds, at the best and at the last epoch{suffix}"
-        header = ["row", "seeds", *(column.replace("_", " ", 1) for column in columns)]
-        show(title, header, [accuracy_cells(line, columns) for line in of_flags])
-        title = f"difference to {reference} at the best epoch{suffix}"
-        header = ["row", "seeds", "garments", "best mean", "difference", "95 % interval", "verdict", "note"]
-        if lines[0].author_test is not None:
-            header.insert(-1, "author's test")
-        show(title, header, [difference_cells(line) for line in of_flags])
-
-
-def accuracy_columns(lines: list[Line]) -> list[str]:
-    return list(dict.fromkeys(chain.from_iterable(line.accuracies for line in lines)))
+        show(title, scores, accuracies)
+        show(f"difference to {reference} at the best epoch{suffix}", measures, differences)
 
 
 def cell(value: float | None, form: str = "{:.3f}") -> str:
     return "" if value is None else form.format(value)
-
-
-def accuracy_cells(line: Line, columns: list[str]) -> list[str]:
-    found = line.accuracies
-    scores = [cell(found.get(column)) + cell(found.get(f"{column}_sd"), " ±{:.3f}") for column in columns]
-    return [line.row, str(line.seeds), *scores]
-
-
-def difference_cells(line: Line) -> list[str]:
-    difference = "0.000 exactly" if SAME in line.note else cell(line.difference, "{:+.3f}")
-    bounds = cell(line.low, "{:+.3f}") + cell(line.high, " to {:+.3f}")
-    measured = [cell(line.garments, "{}"), cell(line.accuracies["best_mean"]), difference, bounds]
-    author = [] if line.author_test is None else [line.author_test]
-    return [line.row, str(line.seeds), *measured, line.verdict, *author, line.note]
 
 
 def print_markdown(title: str, columns: list[str], rows: list[list[str]]) -> None:

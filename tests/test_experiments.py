@@ -328,28 +328,22 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
         and stub.commands[0][2:] == ["--resume", str(failed)]
         and (failed / "experiment.json").exists()
     )
-    empty = failed.with_name(failed.name)
-    shutil.rmtree(empty)
-    empty.mkdir()  # killed before anything was in it
-    assert run("experiments", "run", *args).code == 0 and (empty / "experiment.json").exists()
 
 
 @pytest.mark.parametrize(
     "args, says",
     [
-        (["20240811_20003"], ["20240811_200032"]),
-        (["repaet"], ["repeat"]),
-        (["backbone"], ["backbone_convnext", "backbone_mobilenet"]),
-        (["zzz"], ["experiments.py list"]),
+        (["repaet"], ["'repaet'", "experiments.py list"]),
         (["repeat", "20240815_182900"], ["--clean-data", "20240815_182900", "preprocess.py"]),
         (["all"], ["--clean-data"]),
         (["repeat", "--data", "nowhere"], ["--data", "nowhere does not exist"]),
         (["repeat", "--clean-data", "nowhere"], ["--clean-data", "nowhere does not exist"]),
         (["repeat", "--seeds", "0"], ["--seeds"]),
-        (["repeat", "--", "--seed", "5"], ["--seeds before the --"]),
-        (["repeat", "--", "--fit-all"], ["nothing to compare"]),
-        (["repeat", "--", "--data", "demo"], ["--data before the --"]),
-        (["repeat", "--", "--resume", "runs/a"], ["goes on by itself"]),
+        (["repeat", "--", "--seed", "5"], ["--seed cannot stand behind it", "--seeds stand before it"]),
+        (["repeat", "--", "--fit-all"], ["--fit-all cannot stand behind it"]),
+        (["repeat", "--", "--data", "demo"], ["--data cannot stand behind it", "--data and --seeds stand before it"]),
+        (["repeat", "--", "--resume", "runs/a"], ["--resume cannot stand behind it"]),
+        (["repeat", "--", "--name", "a"], ["--name cannot stand behind it"]),
         (["repeat", "--", "lr", "5"], ["lr is no flag"]),
         (["--", "--lr", "5"], ["rows to run"]),
     ],
@@ -489,7 +483,7 @@ def test_verdicts(run):
         float(same["difference"]) == float(same["low"]) == float(same["high"]) == 0
         and "every prediction is the same" in same["note"]
     )
-    assert f"the same as {BASE}" in same["note"] and same["garments"] == "150"
+    assert same["garments"] == "150"
     assert float(better["low"]) > 0 and float(better["low"]) < float(better["difference"]) < float(better["high"])
     shown = run("experiments", "table").out
     assert re.search(r"repeat +3 +150 +0\.\d+ +0\.000 exactly +\+0\.000 to \+0\.000 +not told apart", shown)
@@ -517,7 +511,6 @@ def test_accuracies_are_over_seeds_at_the_best_and_the_last_epoch(run):
         "| row | seeds | best mean | best Daily | best Gender | last mean |" in markdown
         and f"| {BASE} | 3 | 0.542 ±0.191 | 0.583 ±0.382 |" in markdown
     )
-    assert run("experiments", "table", "--markdown", "--csv").code == 2
 
 
 def test_runs_on_different_images_are_not_compared(run):
@@ -605,9 +598,7 @@ def test_the_base_is_the_one_with_the_same_flags(run):
     )
     assert rows[BASE, "--cutmix joint --epochs 4 --lr 1e-3"]["note"].endswith("against the base without --cutmix joint")
     assert rows["20240815_182900", "--epochs 8"]["verdict"] == "no base run with these flags"
-    alone = rows["20240911_091050", ""]["note"]
-    assert "same as" not in alone and "the commits differ" in alone
-    assert "same as" not in rows["20240910_221015", "--epochs 4 --lr 1e-3"]["note"]
+    assert "the commits differ" in rows["20240911_091050", ""]["note"]
 
 
 def test_half_written_runs_are_left_aside(run):
@@ -631,10 +622,7 @@ def test_half_written_runs_are_left_aside(run):
     rows, done = found_rows(run)
     assert done.code == 0, done.err
     assert {row for row, _ in rows} == {BASE, "repeat"} and rows["repeat", ""]["seeds"] == "3"
-    assert (
-        "unfinished: runs/repeat-seed1106-00000000, runs/repeat-seed1107-00000000;" in done.out
-        and "20240811_120000" not in done.out
-    )
+    assert "20240811_120000" not in done.out
     for i in (0, 1, 2, 3, 8):
         assert f"left aside: runs/20240814_crop-seed{i}-00000000" in done.out
 
@@ -691,11 +679,9 @@ def test_compare_refuses_in_one_line(run):
     (fit_all / "val_predictions.csv").unlink()
     for args, says in (
         ((a, other), "runs/other and runs/a were validated on different images"),
-        ((a,), "two names"),
         ((a, *twice), "runs/a-seed1 have one --seed, 1103"),
         ((a, "runs/none"), "runs/none is no complete run"),
         ((a, fit_all), "val_predictions.csv"),
-        ((a, leave("b", images=list("abcd")), "--csv", "--markdown"), "--markdown or --csv"),
     ):
         done = run("experiments", "compare", *args)
         assert done.code == 2 and done.err.count("\n") == 1 and says in done.err and not done.out, done
@@ -717,10 +703,9 @@ def test_a_row_run_twice_by_the_real_script_is_the_same_exactly(run, drawn, tmp_
     assert pasted.returncode == 0, pasted.stderr
     done = run(*args, "--", *more)
     assert done.code == 0 and "is finished after 2 epochs; nothing was changed" in done.out, done.err
-    assert "2 runs are finished" in done.out and "2 of them before" in run(*args, "--", *more).out
+    assert "2 runs are finished" in done.out and run(*args, "--", *more).out.count("# finished before: runs/") == 2
     out = run("experiments", "table").out
-    note = "every prediction is the same; the same as 20240811_200032"
-    assert re.search(rf"repeat +1 +\d+ +0\.\d+ +0\.000 exactly +too few seeds .*{note}", out), out
+    assert re.search(r"repeat +1 +\d+ +0\.\d+ +0\.000 exactly +too few seeds .*every prediction is the same", out), out
 
 
 def test_an_interrupted_run_ends_its_training(tmp_path):
