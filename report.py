@@ -82,10 +82,7 @@ def report(
 
 
 def draw_pictures(folder: Path, photos: TrainPhotos | None = None, val_split: Split | None = None) -> None:
-    """Draw the pictures of a finished run; its training photos and validation split are read where not given.
-
-    Raises ValueError, OSError.
-    """
+    """Draw the pictures of a run; its data are read where not given. Raises ValueError, OSError, BadParameter."""
     run = read_run(folder)
     model, saved = load_model(folder / "best.pt")
     table = folder / "val_predictions.csv"
@@ -196,13 +193,11 @@ def draw_image(ax: Axes, image: np.ndarray, title: str, captions: list[str], col
     for kind, box in boxes.items():
         x0, y0, x1, y1 = (side - 0.5 for side in box)  # the first pixel's middle is at 0
         edge, line = BOX_STYLES[kind]
-        for how in ({"ec": "white", "lw": 3}, {"ec": edge, "ls": line, "lw": 1.5}):
-            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, clip_on=False, **how))
+        for pen in ({"ec": "white", "lw": 3}, {"ec": edge, "ls": line, "lw": 1.5}):
+            ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, clip_on=False, **pen))
 
 
-def draw_photo(
-    ax: Axes, photo: Image.Image, title: str, captions: list[str], color: str, boxes: dict[str, Box]
-) -> None:
+def draw_photo(ax: Axes, photo: Image.Image, title: str, captions: list[str], color: str, boxes: dict) -> None:
     """Draw a photo, made smaller at once: many large ones would take much memory."""
     extent = (-0.5, photo.width - 0.5, photo.height - 0.5, -0.5)
     photo.thumbnail((256, 256))
@@ -332,9 +327,11 @@ def draw_answers(rows: Split, prediction: Prediction, classes: Classes, prepare:
     """A sheet of the first 48 photos with their answers and probabilities, and the box where the model looked."""
     samples = rows.samples[:48]
     n_columns = min(8, len(samples))
-    title = f"Predictions: {', '.join(classes)}"
     with drawing():
-        with grid(title, math.ceil(len(samples) / n_columns), n_columns) as (figure, axes):
+        with grid(f"Predictions: {', '.join(classes)}", math.ceil(len(samples) / n_columns), n_columns) as (
+            figure,
+            axes,
+        ):
             for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
                 photo = prepare(sample)[0] if prepare else load_photo(sample.path)
                 captions = []
@@ -355,9 +352,8 @@ def heat_maps(model: FashionModel, images: Tensor) -> Heats:
     """Where the evidence for each label's predicted class lies in uint8 images (N, 3, S, S), beside the logits.
 
     Grad-CAM (Selvaraju et al. 2017) of the class's logit less the mean of all, on the last feature map before pooling,
-    less that map's mean. Of tokens it is the last block's input: behind that block a class token is all that counts.
-    What such a token reads differs from place to place, and so do the gradients: there each place's own counts, not
-    their mean (HiResCAM, Draelos and Carin 2020).
+    less that map's mean. Of tokens it is the last block's input: behind it only the class token counts. There each
+    place's own gradient weighs, not their mean (HiResCAM, Draelos and Carin 2020).
     """
     backbone = model.eval().requires_grad_(False).backbone
     last_block = getattr(backbone, "blocks", [torch.nn.Identity()])[-1]
