@@ -137,9 +137,6 @@ def read_answers(path: Path, classes: Classes) -> Answers:
     return answers
 
 
-# ---------------------------------------------------------------- drawing
-
-
 @contextmanager
 def drawing() -> Iterator[None]:
     """matplotlib's default style in place of the user's, with Hangul where a font here has it, and `$` as a letter."""
@@ -206,11 +203,9 @@ def draw_photo(ax: Axes, photo: Image.Image, title: str, captions: list[str], co
 
 def curves(runs: list[Run]) -> Figure:
     """Losses, Top-1 and learning rate over the epochs, the best one as a dot; of several runs, a colour for each."""
-    one, columns = len(runs) == 1, {}
-    for run in runs:
-        columns |= run.metrics
+    one = len(runs) == 1
     panels = {"loss (dotted: training)": ["train_loss", "val_loss"]}
-    for key in columns:
+    for key in dict.fromkeys(key for run in runs for key in run.metrics):
         if key.startswith("val_top1_"):
             panels.setdefault("validation Top-1" if one else "Top-1 " + key.removeprefix("val_top1_"), []).append(key)
     panels["learning rate"] = ["lr"]
@@ -222,11 +217,10 @@ def curves(runs: list[Run]) -> Figure:
         ax.set_title(wrapped(title), fontsize=11)
         for n, run in enumerate(runs):
             best = run.metrics["epoch"] == run.best_epoch
-            for key in keys:
-                if key in run.metrics:
-                    color = f"C{n}" if not one else "black" if key == "val_top1_mean" else None
-                    how = {"ls": ":" if key == "train_loss" else "-", "color": color, "marker": "o", "markevery": best}
-                    ax.plot(run.metrics["epoch"], run.metrics[key], label=wrapped(key.removeprefix("val_top1_")), **how)
+            for key in [key for key in keys if key in run.metrics]:
+                color = f"C{n}" if not one else "black" if key == "val_top1_mean" else None
+                how = {"ls": ":" if key == "train_loss" else "-", "color": color, "marker": "o", "markevery": best}
+                ax.plot(run.metrics["epoch"], run.metrics[key], label=wrapped(key.removeprefix("val_top1_")), **how)
         ax.locator_params("x", integer=True, nbins=8)
         ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.25)
@@ -327,11 +321,9 @@ def draw_answers(rows: Split, prediction: Prediction, classes: Classes, prepare:
     """A sheet of the first 48 photos with their answers and probabilities, and the box where the model looked."""
     samples = rows.samples[:48]
     n_columns = min(8, len(samples))
+    n_rows = math.ceil(len(samples) / n_columns)
     with drawing():
-        with grid(f"Predictions: {', '.join(classes)}", math.ceil(len(samples) / n_columns), n_columns) as (
-            figure,
-            axes,
-        ):
+        with grid(f"Predictions: {', '.join(classes)}", n_rows, n_columns) as (figure, axes):
             for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
                 photo = prepare(sample)[0] if prepare else load_photo(sample.path)
                 captions = []
@@ -364,7 +356,8 @@ def heat_maps(model: FashionModel, images: Tensor) -> Heats:
     if features.ndim == 4 or not received:
         features = features.detach().requires_grad_()
         received = [features]
-    pooled, heats = backbone.forward_head(features), {}
+    pooled = backbone.forward_head(features)
+    heats = {}
     for label, head in zip(model.classes, model.heads):
         logits = head(pooled)
         evidence = (logits.amax(-1) - logits.mean(-1)).sum()
@@ -412,8 +405,8 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
         if view != "full":
             learned = answers.learned if answers else [{}] * len(split.samples)
             crops = [(split.samples[i].boxes | learned[i]).get(view) for i in chosen[eighth]]
-            images = [view_pixels(photo, crop, size, resize) for photo, crop in zip(photos[eighth], crops)]
-            images = torch.stack(images)
+            pairs = zip(photos[eighth], crops)
+            images = torch.stack([view_pixels(photo, crop, size, resize) for photo, crop in pairs])
             axes[0, 0].set_ylabel(f"validation's view:\n{view}")
             draw_heats(axes, images, heat_maps(model, images), samples[eighth], [None] * 8, model.classes)
     return figure
