@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +44,7 @@ BOX_COLUMNS = {  # the organisers' boxes, and those of the foreground that prepr
     "mask": ("Mask_xmin", "Mask_ymin", "Mask_xmax", "Mask_ymax"),
 }
 BOX = "box"  # the box head's name among the heads; no label may have it
-MAX_CLASSES = 1000  # of one label
+MAX_CLASSES = 1000  # of a label in numbers
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
 UNREADABLE = (".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl", ".jp2")
 NO_CLASSES = ("nan", "n/a", "#n/a", "null")  # what programs write for an empty cell: rows with these are wrong
@@ -107,7 +107,7 @@ class _Source:
 
     def column(self, name: str) -> list[str]:
         at = self.header.index(name)
-        return [cells[at] for _, cells in self.lines if len(cells) == len(self.header)]
+        return [cells[at] for _, cells in self.lines]
 
 
 def find_dataset(data: str, subtask: int = 1) -> Path:
@@ -207,8 +207,8 @@ def csv_name(split: str, subtask: int = 1) -> str:
 
 def list_problems(title: str, problems: Sequence[str]) -> str:
     """One message for all that is wrong: the first 20 problems, the others counted."""
-    others = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
-    return "\n".join([title, *(f"  {problem}" for problem in problems[:20]), *others])
+    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n  ".join([title, *problems[:20], *more])
 
 
 def _some(names: Iterable[str], n: int = 5) -> str:
@@ -375,9 +375,6 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
         lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
     if unreadable:
         note(f"{folder}: {_name_unreadable(unreadable)}; left out")
-    loose = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if class_folders and loose:
-        note(f"{folder}: photos beside the class folders are left out: {_some(loose)}")
     labels = ["class"] if class_folders else []
     return _Source(root, folder, ["image_name", "class"], lines, {}, labels, b"")
 
@@ -395,31 +392,32 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
     sep_line = re.match(r'"?sep=(.)', text, re.IGNORECASE)  # written for Excel
     delimiter = sep_line[1] if sep_line else max(",;\t", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-    lines = []
+    rows = []
     try:
-        for row in reader:
-            lines.append((f"{path.name}, line {reader.line_num}", [cell.strip() for cell in row]))
+        for cells in reader:
+            rows.append((reader.line_num, [cell.strip() for cell in cells]))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
-    lines = [(where, cells) for where, cells in lines[1 if sep_line else 0 :] if any(cells)]
-    if len(lines) < 2:
+    rows = [(line, cells) for line, cells in rows[1 if sep_line else 0 :] if any(cells)]
+    if len(rows) < 2:
         raise ValueError(f"{path}: holds no rows")
-    header, lines = _drop_nameless(path, lines[0][1], lines[1:])
+    header, lines = _drop_nameless(path, rows[0][1], rows[1:])
     boxes, labels = _check_columns(path, header, _silent_columns(header, lines) if is_test else set())
     return _Source(root, folder, header, lines, boxes, labels, hashlib.sha256(raw).digest())
 
 
-def _drop_nameless(path: Path, header: list[str], lines: list) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Leave out columns without a name. A row that lacks cells, or has some too many, stays as it is."""
+def _drop_nameless(path: Path, header: list[str], rows: list) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Leave out columns without a name. Raises ValueError where a row has not the header's cells."""
     named = [i for i, name in enumerate(header) if name and not name.startswith("Unnamed:")]
-    rows = []
-    for where, cells in lines:
-        fits = not any(header[len(cells) :]) and not any(cells[len(header) :])
-        rows.append((where, [cells[i] for i in named] if fits else cells))
-    columns = list(zip_longest(*(cells[: len(header)] for _, cells in lines), fillvalue=""))
-    if dropped := [header[i] or f"number {i + 1}" for i in range(len(columns)) if i not in named and any(columns[i])]:
-        note(f"{path}: a column without a name is left out ({', '.join(dropped)})")
-    return [header[i] for i in named], rows
+    lines, dropped = [], set()
+    for line, cells in rows:
+        if any(header[len(cells) :]) or any(cells[len(header) :]):
+            raise ValueError(f"{path}, line {line}: {len(cells)} cells for {len(header)} columns")
+        dropped.update(header[i] or f"number {i + 1}" for i, cell in enumerate(cells) if cell and i not in named)
+        lines.append((f"{path.name}, line {line}", [cells[i] for i in named]))
+    if dropped:
+        note(f"{path}: a column without a name is left out ({', '.join(sorted(dropped))})")
+    return [header[i] for i in named], lines
 
 
 def _silent_columns(header: list[str], lines: list) -> set[str]:
@@ -448,9 +446,8 @@ def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dic
             raise ValueError(f"{path}: no column {missing[0]}, though others of that box are there")
         if not missing and not silent.issuperset(names):
             boxes[view] = names
-    labels = [
-        name for name in header if not name.startswith(("BBox_", "Mask_")) and name not in {"image_name", *silent}
-    ]
+    special = {"image_name", *silent}
+    labels = [name for name in header if name not in special and not name.startswith(("BBox_", "Mask_"))]
     columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: the tables' last row
     for label in labels:
         column = submission_column(label)
@@ -506,8 +503,6 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
             problem = f"the label {label} {'has the same class' if words else 'is empty'} in every row"
             raise ValueError(f"{path}: {problem}; remove the column, or add photos of other classes")
         classes[label] = _classes_of(label, {word for word in words if word.lower() not in NO_CLASSES})
-        if len(classes[label]) > MAX_CLASSES:
-            raise ValueError(f"{path}: the label {label} has more than {MAX_CLASSES:,} classes; take it out")
     return classes
 
 
@@ -527,8 +522,7 @@ def _check_spelling(label: str, words: Iterable[str]) -> None:
     for word in sorted(words):
         other = first.setdefault("".join(_fold(word).split()), word)
         if other != word:
-            problem = f"{other!r} and {word!r} differ by case or white space alone"
-            raise ValueError(f"the classes of {label}: {problem}; spell them alike")
+            raise ValueError(f"{label}: {other!r} and {word!r} differ by case or white space alone; spell them alike")
 
 
 def _fold(text: str) -> str:
@@ -560,11 +554,10 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
         if label not in CLASS_NAMES:
             raise ValueError(f"{problem}; add such photos to training, take these rows out, or train with --fit-all")
     n = len(CLASS_NAMES.get(label, range(MAX_CLASSES)))
+    expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class"
     for cell in unknown:
-        expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class"
         remedy = "leave the cell empty where the class is not known"
-        if _number(cell) >= MAX_CLASSES:
-            remedy = "is it a row number? take the column out"
+        remedy = "is it a row number? take the column out" if _number(cell) >= MAX_CLASSES else remedy
         indices[cell] = ValueError(f"{label} is {cell}, {expected}; {remedy}")
     return indices
 
@@ -573,21 +566,20 @@ def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sampl
     """The rows of a split with their samples; of held-out validation, the part that is this split's."""
     for label in classes:
         if label not in source.labels and source.split != "test":
-            problem = f"no column {label}, which is a label in the training CSV"
-            raise ValueError(f"{source.csv}: {problem}; are both spelt alike?")
+            raise ValueError(f"{source.csv}: no column {label}, a label of training; are both spelt alike?")
     indices = {label: _class_indices(source, label, classes[label]) for label in classes if label in source.labels}
-    finder = _PhotoFinder(source.folder)
+    spellings: dict[str, list[str]] = {}
     rows: list[tuple[list[str], Sample | ValueError]] = []
     for where, cells in source.lines:
         try:
-            rows.append((cells, _parse_row(source, where, cells, indices, finder)))
+            rows.append((cells, _parse_row(source, where, cells, indices, spellings)))
         except ValueError as error:
             rows.append((cells, ValueError(f"{where}: {error}")))
-    if finder.renamed:
-        name, path = finder.renamed[0]
-        note(f"{source.csv}: {len(finder.renamed):,} files are spelt otherwise than there, first {name} ({path})")
+    samples = [sample for _, sample in rows if isinstance(sample, Sample)]
+    if renamed := [s for s in samples if spellings and not os.path.exists(os.path.join(source.folder, s.name))]:
+        first = f"{renamed[0].name} ({renamed[0].path})"
+        note(f"{source.csv}: {len(renamed):,} files are spelt otherwise than there, first {first}")
     if source.split == "train":
-        samples = [sample for _, sample in rows if isinstance(sample, Sample)]
         used = {Path(sample.path).relative_to(source.folder).parts[0] for sample in samples}
         if unused := [folder.name for folder in _subfolders(source.folder) if folder.name not in used]:
             note(f"{source.csv}: no row names a photo in {_some(unused)}")
@@ -597,9 +589,7 @@ def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sampl
     return rows
 
 
-def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, finder: "_PhotoFinder") -> Sample:
-    if len(cells) != len(source.header):
-        raise ValueError(f"{len(cells)} cells for {len(source.header)} columns")
+def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, spellings: dict) -> Sample:
     row = dict(zip(source.header, cells))
     boxes = {}
     for view, columns in source.boxes.items():
@@ -610,7 +600,7 @@ def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, fin
         if isinstance(error, ValueError):
             raise error
     name = row["image_name"]
-    path = finder.find(name)
+    path = _find_photo(source.folder, name, spellings)
     return Sample(name, path, where if where == path else f"{where} ({name})", source.csv, boxes, labels)
 
 
@@ -621,46 +611,33 @@ def _parse_box(cells: list[str]) -> Box:
     except (ValueError, OverflowError):
         raise ValueError(f"the box {'; '.join(cell or '(empty)' for cell in cells)} is not four numbers") from None
     if xmin >= xmax or ymin >= ymax:
-        problem = f"the box {box} is empty or inverted (xmin, ymin, xmax, ymax)"
-        raise ValueError(f"{problem}; leave the four cells empty where there is no box")
+        raise ValueError(f"the box {box} is empty or inverted; leave the four cells empty where there is no box")
     return box
 
 
-class _PhotoFinder:
-    """Finds the photos of a split by their names in the CSV. `renamed`: names and paths that are spelt otherwise."""
+def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str:
+    """The path of a photo, if need be of the one file that differs by case, Unicode form or image extension alone.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.prefixes = tuple(os.path.join(path, "") for path in (os.path.abspath(folder), os.path.realpath(folder)))
-        self.renamed: list[tuple[str, str]] = []
-        self.by_spelling: dict[str, list[str]] = {}
-
-    def find(self, name: str) -> str:
-        """The path of a photo. Raises ValueError where it leaves the dataset or is missing."""
-        below = name
-        for prefix in self.prefixes:
-            below = below.removeprefix(prefix)
-        if ".." in re.split(r"[\\/]", below) or re.match(r"[\\/]|[A-Za-z]:[\\/]", below):
-            raise ValueError(f"image_name {name!r} leaves the dataset folder")
-        path = f"{self.folder}/{below}"
-        if os.path.isfile(path):
-            return path
-        similar = self._find_similar(below.replace("\\", "/"))
-        if len(similar) != 1:
-            raise ValueError(f"no image {path}" if name else "image_name is empty")
-        self.renamed.append((name, similar[0]))
-        return similar[0]
-
-    def _find_similar(self, name: str) -> list[str]:
-        """The files that differ from a name by case, Unicode form or image extension alone."""
-        if not self.by_spelling:
-            for path in find_photos(self.folder):
-                if path.suffix.lower() in SUFFIXES:
-                    spelling = _fold(path.relative_to(self.folder).as_posix())
-                    for key in (spelling, os.path.splitext(spelling)[0]):
-                        self.by_spelling.setdefault(key, []).append(str(path))
-        stem, suffix = os.path.splitext(_fold(name))
-        return self.by_spelling.get(stem + suffix) or (suffix in SUFFIXES and self.by_spelling.get(stem)) or []
+    `spellings` is filled when the first photo is not found. Raises ValueError where a photo is missing or elsewhere.
+    """
+    below = name
+    if os.path.isabs(name):
+        for base in (os.path.abspath(folder), os.path.realpath(folder)):
+            below = below.removeprefix(os.path.join(base, ""))
+    if ".." in re.split(r"[\\/]", below) or re.match(r"[\\/]|[A-Za-z]:[\\/]", below):
+        raise ValueError(f"image_name {name!r} leaves the dataset folder")
+    path = f"{folder}/{below}"
+    if os.path.isfile(path):
+        return path
+    for photo in () if spellings else find_photos(folder):
+        spelling = _fold(photo.relative_to(folder).as_posix())
+        for key in (spelling, os.path.splitext(spelling)[0]):
+            spellings.setdefault(key, []).append(str(photo))
+    stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
+    similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
+    if len(similar) != 1:
+        raise ValueError(f"no image {path}" if name else "image_name is empty")
+    return similar[0]
 
 
 # ---------------------------------------------------------------- the same photo twice
