@@ -44,7 +44,7 @@ BOX_COLUMNS = {  # the organisers' boxes, and those of the foreground that prepr
     "mask": ("Mask_xmin", "Mask_ymin", "Mask_xmax", "Mask_ymax"),
 }
 BOX = "box"  # the box head's name among the heads; no label may have it
-MAX_CLASSES = 1000  # of a label in numbers
+NUMBERS = tuple(map(str, range(1000)))  # the classes that a label in numbers can have
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
 UNREADABLE = (".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl", ".jp2")
 NO_CLASSES = ("nan", "n/a", "#n/a", "null")  # what programs write for an empty cell: rows with these are wrong
@@ -132,10 +132,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
 
 
 def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
-    """The CSV of each split of a dataset, or the folder of its class folders.
-
-    Validation that will be held out of training has the path of `train`.
-    """
+    """The CSV or the folder of class folders of each split; that of `train` for validation that will be held out."""
     csvs = {split: root / csv_name(split, subtask) for split in SPLITS}
     folders = {split: _photo_folder(root, split) for split in SPLITS}
     found = {split: path for split, path in csvs.items() if path.is_file()}
@@ -178,10 +175,9 @@ def check_preparation(preparation: dict) -> None:
     """Raises ValueError, TypeError or KeyError where this is no record of preprocess.py."""
     red, green, blue = preparation["background_color"]
     numbers = (red, green, blue, preparation["weights_bytes"], preparation["box_margin"])
-    valid = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
-    valid = valid and max(red, green, blue) <= 255 and preparation["crop"] in ("none", "bbox", "mask")
+    valid = all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers) and max(red, green, blue) <= 255
     valid = valid and all(isinstance(preparation[key], str) for key in ("rembg_model", "checksum"))
-    if not valid or not isinstance(preparation["keep_background"], bool):
+    if not valid or preparation["crop"] not in ("none", "bbox", "mask") or preparation["keep_background"] not in (0, 1):
         raise ValueError("not the values of a preparation")
 
 
@@ -221,9 +217,8 @@ def read_split(
 ) -> Split:
     """Read and check one split: every row, and every photo's header.
 
-    `classes` are those of training, for val and test (other labels are ignored); None finds them here. Wrong rows are
-    left out and added to `problems` where this is a list. Raises FileNotFoundError without the split, ValueError with
-    all that is wrong: columns, rows, photos.
+    `classes` are those of training, for val and test (other labels are ignored); None finds them here. Raises
+    FileNotFoundError without the split, ValueError with all that is wrong; `problems` takes wrong rows instead.
     """
     source = _read_source(root, split, subtask)
     return _to_split(source, _find_classes([source]) if classes is None else classes, problems)
@@ -250,10 +245,7 @@ def join_splits(splits: Sequence[Split]) -> Split:
 
 
 def read_table(root: Path, split: str, classes: Classes, subtask: int = 1) -> Table:
-    """Read a split's rows, each by itself; {} as `classes`: labels are not read.
-
-    Raises FileNotFoundError without the split, ValueError where its columns are wrong.
-    """
+    """A split's rows, each by itself; {} as `classes` reads no labels. Raises FileNotFoundError, ValueError."""
     source = _read_source(root, split, subtask)
     return Table(root / csv_name(split, subtask), source.header, _read_rows(source, classes))
 
@@ -265,10 +257,9 @@ def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
     """
     photos, unreadable, problems, samples = [], [], [], []
     for given in inputs:
-        path = Path(given)
-        if not path.exists():
+        if not os.path.exists(given):
             raise FileNotFoundError(f"{given}: no such image or folder")
-        found = find_photos(path) if path.is_dir() else [path]
+        found = find_photos(Path(given)) if os.path.isdir(given) else [Path(given)]
         if not found:
             problems.append(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
         photos += found
@@ -356,7 +347,8 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
     else:
         folder = _photo_folder(root, "train" if held_out else split)
         source = _read_csv(root, folder, places[split], split == "test")
-    return replace(source, csv=path, split=split, held_out=held_out)
+    source = replace(source, csv=path, split=split, held_out=held_out)
+    return replace(source, labels=_usable_labels(source)) if split == "train" or held_out else source
 
 
 def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
@@ -402,7 +394,7 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
     if len(rows) < 2:
         raise ValueError(f"{path}: holds no rows")
     header, lines = _drop_nameless(path, rows[0][1], rows[1:])
-    boxes, labels = _check_columns(path, header, _silent_columns(header, lines) if is_test else set())
+    boxes, labels = _check_columns(path, header, lines, is_test)
     return _Source(root, folder, header, lines, boxes, labels, hashlib.sha256(raw).digest())
 
 
@@ -420,17 +412,12 @@ def _drop_nameless(path: Path, header: list[str], rows: list) -> tuple[list[str]
     return [header[i] for i in named], lines
 
 
-def _silent_columns(header: list[str], lines: list) -> set[str]:
-    """The columns of a test CSV that say nothing: constant over several rows, or empty or -1 throughout."""
-    silent = set()
-    for name, *cells in zip(header, *(cells for _, cells in lines)):
+def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) -> tuple[dict, list[str]]:
+    """The box columns by view, and the label columns."""
+    absent = {"image_name"}  # and what in a test CSV is constant over several rows, or empty or -1 throughout
+    for name, *cells in zip(header, *(cells for _, cells in lines)) if is_test else ():
         if len(set(cells)) == 1 and (len(cells) > 1 or cells[0] in ("", "-1")) and not name.startswith("Mask_"):
-            silent.add(name)
-    return silent
-
-
-def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The box columns by view, and the label columns; those that are `silent` count as absent."""
+            absent.add(name)
     ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
     for name in header:
         if header.count(name) > 1:
@@ -444,19 +431,15 @@ def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dic
         missing = [name for name in names if name not in header]
         if 0 < len(missing) < len(names):
             raise ValueError(f"{path}: no column {missing[0]}, though others of that box are there")
-        if not missing and not silent.issuperset(names):
+        if not missing and not absent.issuperset(names):
             boxes[view] = names
-    special = {"image_name", *silent}
-    labels = [name for name in header if name not in special and not name.startswith(("BBox_", "Mask_"))]
+    labels = [name for name in header if name not in absent and not name.startswith(("BBox_", "Mask_"))]
     columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: the tables' last row
     for label in labels:
         column = submission_column(label)
         if columns[column] > 1:
             raise ValueError(f"{path}: the label {label} would be a second column {column} of the results; rename it")
     return boxes, labels
-
-
-# ---------------------------------------------------------------- classes
 
 
 def _number(cell: str) -> float:
@@ -466,36 +449,31 @@ def _number(cell: str) -> float:
         return math.nan
 
 
-def _numbers(n: int) -> tuple[str, ...]:
-    return tuple(str(i) for i in range(n))
-
-
 def _usable_labels(source: _Source) -> list[str]:
     """The label columns of training, without remarks. Raises ValueError where a column holds row numbers."""
-    usable, rows = [], len(source.lines)
+    remarks, rows = [], len(source.lines)
     for label in source.labels:
         filled = [cell for cell in source.column(label) if cell]
         distinct = len(set(filled))
         if label != "class" and distinct > 50 and 2 * distinct > rows:
             problem = f"the column {label} has {distinct:,} values in {rows:,} rows"
             raise ValueError(f"{source.csv}: {problem}; is it a row number? take it out")
-        if label in CLASS_NAMES or not filled or 2 * len(filled) >= rows:
-            usable.append(label)
-    return usable
+        if label not in CLASS_NAMES and 0 < 2 * len(filled) < rows:
+            remarks.append(label)
+    if remarks and source.split == "train":
+        note(f"{source.csv}: left out, as over half of the cells are empty: {', '.join(remarks)}")
+    return [label for label in source.labels if label not in remarks]
 
 
 def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Classes:
     """The classes of training's labels over several splits. Raises ValueError where a label is of no use."""
-    path, labels = train[0].csv, _usable_labels(train[0])
+    path, labels = train[0].csv, train[0].labels
     if not labels:
         raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
     for source in train:
-        usable = _usable_labels(source)
-        if remarks := [label for label in source.labels if label not in usable]:
-            note(f"{source.csv}: left out, as over half of the cells are empty: {', '.join(remarks)}")
-        if set(usable) != set(labels):
-            others = f"those of {path} ({', '.join(labels)})"
-            raise ValueError(f"the labels of {source.csv} ({', '.join(usable)}) are not {others}")
+        if set(source.labels) != set(labels):
+            names = f"{', '.join(source.labels)}) are not those of {path} ({', '.join(labels)}"
+            raise ValueError(f"the labels of {source.csv} ({names})")
     classes = {}
     for label in labels:
         words = set().union(*(source.column(label) for source in [*train, *val])) - {""}
@@ -509,10 +487,10 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
 def _classes_of(label: str, words: set[str]) -> tuple[str, ...]:
     """Numbers up to the largest one, or the words in sorted order."""
     if label in CLASS_NAMES:
-        return _numbers(len(CLASS_NAMES[label]))
+        return NUMBERS[: len(CLASS_NAMES[label])]
     numbers = [_number(word) for word in words]
     if not any(map(math.isnan, numbers)):
-        return _numbers(1 + int(max((number for number in numbers if 0 <= number < MAX_CLASSES), default=0)))
+        return NUMBERS[: 1 + int(max((number for number in numbers if 0 <= number < len(NUMBERS)), default=0))]
     _check_spelling(label, words)
     return tuple(sorted(words))
 
@@ -530,11 +508,8 @@ def _fold(text: str) -> str:
 
 
 def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dict[str, int | ValueError]:
-    """The class index of each text in a label's column, or what is wrong with it; -1 for an empty cell.
-
-    Classes that training does not have are an error in val, and not known in test.
-    """
-    column, are_numbers = source.column(label), classes == _numbers(len(classes))
+    """The class index of each text in a label's column, or what is wrong with it; -1 where it is not known."""
+    column, are_numbers = source.column(label), classes == NUMBERS[: len(classes)]
     indices: dict[str, int | ValueError] = {"": -1}
     for texts in (CLASS_NAMES.get(label, ()), classes):
         indices.update((text, c) for c, text in enumerate(texts))
@@ -553,11 +528,11 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
             return indices | dict.fromkeys(unknown, -1)
         if label not in CLASS_NAMES:
             raise ValueError(f"{problem}; add such photos to training, take these rows out, or train with --fit-all")
-    n = len(CLASS_NAMES.get(label, range(MAX_CLASSES)))
+    n = len(CLASS_NAMES.get(label, NUMBERS))
     expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class"
     for cell in unknown:
         remedy = "leave the cell empty where the class is not known"
-        remedy = "is it a row number? take the column out" if _number(cell) >= MAX_CLASSES else remedy
+        remedy = "is it a row number? take the column out" if _number(cell) >= len(NUMBERS) else remedy
         indices[cell] = ValueError(f"{label} is {cell}, {expected}; {remedy}")
     return indices
 
@@ -616,14 +591,11 @@ def _parse_box(cells: list[str]) -> Box:
 
 
 def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str:
-    """The path of a photo, if need be of the one file that differs by case, Unicode form or image extension alone.
+    """The path of a photo, else of the one file that differs by case, Unicode form or image extension alone.
 
-    `spellings` is filled when the first photo is not found. Raises ValueError where a photo is missing or elsewhere.
+    `spellings`: all photos by what they share with such files, filled when a photo is missing for the first time.
     """
-    below = name
-    if os.path.isabs(name):
-        for base in (os.path.abspath(folder), os.path.realpath(folder)):
-            below = below.removeprefix(os.path.join(base, ""))
+    below = os.path.relpath(name, folder) if os.path.isabs(name) else name
     if ".." in re.split(r"[\\/]", below) or re.match(r"[\\/]|[A-Za-z]:[\\/]", below):
         raise ValueError(f"image_name {name!r} leaves the dataset folder")
     path = f"{folder}/{below}"
@@ -707,7 +679,7 @@ def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | Val
     Photos of the same bytes and of one garment stay together, and half of each class or more stays in training.
     """
     samples = {i: sample for i, (_, sample) in enumerate(rows) if isinstance(sample, Sample)}
-    columns = [(label, source.header.index(label)) for label in _usable_labels(source)]
+    columns = [(label, source.header.index(label)) for label in source.labels]
     classes = {i: [(label, rows[i][0][at]) for label, at in columns if rows[i][0][at]] for i in samples}
     total, chosen = Counter(chain(*classes.values())), Counter()
     held_out: set[int] = set()
@@ -728,26 +700,22 @@ def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | Val
 def _groups(root: Path, samples: dict[int, Sample]) -> list[list[int]]:
     """Indices of samples that belong together, in the order of a hash of their first path below `root`."""
     contents = _contents(samples.values())
-    parent: dict[object, object] = {}  # links garments and contents that one photo has
-
-    def find(key: object) -> object:
-        while key in parent:
-            key = parent[key]
-        return key
-
-    for sample in samples.values():
-        a, b = find(garment(sample.path)), find(contents[sample.path])
-        if a != b:
-            parent[a] = b
-    groups: dict[object, list[int]] = {}
+    groups: dict[object, list[int]] = {}  # by garment and by content
     for i, sample in samples.items():
-        groups.setdefault(find(contents[sample.path]), []).append(i)
+        group = groups.setdefault(contents[sample.path], [])
+        other = groups.setdefault(garment(sample.path), group)
+        group.append(i)
+        if other is not group:  # this photo joins both
+            group += other
+            for member in other:
+                path = samples[member].path
+                groups[contents[path]] = groups[garment(path)] = group
 
     def path_hash(group: list[int]) -> bytes:
         first = min(Path(samples[i].path).relative_to(root).as_posix() for i in group)
         return hashlib.sha256(os.fsencode(first)).digest()
 
-    return sorted(groups.values(), key=path_hash)
+    return sorted({id(group): group for group in groups.values()}.values(), key=path_hash)
 
 
 # ---------------------------------------------------------------- python data.py DATASET
