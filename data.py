@@ -121,12 +121,11 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     if data and not is_inside and splits_of(root, subtask):
         return root
     others = sorted(path.name for path in root.glob("Fashion-How24_sub*.csv"))
+    problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
     if root.is_file() or is_inside:
         problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
     elif not root.exists():
         problem = "does not exist"
-    else:
-        problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
     layout = f"{csv_name('train', subtask)} beside train/ with its photos, or class folders (train/CLASS/photo.jpg)"
     raise FileNotFoundError(f"--data {data} {problem}; it should hold {layout}; --data demo is the built-in set")
 
@@ -164,8 +163,7 @@ def read_preparation(root: Path) -> dict | None:
         check_preparation(record["preparation"])
         unfinished = record["unfinished"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        problem = f"{path} is damaged or of another version of this program"
-        raise ValueError(f"{problem}; make the dataset again with preprocess.py") from None
+        raise ValueError(f"{path} is damaged or of another version; start preprocess.py into a new folder") from None
     if unfinished:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
     return record["preparation"]
@@ -337,16 +335,15 @@ def _name_unreadable(paths: Sequence[Path]) -> str:
 
 def _read_source(root: Path, split: str, subtask: int) -> _Source:
     """Read a split's CSV or list its class folders; without validation, train and val both get training's rows."""
-    places, path = splits_of(root, subtask), root / csv_name(split, subtask)
-    if split not in places:
+    found, path = splits_of(root, subtask), root / csv_name(split, subtask)
+    if split not in found:
         raise FileNotFoundError(f"{path}: no such file (python data.py {root} shows what is there)")
-    held_out = split != "test" and places.get("train") == places.get("val")
-    if places[split].is_dir():
-        path = root / split
-        source = _list_class_folders(root, places[split], split == "test")
+    held_out = split != "test" and found.get("train") == found.get("val")
+    if found[split].is_dir():
+        path, source = root / split, _list_class_folders(root, found[split], split == "test")
     else:
         folder = _photo_folder(root, "train" if held_out else split)
-        source = _read_csv(root, folder, places[split], split == "test")
+        source = _read_csv(root, folder, found[split], split == "test")
     source = replace(source, csv=path, split=split, held_out=held_out)
     return replace(source, labels=_usable_labels(source)) if split == "train" or held_out else source
 
@@ -393,23 +390,19 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
     rows = [(line, cells) for line, cells in rows[1 if sep_line else 0 :] if any(cells)]
     if len(rows) < 2:
         raise ValueError(f"{path}: holds no rows")
-    header, lines = _drop_nameless(path, rows[0][1], rows[1:])
-    boxes, labels = _check_columns(path, header, lines, is_test)
-    return _Source(root, folder, header, lines, boxes, labels, hashlib.sha256(raw).digest())
-
-
-def _drop_nameless(path: Path, header: list[str], rows: list) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Leave out columns without a name. Raises ValueError where a row has not the header's cells."""
+    header = rows[0][1]
     named = [i for i, name in enumerate(header) if name and not name.startswith("Unnamed:")]
-    lines, dropped = [], set()
-    for line, cells in rows:
+    lines, nameless = [], set()
+    for line, cells in rows[1:]:
         if any(header[len(cells) :]) or any(cells[len(header) :]):
             raise ValueError(f"{path}, line {line}: {len(cells)} cells for {len(header)} columns")
-        dropped.update(header[i] or f"number {i + 1}" for i, cell in enumerate(cells) if cell and i not in named)
+        nameless.update(header[i] or f"number {i + 1}" for i, cell in enumerate(cells) if cell and i not in named)
         lines.append((f"{path.name}, line {line}", [cells[i] for i in named]))
-    if dropped:
-        note(f"{path}: a column without a name is left out ({', '.join(sorted(dropped))})")
-    return [header[i] for i in named], lines
+    if nameless:
+        note(f"{path}: a column without a name is left out ({', '.join(sorted(nameless))})")
+    header = [header[i] for i in named]
+    boxes, labels = _check_columns(path, header, lines, is_test)
+    return _Source(root, folder, header, lines, boxes, labels, hashlib.sha256(raw).digest())
 
 
 def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) -> tuple[dict, list[str]]:
@@ -472,8 +465,7 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
         raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
     for source in train:
         if set(source.labels) != set(labels):
-            names = f"{', '.join(source.labels)}) are not those of {path} ({', '.join(labels)}"
-            raise ValueError(f"the labels of {source.csv} ({names})")
+            raise ValueError(f"{source.csv} has the labels {', '.join(source.labels)}; {path} has {', '.join(labels)}")
     classes = {}
     for label in labels:
         words = set().union(*(source.column(label) for source in [*train, *val])) - {""}
@@ -644,14 +636,11 @@ def shared_photos(train: Split, val: Split) -> list[tuple[Sample, Sample]]:
 
 def conflicting_labels(split: Split) -> list[tuple[Sample, Sample]]:
     """Pairs of samples of one photo (of the same bytes) that give it two classes of a label."""
-    contents = _contents(split.samples)
-    first: dict[tuple[int, bytes], Sample] = {}
     conflicts = []
-    for sample in split.samples:
-        other = first.setdefault(contents[sample.path], sample)
-        classes = [{other.labels[label], sample.labels[label]} - {-1} for label in split.labelled]
+    for first, sample in shared_photos(split, split):
+        classes = [{first.labels[label], sample.labels[label]} - {-1} for label in split.labelled]
         if any(len(two) == 2 for two in classes):
-            conflicts.append((other, sample))
+            conflicts.append((first, sample))
     return conflicts
 
 
