@@ -120,7 +120,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     is_inside = root.name in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
     if data and not is_inside and splits_of(root, subtask):
         return root
-    others = sorted(path.name for path in root.glob("Fashion-How24_sub*.csv"))
+    others = [path.name for path in sorted(root.glob("Fashion-How24_sub*.csv"))]
     problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
     if root.is_file() or is_inside:
         problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
@@ -163,7 +163,9 @@ def read_preparation(root: Path) -> dict | None:
         check_preparation(record["preparation"])
         unfinished = record["unfinished"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise ValueError(f"{path} is damaged or of another version; start preprocess.py into a new folder") from None
+        raise ValueError(
+            f"{path} is damaged or of another version; make the dataset again with preprocess.py"
+        ) from None
     if unfinished:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
     return record["preparation"]
@@ -408,8 +410,9 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
 def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) -> tuple[dict, list[str]]:
     """The box columns by view, and the label columns."""
     absent = {"image_name"}  # and what in a test CSV is constant over several rows, or empty or -1 throughout
-    for name, *cells in zip(header, *(cells for _, cells in lines)) if is_test else ():
-        if len(set(cells)) == 1 and (len(cells) > 1 or cells[0] in ("", "-1")) and not name.startswith("Mask_"):
+    for name, *cells in zip(header, *(cells for _, cells in lines)):
+        is_silent = len(set(cells)) == 1 and (len(cells) > 1 or cells[0] in ("", "-1"))
+        if is_test and is_silent and not name.startswith("Mask_"):
             absent.add(name)
     ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
     for name in header:
@@ -505,10 +508,10 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
     indices: dict[str, int | ValueError] = {"": -1}
     for texts in (CLASS_NAMES.get(label, ()), classes):
         indices.update((text, c) for c, text in enumerate(texts))
-    for cell in set(column).difference(indices) if are_numbers else ():  # 1.0 is 1, Office is office
+    for cell in set(column).difference(indices):  # 1.0 is 1, Office is office
         number = _number(cell)
         text = str(int(number)) if number.is_integer() else cell.lower()
-        if text in indices:
+        if are_numbers and text in indices:
             indices[cell] = indices[text]
     unknown = sorted(set(column).difference(indices))
     if unknown and source.split != "train":
@@ -524,7 +527,8 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
     expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class"
     for cell in unknown:
         remedy = "leave the cell empty where the class is not known"
-        remedy = "is it a row number? take the column out" if _number(cell) >= len(NUMBERS) else remedy
+        if _number(cell) >= len(NUMBERS):
+            remedy = "is it a row number? take the column out"
         indices[cell] = ValueError(f"{label} is {cell}, {expected}; {remedy}")
     return indices
 
@@ -593,10 +597,11 @@ def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str
     path = f"{folder}/{below}"
     if os.path.isfile(path):
         return path
-    for photo in () if spellings else find_photos(folder):
-        spelling = _fold(photo.relative_to(folder).as_posix())
-        for key in (spelling, os.path.splitext(spelling)[0]):
-            spellings.setdefault(key, []).append(str(photo))
+    if not spellings:
+        for photo in find_photos(folder):
+            spelling = _fold(photo.relative_to(folder).as_posix())
+            for key in (spelling, os.path.splitext(spelling)[0]):
+                spellings.setdefault(key, []).append(str(photo))
     stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
     similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
     if len(similar) != 1:
