@@ -550,7 +550,7 @@ def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sampl
     if renamed := [s for s in samples if spellings and not os.path.exists(os.path.join(source.folder, s.name))]:
         first = f"{renamed[0].name} ({renamed[0].path})"
         note(f"{source.csv}: {len(renamed):,} files are spelt otherwise than there, first {first}")
-    if source.split == "train":
+    if source.split == "train" and len(samples) == len(rows):
         used = {Path(sample.path).relative_to(source.folder).parts[0] for sample in samples}
         if unused := [folder.name for folder in _subfolders(source.folder) if folder.name not in used]:
             note(f"{source.csv}: no row names a photo in {_some(unused)}")
@@ -733,9 +733,8 @@ def describe(
         if name not in splits_of(root, subtask):
             note(f"no {name} split")
             continue
-        classes = splits["train"].classes if "train" in splits else None
-        if name == "test" and classes is None:
-            classes = {}  # its labels may be dummies
+        unknown = {} if name == "test" else None  # the labels of a test split may be dummies
+        classes = splits["train"].classes if "train" in splits else unknown
         try:
             splits[name] = split = read_split(root, name, classes, subtask)
         except (ValueError, OSError) as error:
@@ -761,10 +760,10 @@ def _describe_labels(name: str, split: Split) -> None:
     for label in split.labelled:
         counts = Counter(sample.labels[label] for sample in split.samples)
         texts = split.classes[label]
-        shown = [text if text == word else f"{text} {word}" for text, word in zip(texts, class_names(label, texts))]
-        for c, text in [*enumerate(shown), (-1, "(not known)")]:
+        words = [text if text == word else f"{text} {word}" for text, word in zip(texts, class_names(label, texts))]
+        for c, word in [*enumerate(words), (-1, "(not known)")]:
             if counts[c] or c >= 0:
-                rows.append([label, text, str(counts[c]), f"{counts[c] / n:.1%}"])
+                rows.append([label, word, str(counts[c]), f"{counts[c] / n:.1%}"])
         empty += [f"{label} {text}" for c, text in enumerate(texts) if not counts[c]]
     if rows:
         show_table("classes", ["label", "class", "rows", "share"], rows)
