@@ -16,13 +16,13 @@ import json
 import math
 import os
 import re
-import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -44,11 +44,11 @@ BOX_COLUMNS = {  # the organisers' boxes, and those of the foreground that prepr
     "mask": ("Mask_xmin", "Mask_ymin", "Mask_xmax", "Mask_ymax"),
 }
 BOX = "box"  # the box head's name among the heads; no label may have it
-MAX_CLASSES = 1000  # of one label
+NUMBERS = tuple(map(str, range(1000)))  # the classes that a label in numbers can have
 PREPARED = "preprocess.json"  # in a dataset that preprocess.py wrote
-LAYOUT = "Fashion-How24_sub{}_train.csv, ..._val.csv and ..._test.csv beside train/, val/ and test/ with the photos"
 UNREADABLE = (".heic", ".heif", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".svg", ".jxl", ".jp2")
-HIDDEN = ("__MACOSX", "@eaDir", "Thumbs.db")  # left out like files and folders that begin with a dot
+NO_CLASSES = ("nan", "n/a", "#n/a", "null")  # what programs write for an empty cell: rows with these are wrong
+HIDDEN = (".", "__MACOSX", "@eaDir", "Thumbs.db")  # names that begin so are left out
 
 Classes = dict[str, tuple[str, ...]]  # what the column of a label held for each class: "0", "1", ... or words
 
@@ -107,10 +107,7 @@ class _Source:
 
     def column(self, name: str) -> list[str]:
         at = self.header.index(name)
-        return [cells[at] for _, cells in self.lines if len(cells) == len(self.header)]
-
-
-# ---------------------------------------------------------------- datasets
+        return [cells[at] for _, cells in self.lines]
 
 
 def find_dataset(data: str, subtask: int = 1) -> Path:
@@ -123,25 +120,37 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     is_inside = root.name in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
     if data and not is_inside and splits_of(root, subtask):
         return root
-    problem = "does not exist"
+    others = [path.name for path in sorted(root.glob("Fashion-How24_sub*.csv"))]
+    problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
     if root.is_file() or is_inside:
         problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
-    elif root.is_dir():
-        others = sorted(path.name for path in root.glob("Fashion-How24_sub*.csv"))
-        problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
-    layout = f"{LAYOUT.format(subtask)}, or class folders (train/CLASS/photo.jpg)"
+    elif not root.exists():
+        problem = "does not exist"
+    layout = f"{csv_name('train', subtask)} beside train/ with its photos, or class folders (train/CLASS/photo.jpg)"
     raise FileNotFoundError(f"--data {data} {problem}; it should hold {layout}; --data demo is the built-in set")
 
 
-def splits_of(root: Path, subtask: int = 1) -> list[str]:
-    """The splits that a dataset has; `val` is one of them where it will be held out of `train`."""
-    found = _find_splits(root, subtask)
-    return [split for split in SPLITS if split in found or (split == "val" and "train" in found)]
+def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
+    """The CSV or the folder of class folders of each split; that of `train` for validation that will be held out."""
+    csvs = {split: root / csv_name(split, subtask) for split in SPLITS}
+    folders = {split: _photo_folder(root, split) for split in SPLITS}
+    found = {split: path for split, path in csvs.items() if path.is_file()}
+    if not found and root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
+        found = {split: folder for split, folder in folders.items() if folder.is_dir()}
+        if not any(_subfolders(folder) for folder in found.values()):
+            others = [path for path in _subfolders(root) if find_photos(path)]
+            found = {"train": root} if len(others) > 1 and set(others) - set(found.values()) else {}
+    if "train" in found:
+        found.setdefault("val", found["train"])
+    return found
 
 
-def dataset_path(data: str) -> str:
-    """How a run records where its data lie: `demo`, or the absolute path."""
-    return data if data == "demo" else str(Path(data).resolve())
+def _photo_folder(root: Path, split: str) -> Path:
+    return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), root / split)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN))
 
 
 def read_preparation(root: Path) -> dict | None:
@@ -154,8 +163,9 @@ def read_preparation(root: Path) -> dict | None:
         check_preparation(record["preparation"])
         unfinished = record["unfinished"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        problem = f"{path} is damaged or of another version of this program"
-        raise ValueError(f"{problem}; make the dataset again with preprocess.py") from None
+        raise ValueError(
+            f"{path} is damaged or of another version; make the dataset again with preprocess.py"
+        ) from None
     if unfinished:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
     return record["preparation"]
@@ -165,10 +175,9 @@ def check_preparation(preparation: dict) -> None:
     """Raises ValueError, TypeError or KeyError where this is no record of preprocess.py."""
     red, green, blue = preparation["background_color"]
     numbers = (red, green, blue, preparation["weights_bytes"], preparation["box_margin"])
-    valid = all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
-    valid = valid and max(red, green, blue) <= 255 and preparation["crop"] in ("none", "bbox", "mask")
+    valid = all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers) and max(red, green, blue) <= 255
     valid = valid and all(isinstance(preparation[key], str) for key in ("rembg_model", "checksum"))
-    if not valid or not isinstance(preparation["keep_background"], bool):
+    if not valid or preparation["crop"] not in ("none", "bbox", "mask") or preparation["keep_background"] not in (0, 1):
         raise ValueError("not the values of a preparation")
 
 
@@ -194,8 +203,8 @@ def csv_name(split: str, subtask: int = 1) -> str:
 
 def list_problems(title: str, problems: Sequence[str]) -> str:
     """One message for all that is wrong: the first 20 problems, the others counted."""
-    others = [f"  ... and {len(problems) - 20} more"] if len(problems) > 20 else []
-    return "\n".join([title, *(f"  {problem}" for problem in problems[:20]), *others])
+    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n  ".join([title, *problems[:20], *more])
 
 
 def _some(names: Iterable[str], n: int = 5) -> str:
@@ -203,17 +212,13 @@ def _some(names: Iterable[str], n: int = 5) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-# ---------------------------------------------------------------- splits
-
-
 def read_split(
     root: Path, split: str, classes: Classes | None = None, subtask: int = 1, problems: list[str] | None = None
 ) -> Split:
     """Read and check one split: every row, and every photo's header.
 
-    `classes` are those of training, for val and test (other labels are ignored); None finds them here. Wrong rows are
-    left out and added to `problems` where this is a list. Raises FileNotFoundError without the split, ValueError with
-    all that is wrong: columns, rows, photos.
+    `classes` are those of training, for val and test (other labels are ignored); None finds them here. Raises
+    FileNotFoundError without the split, ValueError with all that is wrong; `problems` takes wrong rows instead.
     """
     source = _read_source(root, split, subtask)
     return _to_split(source, _find_classes([source]) if classes is None else classes, problems)
@@ -230,26 +235,19 @@ def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) 
 
 
 def join_splits(splits: Sequence[Split]) -> Split:
-    """The samples of several splits, in order, as one. Raises ValueError where their classes differ."""
+    """The samples of several splits, in order, as one; their classes are the same."""
     last = splits[-1]
     if len(splits) == 1:
         return last
-    for split in splits:
-        if split.classes != last.classes:
-            raise ValueError(f"the classes of {split.csv} are not those of {last.csv}")
     samples = [sample for split in splits for sample in split.samples]
     fingerprint = hashlib.sha256("".join(split.fingerprint for split in splits).encode()).hexdigest()
     return Split(last.csv, samples, last.classes, last.labelled, fingerprint, sum(split.clipped for split in splits))
 
 
-def read_table(root: Path, split: str, classes: Classes | None = None, subtask: int = 1) -> Table:
-    """Read a split's rows, each by itself; `classes` as in `read_split`, {}: labels are not read.
-
-    Raises FileNotFoundError without the split, ValueError where its columns are wrong.
-    """
+def read_table(root: Path, split: str, classes: Classes, subtask: int = 1) -> Table:
+    """A split's rows, each by itself; {} as `classes` reads no labels. Raises FileNotFoundError, ValueError."""
     source = _read_source(root, split, subtask)
-    rows = _read_rows(source, _find_classes([source]) if classes is None else classes)
-    return Table(root / csv_name(split, subtask), source.header, rows)
+    return Table(root / csv_name(split, subtask), source.header, _read_rows(source, classes))
 
 
 def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
@@ -259,14 +257,12 @@ def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
     """
     photos, unreadable, problems, samples = [], [], [], []
     for given in inputs:
-        path = Path(given)
-        if not path.is_file() and not path.is_dir():
+        if not os.path.exists(given):
             raise FileNotFoundError(f"{given}: no such image or folder")
-        in_folder, others = find_photos(path) if path.is_dir() else ([path], [])
-        if not in_folder and not others:
+        found = find_photos(Path(given)) if os.path.isdir(given) else [Path(given)]
+        if not found:
             problems.append(f"{given}: no images in this folder ({', '.join(SUFFIXES)})")
-        photos += in_folder
-        unreadable += others
+        photos += found
     for path in dict.fromkeys(photos):
         checked = check_header(Sample(str(path), str(path), str(path), Path(inputs[0]), {}, {}))
         if isinstance(checked, Sample):
@@ -298,67 +294,40 @@ def check_header(sample: Sample) -> Sample | ValueError:
 
 def _to_split(source: _Source, classes: Classes, problems: list[str] | None = None) -> Split:
     rows = _read_rows(source, classes)
-    before = [sample for _, sample in rows if isinstance(sample, Sample)]
-    after = [check_header(sample) for sample in before]
-    wrong = [str(row) for row in [*(sample for _, sample in rows), *after] if isinstance(row, ValueError)]
-    if wrong and problems is None:
-        raise ValueError(list_problems(f"{source.csv}: {len(wrong)} of {len(rows)} rows are wrong", wrong))
-    if wrong:
-        problems += wrong
-        before = [sample for sample, checked in zip(before, after) if isinstance(checked, Sample)]
-        after = [sample for sample in after if isinstance(sample, Sample)]
+    samples, wrong, clipped = [], [], 0
     digest = hashlib.sha256(source.digest)
-    for sample in after:
-        digest.update(os.fsencode(f"{sample.name}\0{os.path.getsize(sample.path)}\n"))
+    for _, row in rows:
+        checked = check_header(row) if isinstance(row, Sample) else row
+        if isinstance(checked, ValueError):
+            wrong.append(str(checked))
+            continue
+        samples.append(checked)
+        clipped += checked.boxes != row.boxes
+        digest.update(os.fsencode(f"{checked.name}\0{os.path.getsize(checked.path)}\n"))
+    if problems is not None:
+        problems += wrong
+    elif wrong:
+        raise ValueError(list_problems(f"{source.csv}: {len(wrong)} of {len(rows)} rows are wrong", wrong))
     labelled = tuple(label for label in classes if label in source.labels)
-    clipped = sum(a.boxes != b.boxes for a, b in zip(before, after))
-    return Split(source.csv, after, classes, labelled, digest.hexdigest(), clipped)
+    return Split(source.csv, samples, classes, labelled, digest.hexdigest(), clipped)
 
 
 # ---------------------------------------------------------------- reading CSVs and folders
 
 
-def _find_splits(root: Path, subtask: int) -> dict[str, Path]:
-    """The CSV of each split, or the folder that holds its class folders."""
-    csvs = {split: root / csv_name(split, subtask) for split in SPLITS if (root / csv_name(split, subtask)).is_file()}
-    if csvs or not root.is_dir() or any(root.glob("Fashion-How24_sub*.csv")):
-        return csvs
-    folders = {split: folder for split in SPLITS if (folder := _photo_folder(root, split)).is_dir()}
-    if any(_subfolders(folder) for folder in folders.values()):
-        return folders
-    plain = _subfolders(root)
-    is_plain = len(plain) > 1 and set(plain) - set(folders.values()) and any(find_photos(path)[0] for path in plain)
-    return {"train": root} if is_plain else {}
-
-
-def _photo_folder(root: Path, split: str) -> Path:
-    return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), root / split)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in HIDDEN
-
-
-def find_photos(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The photos in a folder and below it, links followed, and what cannot be read there."""
-    photos, unreadable, visited, errors = [], [], set(), []
+def find_photos(folder: Path) -> list[Path]:
+    """The photos in a folder and below it, links followed, with the files and folders that cannot be read."""
+    found, visited, errors = [], set(), []
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=errors.append):
         real = os.path.realpath(parent)
-        folders[:] = sorted(name for name in folders if real not in visited and not _is_hidden(name))
-        for name in files if real not in visited else ():  # a link may lead to a folder above
-            path = Path(parent, name)
-            suffix = "" if _is_hidden(name) else path.suffix.lower()
-            if suffix in SUFFIXES and (path.is_file() or path.is_symlink()):
-                photos.append(path)
-            elif suffix in UNREADABLE:
-                unreadable.append(path)
+        if real in visited:  # a link led to a folder above
+            folders.clear()
+            continue
         visited.add(real)
-    unreadable += [Path(error.filename) for error in errors]
-    return sorted(photos), sorted(unreadable)
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        paths = [Path(parent, name) for name in files if not name.startswith(HIDDEN)]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES + UNREADABLE]
+    return sorted([*found, *(Path(error.filename) for error in errors)])
 
 
 def _name_unreadable(paths: Sequence[Path]) -> str:
@@ -368,18 +337,17 @@ def _name_unreadable(paths: Sequence[Path]) -> str:
 
 def _read_source(root: Path, split: str, subtask: int) -> _Source:
     """Read a split's CSV or list its class folders; without validation, train and val both get training's rows."""
-    found = _find_splits(root, subtask)
-    place = found.get("train" if split == "val" and "val" not in found else split)
-    if place is None:
-        path = root / csv_name(split, subtask)
+    found, path = splits_of(root, subtask), root / csv_name(split, subtask)
+    if split not in found:
         raise FileNotFoundError(f"{path}: no such file (python data.py {root} shows what is there)")
-    if place.is_dir():
-        source, path = _list_class_folders(root, place, split == "test"), root / split
+    held_out = split != "test" and found.get("train") == found.get("val")
+    if found[split].is_dir():
+        path, source = root / split, _list_class_folders(root, found[split], split == "test")
     else:
-        is_val = place.name == csv_name("val", subtask)
-        folder = _photo_folder(root, split if split != "val" or is_val else "train")
-        source, path = _read_csv(root, folder, place, split == "test"), root / csv_name(split, subtask)
-    return replace(source, csv=path, split=split, held_out=split != "test" and "val" not in found)
+        folder = _photo_folder(root, "train" if held_out else split)
+        source = _read_csv(root, folder, found[split], split == "test")
+    source = replace(source, csv=path, split=split, held_out=held_out)
+    return replace(source, labels=_usable_labels(source)) if split == "train" or held_out else source
 
 
 def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
@@ -389,17 +357,15 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
         raise ValueError(f"{folder} holds no class folders; put its photos into {folder}/CLASS/")
     lines, unreadable = [], []
     for class_folder in class_folders or [folder]:
-        photos, others = find_photos(class_folder)
-        unreadable += others
+        found = find_photos(class_folder)
+        photos = [path for path in found if path.suffix.lower() not in UNREADABLE]
+        unreadable += [path for path in found if path.suffix.lower() in UNREADABLE]
         if not photos:
             raise ValueError(f"{class_folder}: no photos in this folder; add some, or take it out")
         word = unicodedata.normalize("NFC", class_folder.name) if class_folders else ""
         lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
     if unreadable:
         note(f"{folder}: {_name_unreadable(unreadable)}; left out")
-    loose = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
-    if class_folders and loose:
-        note(f"{folder}: photos beside the class folders are left out: {_some(sorted(loose))}")
     labels = ["class"] if class_folders else []
     return _Source(root, folder, ["image_name", "class"], lines, {}, labels, b"")
 
@@ -407,86 +373,69 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
 def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
     """Read a CSV as spreadsheets write them. Raises ValueError where it is none, or where its columns are wrong."""
     raw = path.read_bytes()
-    text = _decode(path, raw)
-    sep_line = re.match(r'"?sep=(.)"?[ \t,;]*\r?\n', text, re.IGNORECASE)  # written for Excel
-    text = text[sep_line.end() :] if sep_line else text
+    encodings = ("utf-16",) if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig", "cp949")
+    for encoding in encodings:
+        with suppress(UnicodeDecodeError):
+            text = raw.decode(encoding)
+            break
+    else:
+        raise ValueError(f"{path}: neither UTF-8, UTF-16 nor CP949 (EUC-KR); save it as UTF-8")
+    sep_line = re.match(r'"?sep=(.)', text, re.IGNORECASE)  # written for Excel
     delimiter = sep_line[1] if sep_line else max(",;\t", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-    lines = []
+    rows = []
     try:
-        for row in reader:
-            cells = [cell.strip() for cell in row]
-            if any(cells):
-                lines.append((f"{path.name}, line {reader.line_num + bool(sep_line)}", cells))
+        for cells in reader:
+            rows.append((reader.line_num, [cell.strip() for cell in cells]))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num + bool(sep_line)}: not a CSV row ({error})") from None
-    if len(lines) < 2:
+        raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
+    rows = [(line, cells) for line, cells in rows[1 if sep_line else 0 :] if any(cells)]
+    if len(rows) < 2:
         raise ValueError(f"{path}: holds no rows")
-    header, lines = _drop_nameless(path, lines[0][1], lines[1:])
-    boxes, labels = _check_columns(path, header, _silent_columns(header, lines) if is_test else set())
+    header = rows[0][1]
+    named = [i for i, name in enumerate(header) if name and not name.startswith("Unnamed:")]
+    lines, nameless = [], set()
+    for line, cells in rows[1:]:
+        if any(header[len(cells) :]) or any(cells[len(header) :]):
+            raise ValueError(f"{path}, line {line}: {len(cells)} cells for {len(header)} columns")
+        nameless.update(header[i] or f"number {i + 1}" for i, cell in enumerate(cells) if cell and i not in named)
+        lines.append((f"{path.name}, line {line}", [cells[i] for i in named]))
+    if nameless:
+        note(f"{path}: a column without a name is left out ({', '.join(sorted(nameless))})")
+    header = [header[i] for i in named]
+    boxes, labels = _check_columns(path, header, lines, is_test)
     return _Source(root, folder, header, lines, boxes, labels, hashlib.sha256(raw).digest())
 
 
-def _decode(path: Path, raw: bytes) -> str:
-    for encoding in ("utf-16",) if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp949"):
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise ValueError(f"{path}: neither UTF-8, UTF-16 nor CP949 (EUC-KR); save it as UTF-8")
-
-
-def _drop_nameless(path: Path, header: list[str], lines: list) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Leave out columns without a name. A row that lacks cells, or has some too many, stays as it is."""
-    named = [i for i, name in enumerate(header) if name and not name.startswith("Unnamed:")]
-    kept, filled = [], set()
-    for where, cells in lines:
-        if not any(header[len(cells) :]) and not any(cells[len(header) :]):
-            cells = (cells + [""] * len(header))[: len(header)]
-            filled.update(i for i, cell in enumerate(cells) if cell)
-            cells = [cells[i] for i in named]
-        kept.append((where, cells))
-    if dropped := [header[i] or f"number {i + 1}" for i in sorted(filled.difference(named))]:
-        note(f"{path}: a column without a name is left out ({', '.join(dropped)})")
-    return [header[i] for i in named], kept
-
-
-def _silent_columns(header: list[str], lines: list) -> set[str]:
-    """The columns of a test CSV that say nothing: constant over several rows, or empty or -1 throughout."""
-    values = [set(column) for column in zip_longest(*(cells for _, cells in lines), fillvalue="")]
-    silent = [len(texts) == 1 and (len(lines) > 1 or texts <= {"", "-1"}) for texts in values]
-    return {name for name, says_nothing in zip(header, silent) if says_nothing and not name.startswith("Mask_")}
-
-
-def _check_columns(path: Path, header: list[str], silent: set[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The box columns by view, and the label columns; those that are `silent` count as absent."""
-    if repeated := [name for name, n in Counter(header).items() if n > 1]:
-        raise ValueError(f"{path}: the column {repeated[0]} occurs more than once")
+def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) -> tuple[dict, list[str]]:
+    """The box columns by view, and the label columns."""
+    absent = {"image_name"}  # and what in a test CSV is constant over several rows, or empty or -1 throughout
+    for name, *cells in zip(header, *(cells for _, cells in lines)):
+        is_silent = len(set(cells)) == 1 and (len(cells) > 1 or cells[0] in ("", "-1"))
+        if is_test and is_silent and not name.startswith("Mask_"):
+            absent.add(name)
     ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
     for name in header:
+        if header.count(name) > 1:
+            raise ValueError(f"{path}: the column {name} occurs more than once")
         if ours.get(name.lower(), name) not in header:
             raise ValueError(f"{path}: the column {name} should be spelt {ours[name.lower()]}")
     if "image_name" not in header:
         raise ValueError(f"{path}: no column image_name (columns: {', '.join(header)})")
     boxes = {}
     for view, names in BOX_COLUMNS.items():
-        present = [name for name in names if name in header and name not in silent]
         missing = [name for name in names if name not in header]
-        if present and missing:
-            raise ValueError(f"{path}: no column {missing[0]}, though {present[0]} is there")
-        if present:
+        if 0 < len(missing) < len(names):
+            raise ValueError(f"{path}: no column {missing[0]}, though others of that box are there")
+        if not missing and not absent.issuperset(names):
             boxes[view] = names
-    special = {"image_name", *silent}
-    labels = [name for name in header if name not in special and not name.startswith(("BBox_", "Mask_"))]
+    labels = [name for name in header if name not in absent and not name.startswith(("BBox_", "Mask_"))]
     columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: the tables' last row
     for label in labels:
         column = submission_column(label)
         if columns[column] > 1:
             raise ValueError(f"{path}: the label {label} would be a second column {column} of the results; rename it")
     return boxes, labels
-
-
-# ---------------------------------------------------------------- classes
 
 
 def _number(cell: str) -> float:
@@ -496,57 +445,47 @@ def _number(cell: str) -> float:
         return math.nan
 
 
-def _numbers(n: int) -> tuple[str, ...]:
-    return tuple(str(i) for i in range(n))
-
-
 def _usable_labels(source: _Source) -> list[str]:
     """The label columns of training, without remarks. Raises ValueError where a column holds row numbers."""
-    usable = []
+    remarks, rows = [], len(source.lines)
     for label in source.labels:
         filled = [cell for cell in source.column(label) if cell]
-        distinct, rows = len(set(filled)), len(source.lines)
+        distinct = len(set(filled))
         if label != "class" and distinct > 50 and 2 * distinct > rows:
             problem = f"the column {label} has {distinct:,} values in {rows:,} rows"
             raise ValueError(f"{source.csv}: {problem}; is it a row number? take it out")
-        if label in CLASS_NAMES or not filled or 2 * len(filled) >= rows:
-            usable.append(label)
-    return usable
+        if label not in CLASS_NAMES and 0 < 2 * len(filled) < rows:
+            remarks.append(label)
+    if remarks and source.split == "train":
+        note(f"{source.csv}: left out, as over half of the cells are empty: {', '.join(remarks)}")
+    return [label for label in source.labels if label not in remarks]
 
 
 def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Classes:
     """The classes of training's labels over several splits. Raises ValueError where a label is of no use."""
-    labels = _usable_labels(train[0])
-    for source in train:
-        usable = _usable_labels(source)
-        if remarks := [label for label in source.labels if label not in usable]:
-            note(f"{source.csv}: left out, as over half of the cells are empty: {', '.join(remarks)}")
-        if set(usable) != set(labels):
-            others = f"those of {train[0].csv} ({', '.join(labels)})"
-            raise ValueError(f"the labels of {source.csv} ({', '.join(usable)}) are not {others}")
+    path, labels = train[0].csv, train[0].labels
     if not labels:
-        raise ValueError(f"{train[0].csv}: no label column (any column but image_name, BBox_* and Mask_*)")
+        raise ValueError(f"{path}: no label column (any column but image_name, BBox_* and Mask_*)")
+    for source in train:
+        if set(source.labels) != set(labels):
+            raise ValueError(f"{source.csv} has the labels {', '.join(source.labels)}; {path} has {', '.join(labels)}")
     classes = {}
     for label in labels:
-        words = {word for source in (*train, *val) if label in source.labels for word in source.column(label)}
-        words.discard("")
+        words = set().union(*(source.column(label) for source in [*train, *val])) - {""}
         if not words or (len(words) == 1 and label not in CLASS_NAMES):
             problem = f"the label {label} {'has the same class' if words else 'is empty'} in every row"
-            raise ValueError(f"{train[0].csv}: {problem}; remove the column, or add photos of other classes")
-        classes[label] = _classes_of(label, words)
-        if len(classes[label]) > MAX_CLASSES:
-            raise ValueError(f"{train[0].csv}: the label {label} has more than {MAX_CLASSES:,} classes; take it out")
+            raise ValueError(f"{path}: {problem}; remove the column, or add photos of other classes")
+        classes[label] = _classes_of(label, {word for word in words if word.lower() not in NO_CLASSES})
     return classes
 
 
 def _classes_of(label: str, words: set[str]) -> tuple[str, ...]:
     """Numbers up to the largest one, or the words in sorted order."""
-    words = {word for word in words if word.lower() not in ("nan", "n/a", "#n/a", "null")}  # these are errors
     if label in CLASS_NAMES:
-        return _numbers(len(CLASS_NAMES[label]))
+        return NUMBERS[: len(CLASS_NAMES[label])]
     numbers = [_number(word) for word in words]
     if not any(map(math.isnan, numbers)):
-        return _numbers(1 + int(max((number for number in numbers if 0 <= number < MAX_CLASSES), default=0)))
+        return NUMBERS[: 1 + int(max((number for number in numbers if 0 <= number < len(NUMBERS)), default=0))]
     _check_spelling(label, words)
     return tuple(sorted(words))
 
@@ -556,8 +495,7 @@ def _check_spelling(label: str, words: Iterable[str]) -> None:
     for word in sorted(words):
         other = first.setdefault("".join(_fold(word).split()), word)
         if other != word:
-            problem = f"{other!r} and {word!r} differ by case or white space alone"
-            raise ValueError(f"the classes of {label}: {problem}; spell them alike")
+            raise ValueError(f"{label}: {other!r} and {word!r} differ by case or white space alone; spell them alike")
 
 
 def _fold(text: str) -> str:
@@ -565,61 +503,55 @@ def _fold(text: str) -> str:
 
 
 def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dict[str, int | ValueError]:
-    """The class index of each text in a label's column, or what is wrong with it; -1 for an empty cell.
-
-    Classes that training does not have are an error in val, and not known in test.
-    """
-    column, unknown = source.column(label), []
-    are_numbers, words = classes == _numbers(len(classes)), CLASS_NAMES.get(label, ())
-    indices: dict[str, int | ValueError] = {text: i for texts in (words, classes) for i, text in enumerate(texts)}
-    indices[""] = -1
-    for cell in set(column).difference(indices):
-        number = _number(cell) if are_numbers else math.nan
+    """The class index of each text in a label's column, or what is wrong with it; -1 where it is not known."""
+    column, are_numbers = source.column(label), classes == NUMBERS[: len(classes)]
+    indices: dict[str, int | ValueError] = {"": -1}
+    for texts in (CLASS_NAMES.get(label, ()), classes):
+        indices.update((text, c) for c, text in enumerate(texts))
+    for cell in set(column).difference(indices):  # 1.0 is 1, Office is office
+        number = _number(cell)
         text = str(int(number)) if number.is_integer() else cell.lower()
-        if text in indices and (are_numbers or words):
+        if are_numbers and text in indices:
             indices[cell] = indices[text]
-            continue
-        unknown.append(cell)
-        n = len(classes) if source.split != "train" or words else MAX_CLASSES
-        expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class of training"
+    unknown = sorted(set(column).difference(indices))
+    if unknown and source.split != "train":
+        _check_spelling(label, {*classes, *unknown})
+        problem = f"{source.csv}: classes of {label} that training does not have: {_some(unknown, 20)}"
+        if source.split == "test":
+            rows = sum(cell in unknown for cell in column)
+            note(f"{problem}; their {rows:,} rows are predicted and not scored; add such photos to training")
+            return indices | dict.fromkeys(unknown, -1)
+        if label not in CLASS_NAMES:
+            raise ValueError(f"{problem}; add such photos to training, take these rows out, or train with --fit-all")
+    n = len(CLASS_NAMES.get(label, NUMBERS))
+    expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class"
+    for cell in unknown:
         remedy = "leave the cell empty where the class is not known"
-        remedy = "is it a row number? take the column out" if number >= MAX_CLASSES else remedy
+        if _number(cell) >= len(NUMBERS):
+            remedy = "is it a row number? take the column out"
         indices[cell] = ValueError(f"{label} is {cell}, {expected}; {remedy}")
-    if not unknown or source.split == "train":
-        return indices
-    _check_spelling(label, {*classes, *unknown})
-    problem = f"{source.csv}: classes of {label} that training does not have: {_some(sorted(unknown), 20)}"
-    if source.split == "test":
-        rows = sum(cell in unknown for cell in column)
-        note(f"{problem}; their {rows:,} rows are predicted and not scored; add such photos to training")
-        return indices | dict.fromkeys(unknown, -1)
-    if label not in CLASS_NAMES:
-        raise ValueError(f"{problem}; add such photos to training, take these rows out, or train with --fit-all")
     return indices
-
-
-# ---------------------------------------------------------------- rows
 
 
 def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sample | ValueError]]:
     """The rows of a split with their samples; of held-out validation, the part that is this split's."""
     for label in classes:
         if label not in source.labels and source.split != "test":
-            problem = f"no column {label}, which is a label in the training CSV"
-            raise ValueError(f"{source.csv}: {problem}; are both spelt alike?")
+            raise ValueError(f"{source.csv}: no column {label}, a label of training; are both spelt alike?")
     indices = {label: _class_indices(source, label, classes[label]) for label in classes if label in source.labels}
-    finder = _PhotoFinder(source.folder)
+    spellings: dict[str, list[str]] = {}
     rows: list[tuple[list[str], Sample | ValueError]] = []
     for where, cells in source.lines:
         try:
-            rows.append((cells, _parse_row(source, where, cells, indices, finder)))
+            rows.append((cells, _parse_row(source, where, cells, indices, spellings)))
         except ValueError as error:
             rows.append((cells, ValueError(f"{where}: {error}")))
-    if finder.renamed:
-        name, path = finder.renamed[0]
-        note(f"{source.csv}: {len(finder.renamed):,} files are spelt otherwise than there, first {name} ({path})")
-    if source.split == "train" and all(isinstance(sample, Sample) for _, sample in rows):
-        used = {Path(sample.path).relative_to(source.folder).parts[0] for _, sample in rows}
+    samples = [sample for _, sample in rows if isinstance(sample, Sample)]
+    if renamed := [s for s in samples if spellings and not os.path.exists(os.path.join(source.folder, s.name))]:
+        first = f"{renamed[0].name} ({renamed[0].path})"
+        note(f"{source.csv}: {len(renamed):,} files are spelt otherwise than there, first {first}")
+    if source.split == "train" and len(samples) == len(rows):
+        used = {Path(sample.path).relative_to(source.folder).parts[0] for sample in samples}
         if unused := [folder.name for folder in _subfolders(source.folder) if folder.name not in used]:
             note(f"{source.csv}: no row names a photo in {_some(unused)}")
     if source.held_out:
@@ -628,9 +560,7 @@ def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sampl
     return rows
 
 
-def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, finder: "_PhotoFinder") -> Sample:
-    if len(cells) != len(source.header):
-        raise ValueError(f"{len(cells)} cells for {len(source.header)} columns")
+def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, spellings: dict) -> Sample:
     row = dict(zip(source.header, cells))
     boxes = {}
     for view, columns in source.boxes.items():
@@ -641,7 +571,7 @@ def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, fin
         if isinstance(error, ValueError):
             raise error
     name = row["image_name"]
-    path = finder.find(name)
+    path = _find_photo(source.folder, name, spellings)
     return Sample(name, path, where if where == path else f"{where} ({name})", source.csv, boxes, labels)
 
 
@@ -652,53 +582,31 @@ def _parse_box(cells: list[str]) -> Box:
     except (ValueError, OverflowError):
         raise ValueError(f"the box {'; '.join(cell or '(empty)' for cell in cells)} is not four numbers") from None
     if xmin >= xmax or ymin >= ymax:
-        problem = f"the box {box} is empty or inverted (xmin, ymin, xmax, ymax)"
-        raise ValueError(f"{problem}; leave the four cells empty where there is no box")
+        raise ValueError(f"the box {box} is empty or inverted; leave the four cells empty where there is no box")
     return box
 
 
-class _PhotoFinder:
-    """Finds the photos of a split by their names in the CSV. `renamed`: names and paths that are spelt otherwise."""
+def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str:
+    """The path of a photo, else of the one file that differs by case, Unicode form or image extension alone.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.prefixes = tuple(os.path.join(path, "") for path in (os.path.abspath(folder), os.path.realpath(folder)))
-        self.renamed: list[tuple[str, str]] = []
-        self.by_spelling: dict[str, list[str]] = {}
-
-    def find(self, name: str) -> str:
-        """The path of a photo. Raises ValueError where it leaves the dataset, is missing or is no file."""
-        if not name:
-            raise ValueError("image_name is empty")
-        below = name
-        for prefix in self.prefixes:
-            below = below.removeprefix(prefix)
-        if ".." in re.split(r"[\\/]", below) or re.match(r"[\\/]|[A-Za-z]:[\\/]", below):
-            raise ValueError(f"image_name {name!r} leaves the dataset folder")
-        path = f"{self.folder}/{below}"
-        try:
-            mode = os.stat(path).st_mode
-        except OSError as error:
-            similar = self._find_similar(below.replace("\\", "/"))
-            if len(similar) != 1:
-                raise ValueError(f"no image {path} ({error.strerror})") from None
-            self.renamed.append((name, similar[0]))
-            return similar[0]
-        if not stat.S_ISREG(mode):
-            raise ValueError(f"{path} is not a file")
+    `spellings`: all photos by what they share with such files, filled when a photo is missing for the first time.
+    """
+    below = os.path.relpath(name, folder) if os.path.isabs(name) else name
+    if ".." in re.split(r"[\\/]", below) or re.match(r"[\\/]|[A-Za-z]:[\\/]", below):
+        raise ValueError(f"image_name {name!r} leaves the dataset folder")
+    path = f"{folder}/{below}"
+    if os.path.isfile(path):
         return path
-
-    def _find_similar(self, name: str) -> list[str]:
-        """The files that differ from a name by case, Unicode form or image extension alone."""
-        if not self.by_spelling:
-            for path in find_photos(self.folder)[0]:
-                spelling = _fold(path.relative_to(self.folder).as_posix())
-                for key in (spelling, os.path.splitext(spelling)[0]):
-                    self.by_spelling.setdefault(key, []).append(str(path))
-        if os.path.isfile(f"{self.folder}/{name}"):
-            return [f"{self.folder}/{name}"]
-        stem, suffix = os.path.splitext(_fold(name))
-        return self.by_spelling.get(stem + suffix) or (suffix in SUFFIXES and self.by_spelling.get(stem)) or []
+    if not spellings:
+        for photo in find_photos(folder):
+            spelling = _fold(photo.relative_to(folder).as_posix())
+            for key in (spelling, os.path.splitext(spelling)[0]):
+                spellings.setdefault(key, []).append(str(photo))
+    stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
+    similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
+    if len(similar) != 1:
+        raise ValueError(f"no image {path}" if name else "image_name is empty")
+    return similar[0]
 
 
 # ---------------------------------------------------------------- the same photo twice
@@ -733,23 +641,30 @@ def shared_photos(train: Split, val: Split) -> list[tuple[Sample, Sample]]:
 
 def conflicting_labels(split: Split) -> list[tuple[Sample, Sample]]:
     """Pairs of samples of one photo (of the same bytes) that give it two classes of a label."""
-    contents = _contents(split.samples)
-    first: dict[tuple[int, bytes], Sample] = {}
     conflicts = []
-    for sample in split.samples:
-        other = first.setdefault(contents[sample.path], sample)
-        pairs = [(other.labels[label], sample.labels[label]) for label in split.labelled]
-        if any(a != b and -1 not in (a, b) for a, b in pairs):
-            conflicts.append((other, sample))
+    for first, sample in shared_photos(split, split):
+        classes = [{first.labels[label], sample.labels[label]} - {-1} for label in split.labelled]
+        if any(len(two) == 2 for two in classes):
+            conflicts.append((first, sample))
     return conflicts
 
 
+def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str]:
+    """What spoils a result, with the rows: photos of one split that `train` has too, photos with two labels."""
+    doubts = []
+    if train and (shared := shared_photos(train, split)):
+        title = f"{len(shared):,} of {len(split.samples):,} {name} photos are training photos too; take them out of one"
+        doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in shared]))
+    if conflicts := conflicting_labels(split):
+        title = f"two labels for one photo, {len(conflicts):,} times in {name}"
+        doubts.append(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
+    return doubts
+
+
 def note_doubts(train: Split, val: Split) -> None:
-    """Say in a line each what spoils a result: photos of both splits, photos with two labels."""
-    if shared := shared_photos(train, val):
-        note(f"{len(shared):,} validation photos are training photos too: the score is of photos that it has seen")
-    if conflicts := conflicting_labels(train):
-        note(f"{len(conflicts):,} training photos are there twice with other labels; python data.py names them")
+    """Say in a line each what spoils the result of a run."""
+    for doubt in find_doubts("train", train) + find_doubts("val", val, train):
+        note(f"{doubt.splitlines()[0]} (python data.py names them)")
 
 
 def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | ValueError]]) -> set[int]:
@@ -758,7 +673,7 @@ def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | Val
     Photos of the same bytes and of one garment stay together, and half of each class or more stays in training.
     """
     samples = {i: sample for i, (_, sample) in enumerate(rows) if isinstance(sample, Sample)}
-    columns = [(label, source.header.index(label)) for label in _usable_labels(source)]
+    columns = [(label, source.header.index(label)) for label in source.labels]
     classes = {i: [(label, rows[i][0][at]) for label, at in columns if rows[i][0][at]] for i in samples}
     total, chosen = Counter(chain(*classes.values())), Counter()
     held_out: set[int] = set()
@@ -779,22 +694,22 @@ def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | Val
 def _groups(root: Path, samples: dict[int, Sample]) -> list[list[int]]:
     """Indices of samples that belong together, in the order of a hash of their first path below `root`."""
     contents = _contents(samples.values())
-    parent: dict[object, object] = {}  # links garments and contents that one photo has
-
-    def find(key: object) -> object:
-        while key in parent:
-            key = parent[key]
-        return key
-
-    for sample in samples.values():
-        a, b = find(garment(sample.path)), find(contents[sample.path])
-        if a != b:
-            parent[a] = b
-    groups: dict[object, list[int]] = {}
+    groups: dict[object, list[int]] = {}  # by garment and by content
     for i, sample in samples.items():
-        groups.setdefault(find(contents[sample.path]), []).append(i)
-    first = {key: min(Path(samples[i].path).relative_to(root).as_posix() for i in groups[key]) for key in groups}
-    return [groups[key] for key in sorted(groups, key=lambda key: hashlib.sha256(os.fsencode(first[key])).digest())]
+        group = groups.setdefault(contents[sample.path], [])
+        other = groups.setdefault(garment(sample.path), group)
+        group.append(i)
+        if other is not group:  # this photo joins both
+            group += other
+            for member in other:
+                path = samples[member].path
+                groups[contents[path]] = groups[garment(path)] = group
+
+    def path_hash(group: list[int]) -> bytes:
+        first = min(Path(samples[i].path).relative_to(root).as_posix() for i in group)
+        return hashlib.sha256(os.fsencode(first)).digest()
+
+    return sorted({id(group): group for group in groups.values()}.values(), key=path_hash)
 
 
 # ---------------------------------------------------------------- python data.py DATASET
@@ -813,31 +728,28 @@ def describe(
     root = find_dataset(data, subtask)
     say(f"{data}: {root}")
     splits: dict[str, Split] = {}
-    problems: list[str] = []
-    is_sampled, doubts = False, 0
+    problems, doubts = [], []
     for name in SPLITS:
         if name not in splits_of(root, subtask):
             note(f"no {name} split")
             continue
-        classes = splits["train"].classes if "train" in splits else None
-        if name == "test" and classes is None:
-            classes = {}  # its labels may be dummies
+        unknown = {} if name == "test" else None  # the labels of a test split may be dummies
+        classes = splits["train"].classes if "train" in splits else unknown
         try:
             splits[name] = split = read_split(root, name, classes, subtask)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
-        chosen = split.samples if all_images else split.samples[:: max(1, len(split.samples) // 200)]
-        is_sampled |= len(chosen) < len(split.samples)
         _describe_labels(name, split)
-        problems += _describe_photos(name, split.samples, chosen)
-        doubts += _describe_doubts(name, split, splits.get("train"))
+        problems += _describe_photos(name, split.samples, 1 if all_images else max(1, len(split.samples) // 200))
+        doubts += find_doubts(name, split, splits.get("train") if name != "train" else None)
+    for doubt in doubts:
+        note(doubt)
     if "train" not in splits_of(root, subtask):
         problems.append(f"{csv_name('train', subtask)} is missing")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    result = "it can be used, but see the notes above" if doubts else "nothing wrong found"
-    say(result + (" (a sample of the photos was decoded; --all decodes every one)" if is_sampled else ""))
+    say("it can be used, but see the notes above" if doubts else "nothing wrong found")
 
 
 def _describe_labels(name: str, split: Split) -> None:
@@ -848,11 +760,11 @@ def _describe_labels(name: str, split: Split) -> None:
     for label in split.labelled:
         counts = Counter(sample.labels[label] for sample in split.samples)
         texts = split.classes[label]
-        for c, (text, shown) in enumerate(zip(texts, class_names(label, texts))):
-            rows.append([label, text if text == shown else f"{text} {shown}", str(counts[c]), f"{counts[c] / n:.1%}"])
-            empty += [] if counts[c] else [f"{label} {text}"]
-        if counts[-1]:
-            rows.append([label, "(not known)", str(counts[-1]), f"{counts[-1] / n:.1%}"])
+        words = [text if text == word else f"{text} {word}" for text, word in zip(texts, class_names(label, texts))]
+        for c, word in [*enumerate(words), (-1, "(not known)")]:
+            if counts[c] or c >= 0:
+                rows.append([label, word, str(counts[c]), f"{counts[c] / n:.1%}"])
+        empty += [f"{label} {text}" for c, text in enumerate(texts) if not counts[c]]
     if rows:
         show_table("classes", ["label", "class", "rows", "share"], rows)
     if empty:
@@ -863,43 +775,29 @@ def _describe_labels(name: str, split: Split) -> None:
         note(f"rows without a box: {without:,}")
 
 
-def _describe_photos(name: str, samples: list[Sample], chosen: list[Sample]) -> list[str]:
-    """Decode the photos of `chosen`, print their kinds and sizes; returns what is wrong."""
-    kinds, problems = Counter(), []
-    sizes: dict[str, list[tuple[int, int]]] = {"image": []}
+def _describe_photos(name: str, samples: list[Sample], step: int) -> list[str]:
+    """Print the photos' kinds and sizes, and decode one of `step`; returns what is wrong."""
+    kinds, problems, chosen = Counter(), [], samples[::step]
     with progress(len(chosen), f"decoding {name}") as bar:
         for sample in chosen:
             try:
                 with open_image(sample.path) as image:
                     kinds[f"{image.format} {image.mode}"] += 1
-                sizes["image"].append(load_photo(sample.path).size)
+                load_photo(sample.path)
             except ValueError as error:
                 problems.append(f"{sample.where}: {error}")
             bar.advance(1)
-    for sample in samples:
-        for view, (xmin, ymin, xmax, ymax) in sample.boxes.items():
-            sizes.setdefault(view, []).append((xmax - xmin, ymax - ymin))
-    say(f"images: {len(chosen):,} decoded; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")
-    rows = []
-    for of, pairs in sizes.items():
-        if pairs:
-            rows.append([of, *(f"{w:.0f} x {h:.0f}" for w, h in np.quantile(pairs, (0, 0.5, 1), axis=0))])
+    decoded = f"{len(chosen):,} decoded" + (" (--all decodes every one)" if step > 1 else "")
+    say(f"images: {decoded}; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")
+    sizes = {"image": [sample.size for sample in samples]}
+    for view in BOX_COLUMNS:
+        boxes = [sample.boxes[view] for sample in samples if view in sample.boxes]
+        sizes[view] = [(xmax - xmin, ymax - ymin) for xmin, ymin, xmax, ymax in boxes]
+    quantiles = {view: np.quantile(pairs, (0, 0.5, 1), axis=0) for view, pairs in sizes.items() if pairs}
+    rows = [[view, *(f"{w:.0f} x {h:.0f}" for w, h in table)] for view, table in quantiles.items()]
     show_table("width x height in pixels", ["of", "smallest", "median", "largest"], rows)
     title = f"{name}: {len(problems)} of {len(chosen)} decoded images are damaged"
     return [list_problems(title, problems)] if problems else []
-
-
-def _describe_doubts(name: str, split: Split, train: Split | None) -> int:
-    """Print which rows give a photo two labels, and which photos are training photos too; returns their number."""
-    conflicts = conflicting_labels(split)
-    if conflicts:
-        title = f"two labels for one photo, {len(conflicts):,} times in {name}"
-        note(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
-    shared = shared_photos(train, split) if name != "train" and train else []
-    if shared:
-        title = f"{len(shared):,} of {len(split.samples):,} {name} photos are training photos too; take them out of one"
-        note(list_problems(title, [f"{b.where} is {a.where}" for a, b in shared]))
-    return len(conflicts) + len(shared)
 
 
 if __name__ == "__main__":

@@ -298,8 +298,7 @@ def test_class_folders_that_are_none(tmp_path, capfd):
     photo(tmp_path / "train" / "hat" / "b.png")
     photo(tmp_path / "train" / "loose.png")
     assert len(read_split(tmp_path, "train").samples) == 6
-    out = capfd.readouterr().out
-    assert "1 file of a kind that cannot be read: a.heic; left out" in out and "left out: loose.png" in out
+    assert "1 file of a kind that cannot be read: a.heic; left out" in capfd.readouterr().out
     class_folders(tmp_path / "train", {"Hat": 1})
     with pytest.raises(ValueError, match="'Hat' and 'hat' differ by case"):
         read_split(tmp_path, "train")
