@@ -262,7 +262,7 @@ def paint_photo(rng: Random, garment: Garment, kind: Kind) -> tuple[Image.Image,
     shadow = [(left + x * scale, top + y * scale) for x, y in map(pose.place, garment.outline)]
     photo = paint_scene(rng, size, garment.dark, shadow, kind)
 
-    cloth, shape, outline = paint_garment(rng, garment, pose, scale)
+    cloth, shape, outline = paint_garment(rng, garment, pose, scale, left, top)
     mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
     photo.paste(cloth, corner, mask)
     xmin, ymin, xmax, ymax = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
@@ -301,7 +301,7 @@ def make_pose(rng: Random, garment: Garment) -> Pose:
 
 
 def paint_garment(
-    rng: Random, garment: Garment, pose: Pose, scale: float
+    rng: Random, garment: Garment, pose: Pose, scale: float, left: int = 0, top: int = 0
 ) -> tuple[Image.Image, Image.Image, list[Point]]:
     """Return the cloth in light and shade, MARGIN pixels wider than the garment on all sides, its shape and outline.
 
@@ -311,7 +311,8 @@ def paint_garment(
 
     def on_canvas(point: Point) -> Point:
         x, y = pose.place(point)
-        return (x * scale + MARGIN) * SUPERSAMPLING, (y * scale + MARGIN) * SUPERSAMPLING
+        x, y = left + x * scale, top + y * scale  # rounded as in the photo: without it some pixels differ
+        return (x - (left - MARGIN)) * SUPERSAMPLING, (y - (top - MARGIN)) * SUPERSAMPLING
 
     outline = [on_canvas(point) for point in garment.outline]
     shape = Image.new("L", canvas)
