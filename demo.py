@@ -61,6 +61,7 @@ SILHOUETTES = (
 )
 
 Point = tuple[float, float]
+Place = Callable[[Point], Point]  # to the place of a garment's point, from the upper left corner of its bounds
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 Progress = Callable[[int], object]
@@ -255,14 +256,14 @@ def paint_photo(rng: Random, garment: Garment, kind: Kind) -> tuple[Image.Image,
     if rng.random() < 0.3:  # landscape
         size.reverse()
     width, height = size
-    pose = make_pose(rng, garment)
-    scale = min(rng.uniform(*kind.height) * height / pose.height, 0.8 * width / pose.width)
-    left = rng.randint(MARGIN, width - MARGIN - math.ceil(scale * pose.width))
-    top = rng.randint(MARGIN, height - MARGIN - math.ceil(scale * pose.height))
-    shadow = [(left + x * scale, top + y * scale) for x, y in map(pose.place, garment.outline)]
+    place, garment_width, garment_height = make_pose(rng, garment)
+    scale = min(rng.uniform(*kind.height) * height / garment_height, 0.8 * width / garment_width)
+    left = rng.randint(MARGIN, width - MARGIN - math.ceil(scale * garment_width))
+    top = rng.randint(MARGIN, height - MARGIN - math.ceil(scale * garment_height))
+    shadow = [(left + x * scale, top + y * scale) for x, y in map(place, garment.outline)]
     photo = paint_scene(rng, size, garment.dark, shadow, kind)
 
-    cloth, shape, outline = paint_garment(rng, garment, pose, scale, left, top)
+    cloth, shape, outline = paint_garment(rng, garment, place, scale, left, top)
     mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
     photo.paste(cloth, corner, mask)
     xmin, ymin, xmax, ymax = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
@@ -274,15 +275,8 @@ def paint_photo(rng: Random, garment: Garment, kind: Kind) -> tuple[Image.Image,
     return photo, box, cutout
 
 
-class Pose(NamedTuple):
-    """How a garment hangs. `place` rotates, shears and stretches its points; the bounds begin at (0, 0)."""
-
-    place: Callable[[Point], Point]
-    width: float
-    height: float
-
-
-def make_pose(rng: Random, garment: Garment) -> Pose:
+def make_pose(rng: Random, garment: Garment) -> tuple[Place, float, float]:
+    """How a garment hangs: rotated, sheared and stretched. Return this and the width and height of the result."""
     angle = math.radians(rng.uniform(-12, 12))
     shear = rng.uniform(-0.08, 0.08)
     stretch = rng.uniform(0.92, 1.08)
@@ -297,20 +291,21 @@ def make_pose(rng: Random, garment: Garment) -> Pose:
 
     xs, ys = zip(*map(turn, garment.outline))
     left, top = min(xs), min(ys)
-    return Pose(place, max(xs) - left, max(ys) - top)
+    return place, max(xs) - left, max(ys) - top
 
 
 def paint_garment(
-    rng: Random, garment: Garment, pose: Pose, scale: float, left: int = 0, top: int = 0
+    rng: Random, garment: Garment, place: Place, scale: float, left: int = 0, top: int = 0
 ) -> tuple[Image.Image, Image.Image, list[Point]]:
     """Return the cloth in light and shade, MARGIN pixels wider than the garment on all sides, its shape and outline.
 
     The shape (L) and the outline have SUPERSAMPLING times the cloth's resolution.
     """
-    canvas = [(math.ceil(scale * side) + 2 * MARGIN) * SUPERSAMPLING for side in (pose.width, pose.height)]
+    size = map(max, zip(*map(place, garment.outline)))
+    canvas = [(math.ceil(scale * side) + 2 * MARGIN) * SUPERSAMPLING for side in size]
 
     def on_canvas(point: Point) -> Point:
-        x, y = pose.place(point)
+        x, y = place(point)
         x, y = left + x * scale, top + y * scale  # rounded as in the photo: without it some pixels differ
         return (x - (left - MARGIN)) * SUPERSAMPLING, (y - (top - MARGIN)) * SUPERSAMPLING
 
@@ -387,8 +382,8 @@ def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Poi
 def paint_other(rng: Random, scene: Image.Image, haze: Colour) -> None:
     """Paint an unlabelled garment: out of focus and pale, sometimes cut off by the photo's edge."""
     garment = make_garment(rng, 0)
-    pose = make_pose(rng, garment)
-    cloth, shape, _ = paint_garment(rng, garment, pose, rng.uniform(0.12, 0.40) * scene.height / pose.height)
+    place, _, height = make_pose(rng, garment)
+    cloth, shape, _ = paint_garment(rng, garment, place, rng.uniform(0.12, 0.40) * scene.height / height)
     blur = ImageFilter.GaussianBlur(rng.uniform(0.8, 1.4))
     cloth = Image.blend(cloth.filter(blur), Image.new("RGB", cloth.size, haze), rng.uniform(0.25, 0.5))
     x = round(rng.uniform(-0.4 * cloth.width, scene.width - 0.6 * cloth.width))
