@@ -283,9 +283,8 @@ def shift_scale_rotate(x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 
 class Warp(torch.nn.Module):
     """Apply groups of distortions in one resampling: several cost as much as one. The border is reflected.
 
-    A group is (probability, distortions): with this probability, one of them is applied. A distortion maps a grid of
-    places in the result to the places that the pixels come from. A box becomes the bounds of the pixels that come from
-    inside it, without mirror images.
+    A group is (probability, distortions): with this probability, one of them is applied; it maps the grid of the result
+    to where the pixels come from. A box becomes the bounds of the pixels from inside it, without mirror images.
     """
 
     def __init__(self, *groups: tuple[float, list[Callable]]):
@@ -322,9 +321,9 @@ def cutmix(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """CutMix (Yun et al. 2019) in a batch, images (N, 3, H, W) and targets {head: (N, ...)}, drawn from `seed` alone.
 
-    Each of `labels` has a paste of its own: a rectangle, the same in all images, from another, unmixed image of the
-    batch. The label's int64 targets (N,) become probabilities, float32 (N, classes), mixed by the rectangle's area. An
-    unknown target, -1, counts as all zeros. `("joint",)`: one paste mixes all labels of `classes`.
+    Each of `labels` has a paste of its own: a rectangle, the same in all images, from another, unmixed image. Its int64
+    targets (N,) become probabilities, float32 (N, classes), mixed by the rectangle's area; an unknown target, -1, counts
+    as all zeros. `("joint",)`: one paste mixes all labels of `classes`.
     """
     if not labels or len(images) < 2:
         return images, targets

@@ -120,7 +120,7 @@ def draw(
                 (unfinished / split / name).parent.mkdir(parents=True)
             columns = ["image_name", *(BOX_COLUMNS if split != "test" else ()), *LABEL_FREQUENCIES]
             draw_one = partial(draw_photo, unfinished / split, seed, split, kind)
-            rows = draw_photos(draw_one, photos, processes, progress)
+            rows = draw_all(draw_one, photos, processes, progress)
             write_csv(unfinished / f"Fashion-How24_sub1_{split}.csv", columns, rows)
         os.rename(unfinished, out)
 
@@ -139,9 +139,7 @@ def cached() -> Path:
     return out
 
 
-def draw_photos(
-    draw_one: Callable[[int], list], photos: int, processes: int | None, progress: Progress
-) -> Iterator[list]:
+def draw_all(draw_one: Callable[[int], list], photos: int, processes: int | None, progress: Progress) -> Iterator[list]:
     """Yield `draw_one(i)`, a row of the CSV, for each photo in order."""
     # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
