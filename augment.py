@@ -322,8 +322,8 @@ def cutmix(
     """CutMix (Yun et al. 2019) in a batch, images (N, 3, H, W) and targets {head: (N, ...)}, drawn from `seed` alone.
 
     Each of `labels` has a paste of its own: a rectangle, the same in all images, from another, unmixed image. Its int64
-    targets (N,) become probabilities, float32 (N, classes), mixed by the rectangle's area; an unknown target, -1, counts
-    as all zeros. `("joint",)`: one paste mixes all labels of `classes`.
+    targets (N,) become probabilities, float32 (N, classes), mixed by the rectangle's area; unknown ones, -1, become
+    zeros. `("joint",)`: one paste mixes all labels of `classes`.
     """
     if not labels or len(images) < 2:
         return images, targets
