@@ -1,7 +1,6 @@
 """Random augmentation of training images. `augmentation` is the list to edit.
 
-A transform takes a uint8 image (3, H, W) and draws from torch's generator. A transform that moves pixels also takes
-the boxes of `--box-head` and moves them alike.
+A transform takes a uint8 image (3, H, W) and draws from torch's generator. One that moves pixels also takes boxes.
 """
 
 import math
@@ -18,13 +17,14 @@ from torchvision.tv_tensors import BoundingBoxes, wrap
 
 from cli import usage_error
 
+Grid = tuple[Tensor, Tensor]  # x (W,) and y (H, 1), or both (H, W), in half sides from the middle of the image
+
 
 def augmentation(kind: str) -> Callable:
     """The transforms of `--augment` "basic", "randaugment" or "none". Add one of torchvision's v2 as a line of its own.
 
-    It keeps the image's size; put one that takes no boxes (it moves nothing) into `KeepBoxes`. The result maps a uint8
-    image (3, H, W) to one of the same shape, or (image, boxes in XYXY) to both. The image does not depend on whether
-    boxes come with it.
+    Put one that moves no pixels into `KeepBoxes`. The result maps a uint8 image (3, H, W) to one of the same shape, or
+    (image, boxes in XYXY) to both. The image does not depend on whether boxes come with it.
     """
     if kind == "none":
         return v2.Identity()
@@ -45,7 +45,7 @@ def augmentation(kind: str) -> Callable:
 
 
 class KeepBoxes(torch.nn.Module):
-    """Apply a transform to the image alone and return the boxes unchanged: for transforms that move no pixels."""
+    """Apply a transform to the image alone: for transforms that move no pixels."""
 
     def __init__(self, transform: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -84,11 +84,10 @@ def randaugment(image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | t
         masks = inside(boxes, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8)
     for _ in range(2):
         index = int(torch.randint(14, ()))
-        signed, geometric = 1 <= index <= 9, 1 <= index <= 5
-        sign = -1 if signed and torch.rand(()) <= 0.5 else 1
+        sign = -1 if 1 <= index <= 9 and torch.rand(()) <= 0.5 else 1
         operation = operations(height, width, sign)[index]
         image = operation(image)
-        if geometric and boxes is not None:
+        if 1 <= index <= 5 and boxes is not None:
             masks = operation(masks)
     return image if boxes is None else (image, bounds(masks, boxes))
 
@@ -150,11 +149,9 @@ def shift_hue(pixels: Tensor, turns: float) -> Tensor:
     chroma = high - low
     hue = torch.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)  # in sixths of a turn
     hue = torch.where(high == red, green - blue, hue) + (chroma * round(192 * turns) >> 5)
-    channels = []
-    for primary in (0, 2, 4):  # red, green, blue: each grows with the distance of the hue from the opposite one
-        distance = ((hue - chroma * primary).abs_() - 3 * chroma).abs_()
-        channels.append(torch.minimum((distance - chroma).clamp_(min=0), chroma) + low)
-    return torch.stack(channels)
+    primary = torch.tensor([[[0]], [[2]], [[4]]], dtype=torch.int16)
+    distance = ((hue - chroma * primary).abs_() - 3 * chroma).abs_()  # from the hue opposite to red, green, blue
+    return torch.minimum((distance - chroma).clamp_(min=0), chroma).add_(low)
 
 
 BINS = torch.arange(256, dtype=torch.int32)
@@ -164,8 +161,8 @@ REST_SPREAD = torch.minimum(BINS // (256 // BINS.clamp(min=1)[:, None]) + 1, BIN
 def clahe(image: Tensor, clip: float = 6, tiles: int = 16) -> Tensor:
     """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994) of the luma; all channels change by as much.
 
-    Each of tiles x tiles parts has a curve, from its histogram clipped at a random 1 to `clip` times its mean. The
-    curve of a pixel is interpolated between those of the four nearest tiles.
+    Each tile has a curve, from its histogram clipped at a random 1 to `clip` times its mean. The curve of a pixel is
+    interpolated between those of the four nearest tiles.
     """
     grey = luma(image.short()).int()
     (row, top, bottom, y_weight), (column, left, right, x_weight) = (tile_places(side, tiles) for side in grey.shape)
@@ -174,8 +171,7 @@ def clahe(image: Tensor, clip: float = 6, tiles: int = 16) -> Tensor:
     counts = torch.bincount(index.flatten(), minlength=256 * columns * rows).view(-1, 256).int()
     pixels = counts.sum(1, keepdim=True, dtype=torch.int32)
     clipped = torch.minimum(counts, (uniform(1, clip) * pixels / 256).int().clamp(min=1))
-    # The excess is spread as OpenCV does it: evenly, and the rest of it, one a bin, from bin 0 up. Tiles of fewer than
-    # 256 pixels have nothing but this rest, and it brightens them: much of what CLAHE does to an image of 224 px.
+    # As OpenCV does it: the excess is spread evenly, and its rest one a bin, from bin 0 up.
     excess = pixels - clipped.sum(1, keepdim=True, dtype=torch.int32)
     spread = REST_SPREAD.index_select(0, excess[:, 0] % 256).addcmul_(excess // 256, BINS + 1)
     curves = ((clipped.cumsum(1, dtype=torch.int32) + spread) * (255 / pixels)).flatten()
@@ -210,10 +206,8 @@ def motion_blur(image: Tensor) -> Tensor:
     angle, bias = uniform(0, 2 * math.pi), uniform(-1, 1)
     start, stop = (-1, 1 - abs(bias)) if bias < 0 else (-1 + bias, 1)
     shift_y, shift_x = uniform(-0.5, 0.5), uniform(-0.5, 0.5)
-    offsets = set()
-    for t in (start, (start + stop) / 2, stop):
-        y, x = round(math.sin(angle) * t + shift_y), round(math.cos(angle) * t + shift_x)
-        offsets.add((min(max(y, -1), 1), min(max(x, -1), 1)))
+    places = (start, (start + stop) / 2, stop)
+    offsets = {(round(math.sin(angle) * at + shift_y), round(math.cos(angle) * at + shift_x)) for at in places}
     (height, width), padded = image.shape[-2:], F.pad(image.float(), (1, 1, 1, 1), mode="reflect")
     parts = [padded[:, 1 + y : 1 + y + height, 1 + x : 1 + x + width] for y, x in sorted(offsets)]
     return to_uint8(sum(parts) / len(parts))
@@ -258,14 +252,14 @@ def holes(image: Tensor) -> Tensor:
     return image
 
 
-def lens_distortion(x: Tensor, y: Tensor, limit: float = 0.5) -> tuple[Tensor, Tensor]:
+def lens_distortion(x: Tensor, y: Tensor, limit: float = 0.5) -> Grid:
     """Radial distortion of a lens: 1 + k r^2 + k r^4 with |k| up to `limit`, and r = 0.5 at the middle of a side."""
     r2 = (x * x + y * y) / 4
     factor = 1 + uniform(-limit, limit) * (r2 + r2 * r2)
     return x * factor, y * factor
 
 
-def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) -> tuple[Tensor, Tensor]:
+def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) -> Grid:
     """Stretch each of `steps` parts of a side by up to +- `limit`, then scale them to fill the side again."""
 
     def stretch(at: Tensor) -> Tensor:
@@ -278,9 +272,7 @@ def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) ->
     return stretch(x), stretch(y)
 
 
-def shift_scale_rotate(
-    x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 0.2, degrees: float = 20
-) -> tuple[Tensor, Tensor]:
+def shift_scale_rotate(x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 0.2, degrees: float = 20) -> Grid:
     """Shift by up to `shift` of the side, scale by 1 +- `scale`, rotate by +- `degrees`."""
     angle, size = math.radians(uniform(-degrees, degrees)), 1 + uniform(-scale, scale)
     dx, dy = 2 * uniform(-shift, shift), 2 * uniform(-shift, shift)
@@ -291,9 +283,8 @@ def shift_scale_rotate(
 class Warp(torch.nn.Module):
     """Apply groups of distortions in one resampling: several cost as much as one. The border is reflected.
 
-    A group is (probability, distortions): with this probability, one of them is applied. A distortion maps coordinates
-    of the result, x (W,) and y (H, 1), or both (H, W), in half sides from the middle, to the places that the pixels
-    come from. A box becomes the bounds of the pixels that come from inside it, without mirror images.
+    A group is (probability, distortions): with this probability, one of them is applied; it maps the grid of the result
+    to where the pixels come from. A box becomes the bounds of the pixels from inside it, without mirror images.
     """
 
     def __init__(self, *groups: tuple[float, list[Callable]]):
@@ -330,21 +321,20 @@ def cutmix(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """CutMix (Yun et al. 2019) in a batch, images (N, 3, H, W) and targets {head: (N, ...)}, drawn from `seed` alone.
 
-    Each of `labels` has a paste of its own: a rectangle, the same in all images, from another, unmixed image of the
-    batch. The label's int64 targets (N,) become probabilities, float32 (N, classes), mixed by the rectangle's area. An
-    unknown target, -1, counts as all zeros. `("joint",)`: one paste mixes all labels of `classes`.
+    Each of `labels` has a paste of its own: a rectangle, the same in all images, from another, unmixed image. Its int64
+    targets (N,) become probabilities, float32 (N, classes), mixed by the rectangle's area; unknown ones, -1, become
+    zeros. `("joint",)`: one paste mixes all labels of `classes`.
     """
     if not labels or len(images) < 2:
         return images, targets
     generator, mixed, targets = torch.Generator().manual_seed(seed), images.clone(), dict(targets)
+    sides = images.shape[-2:]
     for pasted in [list(classes)] if "joint" in labels else [[label] for label in labels]:
         offset = int(torch.randint(1, len(images), (), generator=generator))  # to the partner: never the image itself
         area, *middle = torch.rand(3, generator=generator).tolist()
         half = area**0.5 / 2
-        rows, columns = (
-            slice(round(max(m - half, 0) * side), round(min(m + half, 1) * side))
-            for m, side in zip(middle, images.shape[-2:])
-        )
+        spans = [(max(center - half, 0), min(center + half, 1)) for center in middle]
+        rows, columns = (slice(round(low * side), round(high * side)) for (low, high), side in zip(spans, sides))
         mixed[..., rows, columns] = images[..., rows, columns].roll(offset, 0)
         weight = mixed[0, 0, rows, columns].numel() / mixed[0, 0].numel()
         for label in pasted:
@@ -355,11 +345,9 @@ def cutmix(
 
 
 def check_cutmix(labels: Sequence[str], classes: Sequence[str]) -> None:
-    """Raises BadParameter where CutMix is asked for a label that is not there, twice, or both jointly and for one."""
-    for i, label in enumerate(labels):
+    """Raise BadParameter for a label that is not there or given twice, or "joint" and another."""
+    for label in labels:
         if label not in (*classes, "joint"):
             raise usage_error("--cutmix", f"there is no label {label!r}; choose of {', '.join(classes)}, or joint")
-        if label in labels[:i]:
-            raise usage_error("--cutmix", f"{label} is given twice")
-        if "joint" in labels and len(labels) > 1:
-            raise usage_error("--cutmix", "joint mixes every label already; give it alone")
+    if len(set(labels)) < len(labels) or ("joint" in labels and len(labels) > 1):
+        raise usage_error("--cutmix", "give no label twice, and joint, which mixes all labels, alone")

@@ -3,41 +3,34 @@
     python demo.py OUT --train 2400 --val 400 --test 400 --seed 0
     python demo.py OUT --hard                                       # smaller garments among others, in more clutter
 
-writes `OUT/Fashion-How24_sub1_{train,val,test}.csv` and the photos under `OUT/{train,val,test}/`; about 3,200 photos in
-7 s on two cores. The test CSV has labels but no boxes. `--data demo` draws the same set into the user's cache folder.
+writes the CSVs and the photos, about 3,200 in 7 s on two cores. `--data demo` draws the same set into the user's cache.
 
 Each photo is a cluttered, slightly blurred scene with one sharp garment in it. What the labels mean here:
 Daily is the garment's silhouette, Gender the pattern of its cloth, Embellishment the number of ornaments sewn on it
 (none, one, many). Colours, sizes, places and scenes are independent of the labels. Two thirds of the photos come in
 pairs of one garment. Photo `i` of a split depends on (seed, split, i) alone; under one Pillow release the bytes of a
-seed never change.
-
-With `--hard` the garment takes 15 to 60 % of the photo's height, amid twice the clutter and two to four other garments.
-The labelled garment is in focus, complete and in front; the others are out of focus as the scene is, paler, partly
-hidden by furniture or cut off by the photo's edge, and sometimes larger.
+seed never change. With `--hard` garments are smaller, and among others: out of focus, paler, and partly hidden.
 """
 
 import colorsys
-import csv
 import math
 import multiprocessing
 import os
-import random
-import shutil
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 from typing import Annotated, NamedTuple
 
 import PIL
 import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from cli import progress as progress_bar, run_app, say, usage_error
+from cli import progress as progress_bar, run_app, say, usage_error, write_csv
 
 DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400
@@ -51,8 +44,9 @@ LABEL_FREQUENCIES = {  # of each class, in the order of data.py's CLASS_NAMES
 PLAIN, UPRIGHT, ACROSS, CHECKS, DOTS = range(5)  # the prints, by Gender: mannish, unisex, girlish, elegant, sexy
 FOLDERS = ("1209/BO{:05d}", "1906/JK{:05d}", "2COAT 2019/co{:04d}", "3DRESS 2018/dr{:04d}", "KNIT 2020/kn{:05d}")
 FILE_KINDS = {"jpg": 0.80, "grey jpg": 0.05, "png": 0.05, "grey png": 0.02, "rgba png": 0.08}
-SAVING = {"jpg": {"quality": 90}, "png": {"compress_level": 1}}
-IN_PROCESS = 64  # fewer photos than this are drawn without worker processes
+MARGIN = 6  # pixels between a garment and the photo's edge, at least
+SUPERSAMPLING = 2  # garments are drawn this much larger, then averaged
+SCENE_SHRINK = 3  # scenes are drawn this much smaller, then enlarged: out of focus, and quick
 
 # Silhouettes by Daily (loungewear, light outing, office, formal, event, sportswear): the right half from collar to hem,
 # x from the middle line (0) to the widest point (1), y from -1 to 1, and width over height. None is another one
@@ -65,32 +59,12 @@ SILHOUETTES = (
     (((0.28, -1.00), (0.62, -0.36), (0.40, -0.36), (0.82, 0.30), (0.58, 0.30), (1.00, 1.00)), 0.70),  # tiered gown
     (((0.56, -1.00), (0.66, -0.55), (1.00, 1.00), (0.46, 1.00), (0.00, -0.20)), 0.65),  # trousers
 )
-SHORT_SIDE, LONG_SIDE, LANDSCAPE = (270, 320), (360, 430), 0.3  # pixels, pixels, fraction of the photos
-MAX_GARMENT_WIDTH = 0.8  # of the photo's width
-MARGIN = 6  # pixels between a garment and the photo's edge, at least
-MAX_ANGLE = 12  # degrees
-FOLDS = (4, 5)  # spots of light and shade across a garment
-CUTOUT_RIMS = (12, 120)  # transparent photos keep half of this of the scene around the garment, supersampled pixels
-POINT_JITTER = 0.05
-DARK_CLOTH, LIGHT_CLOTH = (35, 85), (165, 215)  # brightness, 0..255
-DARK_SCENE, LIGHT_SCENE = (40, 105), (150, 215)
-PRINT_CONTRAST = (32, 90)
-PRINT_PERIODS = (0.22, 0.34)
-MANY = (5, 9)  # ornaments
-ORNAMENT_LUMAS = ((200, 245), (10, 60))  # rim and middle, either way round
-ORNAMENT_RADII = (0.07, 0.125)
-SUPERSAMPLING = 2  # garments are drawn this much larger, then averaged
-GRAIN = 0.05
-SCENE_SHRINK = 3  # scenes are drawn this much smaller, then enlarged: out of focus, and quick
-OTHER_HEIGHT = (0.12, 0.40)  # of other garments, as a fraction of the photo's
-OTHER_BLUR = (0.8, 1.4)  # scene pixels
-OTHER_PALENESS = (0.25, 0.5)  # fraction of haze
 
 Point = tuple[float, float]
+Place = Callable[[Point], Point]  # to the place of a garment's point, from the upper left corner of its bounds
 Colour = tuple[int, int, int]
-Progress = Callable[[int], object]
 Box = tuple[int, int, int, int]
-Row = tuple[str, Box, tuple[int, ...]]  # file name, box, labels
+Progress = Callable[[int], object]
 
 
 class Kind(NamedTuple):
@@ -112,15 +86,12 @@ class Garment(NamedTuple):
     name: str
     labels: tuple[int, ...]
     outline: list[Point]
+    dark: bool
     cloth: Colour
-    cloth_luma: float
     print_colour: Colour
     print_period: float
     print_phase: Point
-    ornaments: list[Point]
-    ornament_kind: int
-    ornament_radius: float
-    ornament_colours: tuple[Colour, Colour]
+    ornaments: list[tuple[list[Point], Colour]]  # polygons
 
 
 def draw(
@@ -141,13 +112,17 @@ def draw(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder")
     out = out.resolve()
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}-{threading.get_ident()}")
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        unfinished = Path(temporary, "demo")
         for split, photos in zip(SPLITS, (train, val, test)):
-            draw_split(unfinished, split, photos, seed, processes, progress, kind)
+            for name in FOLDERS:
+                (unfinished / split / name).parent.mkdir(parents=True)
+            columns = ["image_name", *(BOX_COLUMNS if split != "test" else ()), *LABEL_FREQUENCIES]
+            draw_one = partial(draw_photo, unfinished / split, seed, split, kind)
+            rows = draw_all(draw_one, photos, processes, progress)
+            write_csv(unfinished / f"Fashion-How24_sub1_{split}.csv", columns, rows)
         os.rename(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def cached() -> Path:
@@ -164,94 +139,64 @@ def cached() -> Path:
     return out
 
 
-def draw_split(
-    folder: Path, split: str, photos: int, seed: int, processes: int | None, progress: Progress, kind: Kind
-) -> None:
-    for name in FOLDERS:
-        (folder / split / name).parent.mkdir(parents=True)
-    with_boxes = split != "test"
-    draw_one = partial(draw_photo, folder / split, seed, split, kind)
-    with (folder / f"Fashion-How24_sub1_{split}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image_name", *(BOX_COLUMNS if with_boxes else ()), *LABEL_FREQUENCIES])
-        for name, box, labels in draw_photos(draw_one, photos, processes):
-            writer.writerow([name, *(box if with_boxes else ()), *labels])
-            progress(1)
-
-
-def draw_photos(draw_one: Callable[[int], Row], photos: int, processes: int | None) -> Iterator[Row]:
-    """Yield `draw_one(i)` for each photo in order, from several processes where that pays."""
-    if processes is None:
-        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if processes == 1 or photos < IN_PROCESS:
-        yield from map(draw_one, range(photos))
-        return
-    # A forked worker does not import the running script, and torch with it, again.
+def draw_all(draw_one: Callable[[int], list], photos: int, processes: int | None, progress: Progress) -> Iterator[list]:
+    """Yield `draw_one(i)`, a row of the CSV, for each photo in order."""
+    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(processes, context, initializer=start_worker) as pool:
-        yield from pool.map(draw_one, range(photos), chunksize=16)
-
-
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    workers = nullcontext()
+    if processes != 1:
+        workers = context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with workers as pool:
+        rows = pool.imap(draw_one, range(photos), chunksize=16) if pool else map(draw_one, range(photos))
+        for row in rows:
+            progress(1)
+            yield row
 
 
 # Garments
 
 
-def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> Row:
-    """Draw and save one photo. The box's xmax and ymax are exclusive."""
+def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> list:
+    """Draw and save one photo, and return its row of the CSV. The box's xmax and ymax are exclusive."""
     group, place = divmod(index, 3)  # of three photos the first two show one garment
     number = 2 * group + place // 2
-    rng = random.Random(f"{kind.seed_prefix}garment {seed} {split} {number}")
+    rng = Random(f"{kind.seed_prefix}garment {seed} {split} {number}")
     garment = make_garment(rng, number=len(SPLITS) * number + SPLITS.index(split) + 1)
-    rng = random.Random(f"{kind.seed_prefix}photo {seed} {split} {index}")
+    rng = Random(f"{kind.seed_prefix}photo {seed} {split} {index}")
     file_kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
     photo, box, cutout = paint_photo(rng, garment, kind)
     if "grey" in file_kind:
         photo = photo.convert("L")
     if "rgba" in file_kind:
         photo.putalpha(cutout)
-    extension = file_kind.split()[-1]
-    name = f"{garment.name}-{place % 2 + 1}.{extension}"
-    photo.save(folder / name, **SAVING[extension])
-    return name, box, garment.labels
+    name = f"{garment.name}-{place % 2 + 1}.{file_kind.split()[-1]}"
+    photo.save(folder / name, quality=90, compress_level=1)
+    return [name, *(box if split != "test" else ()), *garment.labels]
 
 
-def make_garment(rng: random.Random, number: int) -> Garment:
+def make_garment(rng: Random, number: int) -> Garment:
     labels = tuple(rng.choices(range(len(weights)), weights)[0] for weights in LABEL_FREQUENCIES.values())
     daily, _, embellishment = labels
     dark = rng.random() < 0.5
-    cloth_luma = rng.uniform(*(DARK_CLOTH if dark else LIGHT_CLOTH))
-    contrast = rng.uniform(*PRINT_CONTRAST)
+    luma = rng.uniform(35, 85) if dark else rng.uniform(165, 215)
+    contrast = rng.uniform(32, 90)
     outline = make_outline(rng, *SILHOUETTES[daily])
-    ornaments, radius = place_ornaments(rng, outline, (0, 1, rng.randint(*MANY))[embellishment])
-    ornament_colours = [make_colour(rng, rng.uniform(*luma), 1.0) for luma in ORNAMENT_LUMAS]
+    places, radius = place_ornaments(rng, outline, (0, 1, rng.randint(5, 9))[embellishment])
+    ornament_colours = [make_colour(rng, rng.uniform(*lumas), 1.0) for lumas in ((200, 245), (10, 60))]
     rng.shuffle(ornament_colours)
-    return Garment(
-        name=rng.choice(FOLDERS).format(number),
-        labels=labels,
-        outline=outline,
-        cloth=make_colour(rng, cloth_luma, 0.8),
-        cloth_luma=cloth_luma,
-        print_colour=make_colour(rng, cloth_luma + contrast if dark else cloth_luma - contrast, 0.8),
-        print_period=rng.uniform(*PRINT_PERIODS),
-        print_phase=(rng.random(), rng.random()),
-        ornaments=ornaments,
-        ornament_kind=rng.randrange(4),
-        ornament_radius=radius,
-        ornament_colours=tuple(ornament_colours),
-    )
+    name = rng.choice(FOLDERS).format(number)
+    cloth = make_colour(rng, luma, 0.8)
+    print_colour = make_colour(rng, luma + contrast if dark else luma - contrast, 0.8)
+    period, phase = rng.uniform(0.22, 0.34), (rng.random(), rng.random())
+    shape = ORNAMENTS[rng.randrange(4)]
+    ornaments = []
+    for x, y in places:
+        for size, colour in zip((radius, 0.6 * radius), ornament_colours):
+            ornaments.append(([(x + dx * size, y + dy * size) for dx, dy in shape], colour))
+    return Garment(name, labels, outline, dark, cloth, print_colour, period, phase, ornaments)
 
 
-def make_colour(rng: random.Random, luma: float, saturation: float) -> Colour:
+def make_colour(rng: Random, luma: float, saturation: float) -> Colour:
     """A colour of random hue with the brightness `luma`, 0..255, which a grey photo keeps."""
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, saturation), 1)
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
@@ -259,27 +204,25 @@ def make_colour(rng: random.Random, luma: float, saturation: float) -> Colour:
     return tuple(round(min(255, max(0, luma + strength * (channel - grey)))) for channel in (red, green, blue))
 
 
-def make_outline(rng: random.Random, half: tuple[Point, ...], aspect: float) -> list[Point]:
+def make_outline(rng: Random, half: tuple[Point, ...], aspect: float) -> list[Point]:
     """A closed outline, symmetric, of height 2: the jittered half, a neckline, and the half mirrored."""
     aspect *= rng.uniform(0.85, 1.15)
-    half = [(x + rng.uniform(-1, 1) * POINT_JITTER * (x > 0), y + rng.uniform(-1, 1) * POINT_JITTER) for x, y in half]
+    half = [(x + rng.uniform(-0.05, 0.05) * (x > 0), y + rng.uniform(-0.05, 0.05)) for x, y in half]
     neckline = (0.0, half[0][1] + rng.uniform(0.0, 0.22))
     right = [(x * aspect, y) for x, y in half]
     left = [(-x, y) for x, y in reversed(right) if x > 0]
     outline = [neckline, *right, *left]
     if rng.random() < 0.5:  # cut every corner, for a softer shape
-        outline = [
-            (ax + (bx - ax) * t, ay + (by - ay) * t)
-            for (ax, ay), (bx, by) in zip(outline, outline[1:] + outline[:1])
-            for t in (0.15, 0.85)
-        ]
+        corners, outline = outline, []
+        for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
+            outline += [(ax + (bx - ax) * t, ay + (by - ay) * t) for t in (0.15, 0.85)]
     return outline
 
 
-def place_ornaments(rng: random.Random, outline: list[Point], count: int) -> tuple[list[Point], float]:
+def place_ornaments(rng: Random, outline: list[Point], count: int) -> tuple[list[Point], float]:
     """Return `count` places on the cloth, apart from each other, and the radius at which the ornaments fit there."""
     width = max(x for x, _ in outline)
-    radius = rng.uniform(*ORNAMENT_RADII)
+    radius = rng.uniform(0.07, 0.125)
     while True:
         places: list[Point] = []
         for _ in range(200):
@@ -305,49 +248,34 @@ def inside(point: Point, outline: list[Point]) -> bool:
 # Photos
 
 
-def paint_photo(rng: random.Random, garment: Garment, kind: Kind) -> tuple[Image.Image, Box, Image.Image]:
+def paint_photo(rng: Random, garment: Garment, kind: Kind) -> tuple[Image.Image, Box, Image.Image]:
     """Return the photo, the garment's box in it, and the alpha channel (L) that a transparent photo gets."""
-    size = [rng.randint(*SHORT_SIDE), rng.randint(*LONG_SIDE)]
-    if rng.random() < LANDSCAPE:
+    size = [rng.randint(270, 320), rng.randint(360, 430)]
+    if rng.random() < 0.3:  # landscape
         size.reverse()
     width, height = size
-    pose = make_pose(rng, garment)
-    scale = min(rng.uniform(*kind.height) * height / pose.height, MAX_GARMENT_WIDTH * width / pose.width)
-    garment_width, garment_height = math.ceil(scale * pose.width), math.ceil(scale * pose.height)
-    left = rng.randint(MARGIN, width - MARGIN - garment_width)
-    top = rng.randint(MARGIN, height - MARGIN - garment_height)
-    shadow = [pose.place(point, scale, left, top) for point in garment.outline]
-    photo = paint_scene(rng, (width, height), garment.cloth_luma, shadow, kind)
+    place, garment_width, garment_height = make_pose(rng, garment)
+    scale = min(rng.uniform(*kind.height) * height / garment_height, 0.8 * width / garment_width)
+    left = rng.randint(MARGIN, width - MARGIN - math.ceil(scale * garment_width))
+    top = rng.randint(MARGIN, height - MARGIN - math.ceil(scale * garment_height))
+    shadow = [(left + x * scale, top + y * scale) for x, y in map(place, garment.outline)]
+    photo = paint_scene(rng, size, garment.dark, shadow, kind)
 
-    cloth, shape, outline = paint_garment(rng, garment, pose, scale, left, top)
+    cloth, shape, outline = paint_garment(rng, garment, place, scale, left, top)
     mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
     photo.paste(cloth, corner, mask)
     xmin, ymin, xmax, ymax = mask.point(lambda alpha: 255 * (alpha > 127)).getbbox()
     box = (xmin + corner[0], ymin + corner[1], xmax + corner[0], ymax + corner[1])
 
-    cutout = Image.new("L", (width, height))
-    ImageDraw.Draw(shape).line([*outline, outline[0]], fill=255, width=rng.choice(CUTOUT_RIMS), joint="curve")
+    cutout = Image.new("L", size)  # keeps a narrow or a wide rim of the scene around the garment
+    ImageDraw.Draw(shape).line([*outline, outline[0]], fill=255, width=rng.choice((12, 120)), joint="curve")
     cutout.paste(shape.reduce(SUPERSAMPLING), corner)
     return photo, box, cutout
 
 
-class Pose(NamedTuple):
-    """How a garment hangs. `turn` rotates, shears and stretches its points; the rest bounds what it returns."""
-
-    turn: Callable[[Point], Point]
-    left: float
-    top: float
-    width: float
-    height: float
-
-    def place(self, point: Point, scale: float, left: int, top: int) -> Point:
-        """The place of a garment's point in the photo, in pixels, if the garment's bounds begin at (left, top)."""
-        x, y = self.turn(point)
-        return left + (x - self.left) * scale, top + (y - self.top) * scale
-
-
-def make_pose(rng: random.Random, garment: Garment) -> Pose:
-    angle = math.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
+def make_pose(rng: Random, garment: Garment) -> tuple[Place, float, float]:
+    """How a garment hangs: rotated, sheared and stretched. Return this and the width and height of the result."""
+    angle = math.radians(rng.uniform(-12, 12))
     shear = rng.uniform(-0.08, 0.08)
     stretch = rng.uniform(0.92, 1.08)
 
@@ -355,42 +283,47 @@ def make_pose(rng: random.Random, garment: Garment) -> Pose:
         x, y = point[0] * stretch + shear * point[1], point[1]
         return x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
 
+    def place(point: Point) -> Point:
+        x, y = turn(point)
+        return x - left, y - top
+
     xs, ys = zip(*map(turn, garment.outline))
-    return Pose(turn, min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+    left, top = min(xs), min(ys)
+    return place, max(xs) - left, max(ys) - top
 
 
 def paint_garment(
-    rng: random.Random, garment: Garment, pose: Pose, scale: float, left: int = 0, top: int = 0
+    rng: Random, garment: Garment, place: Place, scale: float, left: int = 0, top: int = 0
 ) -> tuple[Image.Image, Image.Image, list[Point]]:
     """Return the cloth in light and shade, MARGIN pixels wider than the garment on all sides, its shape and outline.
 
     The shape (L) and the outline have SUPERSAMPLING times the cloth's resolution.
     """
-    canvas = tuple((math.ceil(scale * side) + 2 * MARGIN) * SUPERSAMPLING for side in (pose.width, pose.height))
+    size = map(max, zip(*map(place, garment.outline)))
+    canvas = [(math.ceil(scale * side) + 2 * MARGIN) * SUPERSAMPLING for side in size]
 
     def on_canvas(point: Point) -> Point:
-        x, y = pose.place(point, scale, left, top)
+        x, y = place(point)
+        x, y = left + x * scale, top + y * scale  # rounded as in the photo: without it some pixels differ
         return (x - (left - MARGIN)) * SUPERSAMPLING, (y - (top - MARGIN)) * SUPERSAMPLING
 
     outline = [on_canvas(point) for point in garment.outline]
     shape = Image.new("L", canvas)
     ImageDraw.Draw(shape).polygon(outline, fill=255)
-    cloth = paint_cloth(garment, canvas, on_canvas, scale * SUPERSAMPLING).reduce(SUPERSAMPLING)
-    folds = Image.frombytes("L", FOLDS, bytes(rng.randint(170, 255) for _ in range(math.prod(FOLDS))))
-    folds = folds.resize(cloth.size, Image.Resampling.BICUBIC)
-    return ImageChops.multiply(cloth, grey(folds)), shape, outline
-
-
-def grey(image: Image.Image) -> Image.Image:
-    return Image.merge("RGB", (image, image, image))
-
-
-def paint_cloth(
-    garment: Garment, canvas: tuple[int, int], on_canvas: Callable[[Point], Point], scale: float
-) -> Image.Image:
-    """The garment's cloth with print and ornaments, filling the canvas."""
     cloth = Image.new("RGB", canvas, garment.cloth)
     pen = ImageDraw.Draw(cloth)
+    paint_print(pen, garment, on_canvas, scale * SUPERSAMPLING)
+    for corners, colour in garment.ornaments:
+        pen.polygon([on_canvas(corner) for corner in corners], colour)
+    seam = tuple(channel * 2 // 3 for channel in garment.cloth)
+    pen.line([*outline, outline[0]], seam, 2 * SUPERSAMPLING)
+    cloth = cloth.reduce(SUPERSAMPLING)
+    folds = Image.frombytes("L", (4, 5), bytes(rng.randint(170, 255) for _ in range(20)))  # spots of light and shade
+    folds = folds.resize(cloth.size, Image.Resampling.BICUBIC)
+    return ImageChops.multiply(cloth, folds.convert("RGB")), shape, outline
+
+
+def paint_print(pen: ImageDraw.ImageDraw, garment: Garment, on_canvas: Callable[[Point], Point], scale: float) -> None:
     period = garment.print_period
     columns, rows = ([(step + phase) * period for step in range(-8, 9)] for phase in garment.print_phase)
     width = round(0.42 * period * scale)
@@ -405,15 +338,6 @@ def paint_cloth(
         for column, x in enumerate(columns):
             for y in rows:
                 pen.circle(on_canvas((x, y + period / 2 * (column % 2))), 0.27 * period * scale, garment.print_colour)
-    radius = garment.ornament_radius
-    edge, middle = garment.ornament_colours
-    for x, y in garment.ornaments:
-        for size, colour in ((radius, edge), (0.6 * radius, middle)):
-            corners = [on_canvas((x + dx * size, y + dy * size)) for dx, dy in ORNAMENTS[garment.ornament_kind]]
-            pen.polygon(corners, colour)
-    seam = [on_canvas(point) for point in [*garment.outline, garment.outline[0]]]
-    pen.line(seam, tuple(channel * 2 // 3 for channel in garment.cloth), 2 * SUPERSAMPLING)
-    return cloth
 
 
 def star(points: int, dent: float) -> list[Point]:
@@ -425,29 +349,27 @@ def star(points: int, dent: float) -> list[Point]:
 ORNAMENTS = (star(8, 0.93), star(5, 0.5), star(6, 0.6), star(4, 0.75))
 
 
-def paint_scene(
-    rng: random.Random, size: tuple[int, int], cloth_luma: float, shadow: list[Point], kind: Kind
-) -> Image.Image:
+def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Point], kind: Kind) -> Image.Image:
     """Paint a room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow."""
     width, height = small = (size[0] // SCENE_SHRINK, size[1] // SCENE_SHRINK)
-    luma = rng.uniform(*(LIGHT_SCENE if cloth_luma < 128 else DARK_SCENE))
+    luma = rng.uniform(150, 215) if dark_cloth else rng.uniform(40, 105)
 
     def tint(spread: float) -> Colour:
         return make_colour(rng, min(245, max(10, luma + rng.uniform(-spread, spread))), 0.6)
 
     light = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(small)
     scene = Image.composite(Image.new("RGB", small, tint(20)), Image.new("RGB", small, tint(20)), light)
-    pen = ImageDraw.Draw(scene)
     floor = rng.uniform(0.55, 0.9) * height
-    pen.polygon([(0, floor), (width, floor + rng.uniform(-8, 8)), (width, height), (0, height)], tint(30))
+    ground = [(0, floor), (width, floor + rng.uniform(-8, 8)), (width, height), (0, height)]
+    ImageDraw.Draw(scene).polygon(ground, tint(30))
     objects = rng.randint(*kind.objects)
     others = rng.sample(range(objects), rng.randint(*kind.others)) if kind.others else ()
     for i in range(objects):
         if i in others:
             paint_other(rng, scene, tint(20))
-        x, y = rng.uniform(-0.1, 1) * width, rng.uniform(-0.1, 1) * height
-        paint_object(rng, pen, x, y, rng.uniform(0.1, 0.35) * width, tint)
-    scene = Image.blend(scene, grey(Image.frombytes("L", small, rng.randbytes(width * height))), GRAIN)
+        paint_object(rng, scene, tint)
+    grain = Image.frombytes("L", small, rng.randbytes(width * height))
+    scene = Image.blend(scene, grain.convert("RGB"), 0.05)
     shade = Image.new("L", small)
     dx, dy = rng.uniform(-3, 3), rng.uniform(1, 4)
     ImageDraw.Draw(shade).polygon([(x / SCENE_SHRINK + dx, y / SCENE_SHRINK + dy) for x, y in shadow], fill=90)
@@ -455,25 +377,23 @@ def paint_scene(
     return scene.resize(size, Image.Resampling.BICUBIC)
 
 
-def paint_other(rng: random.Random, scene: Image.Image, haze: Colour) -> None:
-    """Paint an unlabelled garment: out of focus and pale, sometimes cut off by the photo's edge.
-
-    What is painted later may hide part of it.
-    """
+def paint_other(rng: Random, scene: Image.Image, haze: Colour) -> None:
+    """Paint an unlabelled garment: out of focus and pale, sometimes cut off by the photo's edge."""
     garment = make_garment(rng, 0)
-    pose = make_pose(rng, garment)
-    cloth, shape, _ = paint_garment(rng, garment, pose, rng.uniform(*OTHER_HEIGHT) * scene.height / pose.height)
-    blur = ImageFilter.GaussianBlur(rng.uniform(*OTHER_BLUR))
-    cloth = Image.blend(cloth.filter(blur), Image.new("RGB", cloth.size, haze), rng.uniform(*OTHER_PALENESS))
+    place, _, height = make_pose(rng, garment)
+    cloth, shape, _ = paint_garment(rng, garment, place, rng.uniform(0.12, 0.40) * scene.height / height)
+    blur = ImageFilter.GaussianBlur(rng.uniform(0.8, 1.4))
+    cloth = Image.blend(cloth.filter(blur), Image.new("RGB", cloth.size, haze), rng.uniform(0.25, 0.5))
     x = round(rng.uniform(-0.4 * cloth.width, scene.width - 0.6 * cloth.width))
     y = round(rng.uniform(-0.4 * cloth.height, scene.height - 0.6 * cloth.height))
     scene.paste(cloth, (x, y), shape.reduce(SUPERSAMPLING).filter(blur))
 
 
-def paint_object(
-    rng: random.Random, pen: ImageDraw.ImageDraw, x: float, y: float, side: float, tint: Callable[[float], Colour]
-) -> None:
+def paint_object(rng: Random, scene: Image.Image, tint: Callable[[float], Colour]) -> None:
     """Paint a table, a ball, a striped cushion, a dotted box or a pole."""
+    pen = ImageDraw.Draw(scene)
+    x, y = rng.uniform(-0.1, 1) * scene.width, rng.uniform(-0.1, 1) * scene.height
+    side = rng.uniform(0.1, 0.35) * scene.width
     right, bottom = x + side, y + side * rng.uniform(0.6, 1.6)
     kind = rng.randrange(5)
     if kind == 0:
