@@ -215,9 +215,6 @@ def show_answers(rows: Split, prediction: Prediction, classes: Classes) -> None:
     show_table("answers", ["photo", *prediction.logits], [list(row) for row in zip(*columns)])
 
 
-# ---------------------------------------------------------------- how the photos are prepared
-
-
 def choose_treatment(
     saved: Checkpoint, rows: Split, view: str = "auto", background: str = "auto", rembg_model: str | None = None
 ) -> tuple[str, dict | None]:
@@ -284,11 +281,8 @@ def start_preparing(preparation: dict | None, view: str, saved: Checkpoint) -> P
         checksum, _ = find_weights(model)
         if trained and trained["rembg_model"] == model and trained["checksum"] != checksum:
             note(f"the weights of {model} here ({checksum}) are not those of training ({trained['checksum']})")
-        is_cleaned = needs_remover(preparation, "full")
-        say(
-            "on the fly: "
-            + (described(preparation) if is_cleaned else f"raw photos cropped to the foreground ({model})")
-        )
+        found = f"cropped to the foreground ({model})"
+        say(f"on the fly, raw photos become {described(preparation) if needs_remover(preparation, 'full') else found}")
         remover = Remover(model)
     return partial(prepare_photo, preparation=preparation, remover=remover)
 

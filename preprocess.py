@@ -37,7 +37,7 @@ SAVE_OPTIONS["WEBP"] = {"lossless": True, "quality": 0}  # a photo of any other 
 MIN_FOREGROUND = 1e-4  # of the photo's pixels; less foreground counts as none
 BACKGROUND_UP_TO, FOREGROUND_FROM = 2, 253  # of 255: rembg's masks hardly reach 0 and 255
 EDGE_SIDE = 160  # colors beside an edge are estimated on the photo reduced to about this side ...
-EDGE_RADIUS = 4  # ... from so many of its pixels around
+EDGE_WINDOW = 9  # ... from a square of so many of its pixels a side
 EDGE_NOISE = 30.0**2  # squared distance (0..255 a channel) below which two colors do not separate the sides
 UNSUITABLE = ("u2net_custom", "dis_custom", "ben_custom", "sam")  # they need a file or a prompt of the user's
 
@@ -50,12 +50,11 @@ class Remover:
 
     def start(self):
         """A new session of rembg."""
-        rembg = import_rembg()
-        import onnxruntime
+        import onnxruntime  # rembg needs it
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        return rembg.new_session(self.model, sess_opts=options)
+        return import_rembg().new_session(self.model, sess_opts=options)
 
     def mask(self, photo: Image.Image) -> Image.Image | None:
         """The foreground mask (mode L, the photo's size); None where the model finds nothing, as in a blank photo."""
@@ -132,10 +131,7 @@ def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) ->
 
 
 def foreground_box(mask: Image.Image) -> Box | None:
-    """The box of the garment in a mask (mode L): of the connected component with the greatest sum of foreground.
-
-    Other things that stand out do not extend it; the right and lower ends are exclusive. None where it is tiny.
-    """
+    """The garment's box in a mask (mode L): of the connected component with the most foreground. None: it is tiny."""
     from scipy import ndimage  # rembg installs it
 
     foreground = np.asarray(mask)
@@ -183,13 +179,10 @@ def local_mean(image: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Weighted mean color around each pixel, float32 (height, width, 3); `weight` is (height, width, 1) in 0..1."""
     from scipy import ndimage
 
-    weight = weight**3 + 1e-4
-    side = 2 * EDGE_RADIUS + 1
-    sums = ndimage.uniform_filter(np.concatenate([image * weight, weight], axis=2), (side, side, 0), mode="nearest")
+    weight, window = weight**3 + 1e-4, (EDGE_WINDOW, EDGE_WINDOW, 0)
+    sums = ndimage.uniform_filter(np.concatenate([image * weight, weight], axis=2), window, mode="nearest")
     return sums[..., :3] / sums[..., 3:]
 
-
-# ---------------------------------------------------------------- a dataset
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -335,8 +328,8 @@ def make_photo(out: Path, preparation: dict, remover: Remover, file: str, sample
     cells = dict(zip(BOX_COLUMNS["mask"], boxes.get("mask", (0, 0, *photo.size))))
     if preparation["crop"] != "none" and "bbox" in boxes:
         cells |= zip(BOX_COLUMNS["bbox"], boxes["bbox"])
-    box = list(sample.boxes.get("bbox", ()))
-    return {"file": file, "csv_box": box, "foreground": "mask" in boxes, "cells": cells}
+    csv_box = list(sample.boxes.get("bbox", ()))
+    return {"file": file, "csv_box": csv_box, "foreground": "mask" in boxes, "cells": cells}
 
 
 def read_results(out: Path, photos: dict[str, Sample]) -> dict[str, dict]:
@@ -361,8 +354,7 @@ def csv_text(header: list[str], rows: list[tuple[str, list[str]]], results: dict
     writer.writeheader()
     for file, cells in rows:
         if file in results:
-            name = file.partition("/")[2]
-            writer.writerow(dict(zip(header, cells)) | results[file]["cells"] | {"image_name": name})
+            writer.writerow(dict(zip(header, cells)) | results[file]["cells"] | {"image_name": file.partition("/")[2]})
     return text.getvalue()
 
 
