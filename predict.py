@@ -10,7 +10,6 @@ fly. Writes predictions.csv beside the checkpoint: image_name and a column a lab
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,65 +44,52 @@ from model import FashionModel, choose_amp, choose_device
 from photos import Box
 from preprocess import Remover, find_weights, prepare_photo
 
-UNTRAINED = {  # preprocess.py's defaults
-    "rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False, "crop": "none", "box_margin": 0.0,
-}  # fmt: skip
+DEFAULTS = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False}  # preprocess.py's
+DEFAULTS |= {"crop": "none", "box_margin": 0.0}
 
-Prepare = Callable[[Sample], tuple[Image.Image, dict[str, Box]]]  # a sample's photo, and the boxes in it
+Prepare = (
+    Callable[[Sample], tuple[Image.Image, dict[str, Box]]] | None
+)  # gives a photo and its boxes; None: as they are
+View = Literal["auto", "full", "bbox", "mask", "learned"]
+Amp = Literal["auto", "fp16", "bf16", "off"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.", dir_okay=False)],
     inputs: Annotated[list[str] | None, typer.Argument(help="Photos and folders, instead of --data.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Dataset folder, or `demo`.", show_default="the one trained on")
-    ] = None,
-    split: Annotated[
-        Literal["train", "val", "test"] | None,
-        typer.Option(help="Split of the dataset.", show_default="test, else val"),
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="A dataset, or `demo`.", show_default="the one trained on")] = None,
+    split: Annotated[Literal["train", "val", "test"] | None, typer.Option(show_default="test, else val")] = None,
     out: Annotated[Path | None, typer.Option(help="The CSV to write.", show_default="beside the checkpoint")] = None,
-    view: Annotated[
-        Literal["auto", "full", "bbox", "mask", "learned"],
-        typer.Option(help="What the model sees; auto: as in validation, where that is possible."),
-    ] = "auto",
-    background: Annotated[
-        Literal["auto", "keep", "remove"], typer.Option(help="auto: as in training; keep: raw photos as they are.")
-    ] = "auto",
-    rembg_model: Annotated[
-        str | None, typer.Option(help="rembg's model for raw photos.", show_default="training's, else u2net")
-    ] = None,
+    view: Annotated[View, typer.Option(help="What the model sees; auto: as in validation, if possible.")] = "auto",
+    background: Annotated[Literal["auto", "keep", "remove"], typer.Option(help="auto: as in training.")] = "auto",
+    rembg_model: Annotated[str | None, typer.Option(help="For raw photos.", show_default="as trained, u2net")] = None,
     probs: Annotated[bool, typer.Option("--probs", help="Add the classes' probabilities.")] = False,
     names: Annotated[bool, typer.Option("--names", help="Add the classes' names.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the first 48 photos with their answers (.png).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.", min=1, show_default="training's")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Loading processes; 0: none.", min=0, max=256, show_default="one a core, up to 8")
-    ] = None,
-    amp: Annotated[
-        Literal["auto", "fp16", "bf16", "off"] | None,
-        typer.Option(help="Mixed precision.", show_default="training's, where the device has it"),
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="0: none.", min=0, max=256, show_default="cores, up to 8")] = None,
+    amp: Annotated[Amp | None, typer.Option(help="Mixed precision.", show_default="training's, if possible")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Predict the labels of a dataset's split, or of photos and folders."""
     if inputs and (data or split):
         raise usage_error("--data" if data else "--split", "give either a dataset and split, or photos and folders")
-    if checkpoint.is_dir():
-        raise usage_error("CHECKPOINT", f"{checkpoint} is a folder; give {checkpoint / 'best.pt'}")
     model, saved = load_model(checkpoint)
     with as_usage_error("--device"):
         model.to(choose_device(device))
+    with as_usage_error("--amp"):
+        choose_amp(amp or "auto", model.mean.device)
+    saved = replace(saved, amp=amp or saved.amp, batch_size=batch_size or saved.batch_size)
     rows, problems = image_samples(inputs) if inputs else read_rows(saved, data, split)
     out = out or checkpoint.with_name("predictions.csv")
     check_outputs(checkpoint, rows, out, picture)
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     prepare = start_preparing(preparation, view, saved)
-    prediction = predict_rows(model, saved, rows, view, prepare, batch_size, workers, amp)
+    prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
     rows, prediction = drop_unread(rows, prediction)
 
@@ -121,7 +107,7 @@ def predict(
     if prediction.boxes is not None and rows.has("bbox"):
         say_boxes(score_boxes(prediction.boxes, relative_boxes(rows.samples, "bbox")))
         if prediction.targets:
-            boxed = predict_rows(model, saved, rows, "bbox", prepare, batch_size, workers, amp)
+            boxed = predict_rows(model, saved, rows, "bbox", prepare, workers)
             show_scores("the same photos, boxes given (bbox)", score(boxed.logits, boxed.targets))
     say(f"{len(rows.samples):,} photos ({view}) predicted: {out}{replaced}")
     if problems:
@@ -132,51 +118,34 @@ def check_outputs(checkpoint: Path, rows: Split, out: Path, picture: Path | None
     """Raises BadParameter where an output cannot be written, or would replace what is predicted from."""
     given = {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}
     for flag, path in (("--out", out), ("--picture", picture)):
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise usage_error(flag, f"{path} is a folder" if path.is_dir() else f"no folder {path.parent}")
-        if path and path.resolve() in given:
-            raise usage_error(flag, f"{path} is what is predicted from")
+        if path and (path.is_dir() or not path.parent.is_dir() or path.resolve() in given):
+            raise usage_error(flag, f"{path}: name a file, in a folder that exists, that is not predicted from")
 
 
 def read_rows(saved: Checkpoint, data: str | None, split: str | None) -> tuple[Split, list[str]]:
     """The split asked for and what is wrong with rows of it; by default test, else val, of the data trained on."""
     root = find_dataset(data or saved.data, saved.subtask)
-    available = splits_of(root, saved.subtask)
-    chosen = split or next((name for name in ("test", "val") if name in available), "test")
+    chosen = split or ("test" if "test" in splits_of(root, saved.subtask) else "val")
     if not (data and split):
         say(f"predicting the {chosen} split of {data or saved.data}")
     problems: list[str] = []
     return read_split(root, chosen, saved.classes, saved.subtask, problems), problems
 
 
-# ---------------------------------------------------------------- from rows to answers
-
-
 def predict_rows(
-    model: FashionModel,
-    saved: Checkpoint,
-    rows: Split,
-    view: str,
-    prepare: Prepare | None = None,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    amp: str | None = None,
+    model: FashionModel, saved: Checkpoint, rows: Split, view: str, prepare: Prepare = None, workers: int | None = None
 ) -> Prediction:
-    """What the model says of these rows in a view; `view` and `prepare`: see `choose_treatment`, `start_preparing`.
+    """What load_model's model says of these rows, in the precision and batch size of `saved`.
 
-    `model` and `saved` are load_model's. None is training's batch size and precision, and a loading process a core.
-    Raises BadParameter for a precision that the model's device does not have.
+    `view` and `prepare`: see `choose_treatment`, `start_preparing`. `workers`: None is a loading process a core.
     """
     device = model.mean.device
-    if amp is None:
-        amp = "auto" if saved.amp == "fp16" and device.type != "cuda" else saved.amp
-    with as_usage_error("--amp"):
-        amp_dtype = choose_amp(amp, device)
+    amp_dtype = choose_amp("auto" if saved.amp == "fp16" and device.type != "cuda" else saved.amp, device)
     looks = 1 + (view == "learned")
     with TemporaryDirectory() as folder, progress(looks * len(rows.samples), "predicting") as bar:
         if prepare and looks > 1:
             prepare = partial(prepare_once, prepare=prepare, folder=Path(folder))
-        how = (saved.resize, batch_size or saved.batch_size, workers, amp_dtype, prepare)
+        how = (saved.resize, saved.batch_size, workers, amp_dtype, prepare)
         return predict_samples(model, rows.samples, view, *how, bar.advance)
 
 
@@ -194,8 +163,6 @@ def prepare_once(sample: Sample, prepare: Prepare, folder: Path) -> tuple[Image.
 def drop_unread(rows: Split, prediction: Prediction) -> tuple[Split, Prediction]:
     """Without the photos that could not be read."""
     keep = [i for i in range(len(rows.samples)) if i not in prediction.problems]
-    if len(keep) == len(rows.samples):
-        return rows, prediction
     logits, targets = ({k: v[keep] for k, v in of.items()} for of in (prediction.logits, prediction.targets))
     boxes = None if prediction.boxes is None else prediction.boxes[keep]
     return replace(rows, samples=[rows.samples[i] for i in keep]), Prediction(logits, targets, boxes, {})
@@ -204,10 +171,7 @@ def drop_unread(rows: Split, prediction: Prediction) -> tuple[Split, Prediction]
 def predictions_table(
     rows: Split, prediction: Prediction, classes: Classes, probs: bool = False, names: bool = False
 ) -> dict[str, list]:
-    """The columns in the organisers' format: image_name, and for each label what its column holds for the class.
-
-    Where asked for, the classes' names and probabilities follow.
-    """
+    """The columns in the organisers' format: image_name and a class of each label; then its name, its probabilities."""
     table, more = {"image_name": [sample.name for sample in rows.samples]}, {}
     for label, logits in prediction.logits.items():
         column, best = submission_column(label), logits.argmax(-1).tolist()
@@ -222,25 +186,22 @@ def predictions_table(
     return table | more
 
 
-def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare | None) -> dict:
-    """The columns of an entry: an answer for each row of the test CSV, in its order.
-
-    A photo that cannot be read gets the commonest classes of training.
-    """
+def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare) -> dict:
+    """An entry's columns: an answer for each row of the test CSV; for unreadable photos the commonest classes."""
     table = read_table(root, "test", saved.classes, saved.subtask)
     rows = read_split(root, "test", saved.classes, saved.subtask, [])
     prediction = predict_rows(model, saved, rows, view, prepare, workers=0)  # containers are short of shared memory
     rows, prediction = drop_unread(rows, prediction)
     answers = predictions_table(rows, prediction, saved.classes)
-    found = {name: i for i, name in enumerate(answers["image_name"])}
     every = [cells[table.header.index("image_name")] for cells, _ in table.rows]
     columns = {"image_name": every}
     for label, classes in saved.classes.items():
         column, common = submission_column(label), classes[saved.common_classes[label]]
-        values = [answers[column][found[name]] if name in found else common for name in every]
+        found = dict(zip(answers["image_name"], answers[column]))
+        values = [found.get(name, common) for name in every]
         numbers = all(text.isdecimal() for text in classes)  # the organisers compare numbers
         columns[column] = [int(value) for value in values] if numbers else values
-    if unread := sum(name not in found for name in every):
+    if unread := len(set(every) - {sample.name for sample in rows.samples}):
         note(f"{unread:,} photos could not be read: they get the commonest classes of training")
     return columns
 
@@ -254,38 +215,30 @@ def show_answers(rows: Split, prediction: Prediction, classes: Classes) -> None:
     show_table("answers", ["photo", *prediction.logits], [list(row) for row in zip(*columns)])
 
 
-# ---------------------------------------------------------------- how the photos are prepared
-
-
 def choose_treatment(
     saved: Checkpoint, rows: Split, view: str = "auto", background: str = "auto", rembg_model: str | None = None
 ) -> tuple[str, dict | None]:
     """The view of these rows, and what preprocess.py's way of preparing does to each photo before (None: nothing).
 
-    Says where that is not as in training. The last three are the flags' values; raises BadParameter where they cannot
-    act.
+    The last three are the flags' values; raises BadParameter where they cannot act.
     """
     prepared = read_preparation(rows.csv.parent) if rows.classes else None  # photos and folders are raw
-    trained = saved.preparation
-    treated = (trained or UNTRAINED) | ({"rembg_model": rembg_model} if rembg_model else {})
+    treated = (saved.preparation or DEFAULTS) | ({"rembg_model": rembg_model} if rembg_model else {})
     preparation = None
     if prepared:
         if rembg_model not in (None, prepared["rembg_model"]):
-            already = f"these photos went through {prepared['rembg_model']} already"
-            raise usage_error("--rembg-model", f"{already}; give the raw ones")
+            raise usage_error("--rembg-model", f"these went through {prepared['rembg_model']}; give the raw photos")
         if background == "remove" and prepared["keep_background"]:
-            raise usage_error("--background", "these photos went through preprocess.py already; give the raw ones")
-        if background != "keep" and prepared != trained:
-            note(f"the model was trained on {described(trained)}; these are {described(prepared)}, and stay so")
+            raise usage_error("--background", "these went through preprocess.py; give the raw photos")
+        if background != "keep" and prepared != saved.preparation:
+            note(f"the model was trained on {described(saved.preparation)}; these are {described(prepared)}")
     elif background == "remove":
         preparation = treated | {"keep_background": False}
-    elif background == "auto" and trained:
+    elif background == "auto" and saved.preparation:
         preparation = treated
     view = choose_view(view, saved, rows, cleans=preparation is not None, raw=prepared is None)
     if view == "mask" and not preparation and not rows.has("mask"):
         preparation = treated | {"keep_background": True, "crop": "none"}  # only to find the foreground's box
-    if rembg_model and not (preparation and needs_remover(preparation, view)):
-        note(f"--rembg-model {rembg_model} cannot act: these photos are used as they are")
     return view, preparation
 
 
@@ -311,33 +264,27 @@ def choose_view(asked: str, saved: Checkpoint, rows: Split, cleans: bool, raw: b
         return "mask" if raw or rows.has("mask") else "full"
     if saved.view != "bbox" or rows.has("bbox"):
         return saved.view
-    top1 = saved.scores.get("top1_mean", math.nan)
-    score = "" if math.isnan(top1) else f" (Top-1 {top1:.4f})"  # --fit-all has none
-    boxed = f"this model was made for boxed garments{score}, and there are no boxes for {these}"
+    boxed = f"this model was made for boxed garments, and there are no boxes for {these}"
     if cleans or (rows.has("mask") and not raw):
         note(f"{boxed}: it sees the box round the foreground (mask)")
         return "mask"
-    note(f"{boxed}: it sees whole photos, so expect far less (the notes' author fell from 0.65 to 0.50)")
-    note("train.py --box-head --crop-prob 0.7 --lr 5e-5 makes a model that predicts the box; --view mask finds one")
+    note(f"{boxed}: it sees whole photos, so expect far less; --view mask finds boxes, train.py --box-head learns to")
     return "full"
 
 
-def start_preparing(preparation: dict | None, view: str, saved: Checkpoint) -> Prepare | None:
-    """The function that prepares a sample's photo, with its remover where a foreground is needed; None: as it is.
-
-    Raises BadParameter for a remover that cannot be used, ValueError or OSError where its weights cannot.
-    """
+def start_preparing(preparation: dict | None, view: str, saved: Checkpoint) -> Prepare:
+    """The function that prepares a sample's photo. Raises BadParameter, ValueError or OSError for its remover."""
     if preparation is None:
         return None
-    if not needs_remover(preparation, view):
-        return partial(prepare_photo, preparation=preparation, remover=None)
-    model, trained = preparation["rembg_model"], saved.preparation
-    checksum, _ = find_weights(model)
-    if trained and trained["rembg_model"] == model and trained["checksum"] != checksum:
-        note(f"the weights of {model} here ({checksum}) are not those of training ({trained['checksum']})")
-    changed = described(preparation) if needs_remover(preparation, "full") else f"cropped to the foreground ({model})"
-    say(f"on the fly, raw photos become {changed}")
-    return partial(prepare_photo, preparation=preparation, remover=Remover(model))
+    remover, model, trained = None, preparation["rembg_model"], saved.preparation
+    if needs_remover(preparation, view):
+        checksum, _ = find_weights(model)
+        if trained and trained["rembg_model"] == model and trained["checksum"] != checksum:
+            note(f"the weights of {model} here ({checksum}) are not those of training ({trained['checksum']})")
+        found = f"cropped to the foreground ({model})"
+        say(f"on the fly, raw photos become {described(preparation) if needs_remover(preparation, 'full') else found}")
+        remover = Remover(model)
+    return partial(prepare_photo, preparation=preparation, remover=remover)
 
 
 if __name__ == "__main__":

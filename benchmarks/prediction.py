@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -108,7 +109,7 @@ def check_precision(checkpoint: Path, dataset: str) -> None:
     root = find_dataset(dataset)
     rows = join_splits([read_split(root, split, saved.classes) for split in SPLITS])
     view = "bbox" if rows.has("bbox") and saved.view == "bbox" else "full"
-    exact, half = (predict_rows(model, saved, rows, view, amp=amp) for amp in ("off", "bf16"))
+    exact, half = (predict_rows(model, replace(saved, amp=amp), rows, view) for amp in ("off", "bf16"))
     labels = list(exact.targets)
     changed = [exact.logits[label].argmax(-1) != half.logits[label].argmax(-1) for label in labels]
     differ = torch.stack(changed).float().mean().item()

@@ -295,7 +295,7 @@ def test_predict_flags(run, checkpoint, drawn, tmp_path):
     os.mkfifo("pipe.jpg")
     for args, code, says in [
         (["none.pt"], 2, "none.pt"),
-        (["none"], 2, "give none/best.pt"),
+        (["none"], 2, "'none' is a directory"),
         (["last.pt"], 1, "for train.py --resume"),
         (["best.pt", "x.jpg", "--data", drawn], 2, "--data"),
         (["best.pt", "gone.jpg"], 2, "gone.jpg"),

@@ -227,7 +227,8 @@ def test_the_record_of_what_was_done(processed):
         "weights_bytes": 4_574_861,
     }
     assert record["unfinished"] == [] and {"rembg", "onnxruntime", "pillow"} < set(record["versions"])
-    assert record["counts"]["Fashion-How24_sub1_train.csv"] == {"photos": 7, "without foreground": 1}
+    lines = [json.loads(line) for line in (processed / "preprocess.jsonl").read_text().splitlines()]
+    assert len(lines) == 11 and [line["file"] for line in lines if not line["foreground"]] == ["train/blank.png"]
 
 
 # ---------------------------------------------------------------- masks
@@ -567,9 +568,8 @@ def test_the_background_stays_if_asked(u2netp, run, garments, processed, tmp_pat
         assert (pixels(tmp_path / "out" / "val" / name) == pixels(garments / "val" / name)).all()
 
 
-def test_an_idle_margin_is_said_and_colours_are_checked(run, garments, processed):
-    assert "--box-margin 0.1 cannot act" in preprocess(run, garments, processed, "--box-margin", 0.1).out
-    for color in ("nonsense", "#ff000080", ""):
+def test_colours_are_checked(run, garments):
+    for color in ("nonsense", ""):
         done = preprocess(run, garments, "out", "--background-color", color)
         assert done.code == 2 and "--background-color" in done.err and not Path("out").exists()
 
@@ -607,19 +607,11 @@ def test_other_weights_into_the_same_folder_are_refused(u2netp, run, garments, p
     assert len(done.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("model", "says"),
-    [("u2nett", "u2netp"), ("sam", "where the garment is"), ("withoutbg", "another machine"), ("u2net_custom", "own")],
-)
-def test_models_that_do_not_fit(run, garments, model, says):
+@pytest.mark.parametrize("model", ["u2nett", "sam", "withoutbg", "u2net_custom"])
+def test_models_that_do_not_fit(run, garments, model):
     done = preprocess(run, garments, "out", model=model)
-    assert (
-        done.code == 2
-        and "--rembg-model" in done.err
-        and model in done.err
-        and says in done.err
-        and not Path("out").exists()
-    )
+    assert done.code == 2 and "--rembg-model" in done.err and model in done.err and not Path("out").exists()
+    assert "u2netp" in done.err.replace(model, "")
 
 
 # ---------------------------------------------------------------- training
