@@ -156,7 +156,7 @@ def gather(part: Prediction) -> Prediction:
 
 
 def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, float]:
-    """`top1_<label>`, `acsa_<label>` (the mean recall of the classes that occur) and the `_mean` of each over the labels.
+    """`top1_<label>`, `acsa_<label>` (the mean recall of the classes that occur) and the `_mean` of each of the two.
 
     A photo whose label is not known (target -1) counts for the other labels alone.
     """

@@ -1,8 +1,7 @@
 """The losses: cross-entropy with smoothing, focal, asymmetric, distillation, boxes; and their sum over the heads.
 
 The first three take `logits` (N, C) and `targets`: class indices (N,), -1 where the class is not known, or class
-probabilities (N, C). Each is linear in the probabilities, so an index and its one-hot form agree, mixed images need no
-second definition, and an unknown class is a row of zeros, which adds nothing.
+probabilities (N, C), in which each is linear. An unknown class is a row of zeros, which adds nothing.
 
 With class weights w the mean is torch's: the sum of the weighted losses over the sum of w[target].
 """
@@ -53,18 +52,12 @@ class MultiHeadLoss(nn.Module):
 
 def head_losses(settings: Settings, split: Split) -> dict[str, Loss]:
     """The loss of each head. Raises BadParameter for class weights of a label that has one class in all rows."""
+    gammas = {"gamma_pos": settings.asym_gamma_pos, "gamma_neg": settings.asym_gamma_neg}
     choices = {
         "ce": partial(cross_entropy, smoothing=settings.label_smoothing),
         "focal": partial(focal, gamma=settings.focal_gamma),
-        "asymmetric": partial(
-            asymmetric,
-            gamma_pos=settings.asym_gamma_pos,
-            gamma_neg=settings.asym_gamma_neg,
-            smoothing=settings.label_smoothing,
-        ),
+        "asymmetric": partial(asymmetric, **gammas, smoothing=settings.label_smoothing),
     }
-    if settings.loss not in choices:
-        raise usage_error("--loss", f"losses.py has no {settings.loss}; add it to `choices`")
     losses: dict[str, Loss] = {}
     for label in split.classes:
         weights = class_weights(split, label) if settings.class_weights else None
@@ -86,11 +79,7 @@ def class_weights(split: Split, label: str) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    smoothing: float = 0.0,
-    class_weights: Tensor | None = None,
-    reduction: str = "mean",
+    logits: Tensor, targets: Tensor, smoothing: float = 0, class_weights: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Cross-entropy with label smoothing (Szegedy et al. 2016, section 7). `class_weights`: (C,) or None."""
     log_p, targets = _prepare(logits, targets)
@@ -152,11 +141,6 @@ def _prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.ndim == logits.ndim - 1:
         known = (targets >= 0)[..., None]
         targets = F.one_hot(targets.clamp(min=0), logits.shape[-1]) * known
-    elif targets.shape != logits.shape:
-        raise ValueError(
-            f"targets have the shape {tuple(targets.shape)}; for logits {tuple(logits.shape)} "
-            "give indices (N,) or probabilities (N, C)"
-        )
     log_p = F.log_softmax(_full(logits), dim=-1)
     return log_p, targets.to(log_p.dtype)
 
@@ -167,7 +151,7 @@ def _one_minus_p(log_p: Tensor) -> Tensor:
 
 
 def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduction: str) -> Tensor:
-    """Reduce losses (N, C) by `reduction`: "none" (N,), "sum", or "mean" over the weight of the targets (N, C)."""
+    """Reduce losses (N, C) as `reduction` says: "none" (N,), "sum", or "mean" over the weight of the targets (N, C)."""
     if class_weights is not None:
         class_weights = class_weights.to(losses)
         losses = losses * class_weights
@@ -176,8 +160,6 @@ def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduc
         return losses
     if reduction == "sum":
         return losses.sum()
-    if reduction != "mean":
-        raise ValueError(f'reduction is "mean", "sum" or "none", not {reduction!r}')
     weight = (targets.sum(-1) > 0 if class_weights is None else targets * class_weights).sum()
     return losses.sum() / torch.where(weight > 0, weight, 1)
 

@@ -264,8 +264,8 @@ def parameter_groups(model: FashionModel, layer_decay: float = 1.0) -> list[dict
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move an exponential moving average towards the model after its step `step` (1, 2, ...).
 
-    Batch norm's running statistics are averaged too; counters are copied. The decay is at most (1 + step) / (10 + step),
-    or short runs would average in their random beginning (TensorFlow's ExponentialMovingAverage).
+    Batch norm's running statistics are averaged too; counters are copied. The decay is at most (1 + step) /
+    (10 + step), or short runs would average in their random beginning (TensorFlow's ExponentialMovingAverage).
     """
     decay = min(decay, (1 + step) / (10 + step))
     averages, values = [], []
