@@ -150,10 +150,9 @@ def write_folder(entry: Path, checkpoint: Path, cells: list[str], rembg_model: s
     packages = REQUIREMENTS + (REMBG_REQUIREMENTS if rembg_model else [])
     (entry / "requirements.txt").write_text("\n".join(packages) + "\n", encoding="utf-8")
 
-    notes, *code = [cell.splitlines(keepends=True) for cell in cells]
-    parts = [{"cell_type": "markdown", "metadata": {}, "source": notes}]
-    for source in code:
-        parts.append({"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": source})
+    notes, *code = ({"metadata": {}, "source": cell.splitlines(keepends=True)} for cell in cells)
+    parts = [{"cell_type": "markdown"} | notes]
+    parts += [{"cell_type": "code", "execution_count": None, "outputs": []} | cell for cell in code]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python", "file_extension": ".py"}}
     notebook = {"cells": parts, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}

@@ -86,16 +86,13 @@ def run_batches(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, str]]:
     """The model's outputs, the targets and the problems of all batches, on the CPU.
 
-    On a CPU each thread predicts CHUNK images at a time by itself, while the next are decoded: nothing waits for the
-    slowest, and the bits are the same at any number of threads. On CUDA attention is the plain one, as in deterministic
-    training.
+    On a CPU each thread predicts CHUNK images at a time by itself: the bits are the same at any number of threads. On
+    CUDA attention is the plain one, as in deterministic training.
     """
     device = model.eval().mean.device
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     chunk, workers, threads_each = (CHUNK, threads, 1) if on_cpu else (sys.maxsize, 1, threads)
-    outputs: list[dict[str, Tensor]] = []
-    targets: list[dict[str, Tensor]] = []
-    problems: list[str] = []
+    outputs, targets, problems = [], [], []
     running: deque[Future] = deque()
 
     @torch.inference_mode()
@@ -175,7 +172,7 @@ def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, fl
 
 
 def validation_loss(prediction: Prediction, criterion: nn.Module) -> dict[str, float]:
-    """{"loss": the mean loss, summed over the labels}. Raises ValueError where it is not finite."""
+    """{"loss": sum of the labels' mean losses}. Raises ValueError where it is not finite."""
     loss = sum(value.item() for value in criterion(prediction.logits, prediction.targets).values())
     if not math.isfinite(loss):
         raise ValueError("the validation loss is not finite; lower --lr, or try --amp off")
@@ -192,10 +189,7 @@ def score_boxes(boxes: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def write_predictions(path: Path, split: Split, prediction: Prediction) -> None:
-    """val_predictions.csv: for each label its class, empty where not known, the predicted one and all probabilities.
-
-    Where the model predicted boxes, these in pixels of the photo too.
-    """
+    """val_predictions.csv: each label's class, the predicted one, all probabilities; a predicted box in pixels."""
     header, columns = ["image_name"], [[sample.name for sample in split.samples]]
     for label, names in split.classes.items():
         logits = prediction.logits[label]
@@ -225,7 +219,6 @@ def parallel(model: FashionModel) -> nn.Module:
 
 
 def from_first(value: object) -> object:
-    """The first process's value, in all of them."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)

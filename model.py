@@ -57,10 +57,7 @@ class FashionModel(nn.Module):
         self.box_head = BoxHead(levels.values()) if levels else None
 
     def forward(self, images: Tensor, labels_only: bool = False) -> dict[str, Tensor]:
-        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head {BOX: logits (N, 4, POSITIONS)}.
-
-        `labels_only` leaves out the box head.
-        """
+        """uint8 (N, 3, H, W) -> {label: (N, classes)}; of a box head, unless `labels_only`, {BOX: (N, 4, POSITIONS)}."""
         images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
         outputs = {}
         if self.box_head is None or labels_only:
@@ -155,8 +152,7 @@ def build_model(
 ) -> FashionModel:
     """The model with random or pretrained backbone weights. `image_size` None: the backbone's own.
 
-    Raises BadParameter where the name is unknown, the backbone takes no images of that size, has no drop path or no
-    feature maps for a box head, OSError where the download fails.
+    Raises BadParameter where the backbone is unknown or lacks what is asked for, OSError where the download fails.
     """
     check_backbone(name)
     own = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # a backbone added here: timm's general values
@@ -165,7 +161,7 @@ def build_model(
         raise usage_error("--model", f"timm has no pretrained weights for {name}; --no-pretrained or --weights FILE")
     if pretrained:
         _stay_offline_without_network()
-    more = {"drop_path_rate": drop_path} if drop_path else {}
+    more = {"drop_path_rate": drop_path} if drop_path else {}  # else the backbone's own
     try:
         backbone = _create(name, pretrained, img_size=size, **more)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
@@ -176,9 +172,9 @@ def build_model(
         raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); {remedy}") from None
     if drop_path and not any(isinstance(module, DropPath) for module in backbone.modules()):
         raise usage_error("--drop-path", f"{name} has no drop path")
-    config = timm.data.resolve_model_data_config(backbone)
     width = _pooled_width(backbone, name, size)
     levels = _box_levels(backbone, name, size) if box_head else None
+    config = timm.data.resolve_model_data_config(backbone)
     return FashionModel(backbone, width, classes, config["mean"], config["std"], size, levels)
 
 

@@ -6,6 +6,7 @@ in it: boxes would not follow). The cache notices an edit of this file and decod
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,7 +66,8 @@ def photo_region(width: int, height: int) -> Box:
 def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
     """The region of a photo, upright, RGB of 8 bits; transparency goes onto `background`. Raises ValueError."""
     photo = _decode(path, background)
-    return photo.crop(photo_region(*photo.size))
+    region = photo_region(*photo.size)
+    return photo if region == (0, 0, *photo.size) else photo.crop(region)
 
 
 def _decode(path: str | os.PathLike, background: tuple[int, int, int]) -> Image.Image:
@@ -130,11 +132,9 @@ def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 def move_into(box: Box, region: Box) -> Box | None:
     """The part of a box that a region of its photo holds, in the region's pixels; None where it holds nothing."""
     left, top, right, bottom = region
-    moved = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-    try:
+    with suppress(ValueError):
+        moved = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
         return clip_box(moved, right - left, bottom - top)
-    except ValueError:
-        return None
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
