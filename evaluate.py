@@ -57,7 +57,7 @@ def predict_split(
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):
         place = placement([dataset.samples[i].size for i in sampler.part], dataset.size, dataset.resize)
-        result.boxes = to_photo(box_from_logits(first.pop(BOX))[0], place)
+        result.boxes = to_photo(box_from_logits(first.pop(BOX)), place)
         sampler.crops = grow_boxes(result.boxes)
         second, *_ = run_batches(model, loader, True, amp_dtype, advance)
         result.logits = join_looks(first, second)

@@ -360,10 +360,7 @@ def write_views(file: int, samples: Sequence[Sample], view: str, size: int, resi
 
     problems = []
     with ThreadPoolExecutor(max(1, workers)) as pool, progress(len(samples), "decoding", "photos") as bar:
-        try:
-            for found in pool.map(decode, range(len(samples))):
-                problems += found
-                bar.advance(1)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for found in pool.map(decode, range(len(samples))):  # cancels the rest where one raises
+            problems += found
+            bar.advance(1)
     return problems

@@ -20,8 +20,6 @@ from data import BOX, Split
 from model import box_from_logits
 from settings import Settings
 
-DISTILL_TEMPERATURE = 4.0  # at which teacher and student are compared
-
 Loss = Callable[[Tensor, Tensor], Tensor]  # a head's logits and targets -> the mean loss over the known targets
 
 
@@ -44,7 +42,7 @@ class MultiHeadLoss(nn.Module):
         for head, values in logits.items():
             loss = self.losses[head](values, targets[head])
             if teacher_logits is not None and head in teacher_logits:
-                soft = distillation(values, teacher_logits[head], DISTILL_TEMPERATURE)
+                soft = distillation(values, teacher_logits[head])
                 loss = (1 - self.distill_weight) * loss + self.distill_weight * soft
             losses[head] = loss
         return losses
@@ -63,7 +61,7 @@ def head_losses(settings: Settings, split: Split) -> dict[str, Loss]:
         weights = class_weights(split, label) if settings.class_weights else None
         losses[label] = partial(choices[settings.loss], class_weights=weights)
     if settings.box_head:
-        losses[BOX] = lambda logits, boxes: box_loss(box_from_logits(logits)[0], boxes)
+        losses[BOX] = lambda logits, boxes: box_loss(box_from_logits(logits), boxes)
     return losses
 
 
@@ -120,9 +118,7 @@ def asymmetric(
     return _reduce(losses, targets, class_weights, reduction)
 
 
-def distillation(
-    logits: Tensor, teacher_logits: Tensor, temperature: float = DISTILL_TEMPERATURE, reduction: str = "mean"
-) -> Tensor:
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
     """T^2 KL(teacher || student) of the softmaxes at temperature T (Hinton et al. 2015, section 2).
 
     T^2 keeps the size of the gradient. `teacher_logits`, (N, C), get no gradient.
@@ -141,6 +137,8 @@ def _prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.ndim == logits.ndim - 1:
         known = (targets >= 0)[..., None]
         targets = F.one_hot(targets.clamp(min=0), logits.shape[-1]) * known
+    elif targets.shape != logits.shape:
+        raise ValueError(f"targets of the shape {tuple(targets.shape)} for logits of the shape {tuple(logits.shape)}")
     log_p = F.log_softmax(_full(logits), dim=-1)
     return log_p, targets.to(log_p.dtype)
 

@@ -57,7 +57,7 @@ class FashionModel(nn.Module):
         self.box_head = BoxHead(levels.values()) if levels else None
 
     def forward(self, images: Tensor, labels_only: bool = False) -> dict[str, Tensor]:
-        """uint8 (N, 3, H, W) -> {label: (N, classes)}; of a box head, unless `labels_only`, {BOX: (N, 4, POSITIONS)}."""
+        """uint8 (N, 3, H, W) -> {label: (N, classes)}, of a box head also {BOX: (N, 4, POSITIONS)} unless `labels_only`."""
         images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
         outputs = {}
         if self.box_head is None or labels_only:
@@ -112,19 +112,12 @@ def _resize_last(values: Tensor, n: int) -> Tensor:
     return values @ F.interpolate(identity, n, mode="linear")[0].to(values.dtype)
 
 
-def box_from_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Box and confidence from the box head's logits (N, 4, POSITIONS).
-
-    The box (N, 4), xmin, ymin, xmax, ymax in 0..1 of the image, is the mean of each side's distribution. The
-    confidence (N,), 0 to 1, is the least of the four sides' probability within a tenth of the image from it.
-    """
-    probabilities = logits.float().softmax(-1)
+def box_from_logits(logits: Tensor) -> Tensor:
+    """Box head's logits (N, 4, POSITIONS) -> xmin, ymin, xmax, ymax (N, 4) in 0..1 of the image, each side's mean."""
     positions = (torch.arange(POSITIONS, device=logits.device) + 0.5) / POSITIONS
-    sides = probabilities @ positions
-    near = (positions - sides[..., None]).abs() < 0.1
+    sides = logits.float().softmax(-1) @ positions
     first, second = sides[:, :2], sides[:, 2:]
-    boxes = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1)
-    return boxes, (probabilities * near).sum(-1).amin(-1)
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1)
 
 
 # ---------------------------------------------------------------- building
@@ -138,8 +131,7 @@ def check_backbone(name: str) -> None:
         raise usage_error("--model", f"timm has no model {name!r}; close: {', '.join(close)}")
     tagged = timm.list_models(f"{architecture}.*", pretrained=True)
     if tag and name not in tagged:
-        known = ", ".join(tagged) or "none"
-        raise usage_error("--model", f"timm has no pretrained tag {tag!r} of {architecture}; it has: {known}")
+        raise usage_error("--model", f"timm has no pretrained tag {tag!r} of it but {', '.join(tagged) or 'none'}")
 
 
 def build_model(
@@ -286,11 +278,11 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-        if torch.device(name).type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
+    if torch.device(name).type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
 
 
 def choose_amp(choice: str, device: torch.device) -> torch.dtype | None:
