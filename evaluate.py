@@ -26,7 +26,6 @@ AmpDtype = torch.dtype | None
 Advance = Callable[[int], None] | None
 
 CHUNK = 16  # images that a CPU core predicts at a time; the activations of more would not fit its cache
-
 BOX_MARGIN = 0.05  # the share of its sides by which the predicted box is grown on each side for the second look
 FIRST_LOOK_WEIGHT = 0.5  # of the log-probabilities of the first look, beside those of the second
 

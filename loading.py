@@ -36,7 +36,7 @@ Prepare = Callable[[Sample], tuple[Image.Image, dict[str, Box]]]  # a sample's p
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts, such as (seed, "sample", epoch, index)."""
+    """A 63-bit number that depends on all parts, such as (seed, "sample", epoch, index)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
@@ -61,11 +61,10 @@ class TrainPhotos(Dataset):
 
     def __init__(self, samples: Sequence[Sample], size: int, settings: Settings):
         self.samples, self.size, self.seed, self.resize = samples, size, settings.seed, settings.resize
-        self.view, self.crop_prob = settings.train_view, settings.crop_prob
-        self.augment = augmentation(settings.augment)
+        self.augment, self.crop_prob = augmentation(settings.augment), settings.crop_prob
         self.targets = label_targets(samples)
-        if not any(self.view in sample.boxes for sample in samples):
-            self.view = "full"
+        boxed = any(settings.train_view in sample.boxes for sample in samples)
+        self.view = settings.train_view if boxed else "full"
         self.boxes = None  # of uncropped photos, in 0..1 of the image
         if settings.box_head:
             place = placement([sample.size for sample in samples], size, self.resize)
@@ -300,15 +299,14 @@ def cache_folder(root: Path, cache: str | None) -> Path:
 
 def views_path(dataset: Dataset, samples: Sequence[Sample], view: str, folder: Path) -> Path:
     """STEM-KEY.pixels. The key is of what decides the pixels: photos, boxes, photos.py, Pillow, its JPEG library."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{inspect.getsource(photos)}{PIL.__version__}{PIL.features.version('jpg')}".encode())
+    rows = []
     for sample in samples:
         status = os.stat(sample.path)
         place = os.path.relpath(sample.path, sample.csv.parent)
-        row = (place, status.st_size, status.st_mtime_ns, sample.boxes.get(view))
-        digest.update(repr(row).encode(errors="surrogateescape"))
+        rows.append((place, status.st_size, status.st_mtime_ns, sample.boxes.get(view)))
+    key = derive_seed(rows, inspect.getsource(photos), PIL.__version__, PIL.features.version("jpg"))
     stem = f"{samples[0].csv.stem}-{type(dataset).__name__}-{view}-{dataset.size}-{dataset.resize}"
-    return folder / f"{stem}-{digest.hexdigest()}.pixels"
+    return folder / f"{stem}-{key:x}.pixels"
 
 
 def build_views(path: Path, samples: Sequence[Sample], view: str, size: int, resize: str, workers: int) -> list[str]:

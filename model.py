@@ -57,7 +57,7 @@ class FashionModel(nn.Module):
         self.box_head = BoxHead(levels.values()) if levels else None
 
     def forward(self, images: Tensor, labels_only: bool = False) -> dict[str, Tensor]:
-        """uint8 (N, 3, H, W) -> {label: (N, classes)}, of a box head also {BOX: (N, 4, POSITIONS)} unless `labels_only`."""
+        """uint8 (N, 3, H, W) -> {label: logits (N, classes)}, and BOX's, (N, 4, POSITIONS), unless `labels_only`."""
         images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
         outputs = {}
         if self.box_head is None or labels_only:
@@ -102,12 +102,10 @@ class BoxHead(nn.Module):
 
 
 def _resize_last(values: Tensor, n: int) -> Tensor:
-    """Interpolate the last axis linearly to `n` values.
-
-    A product of matrices: the gradient of torch's own interpolation differs from run to run on CUDA.
-    """
+    """Interpolate the last axis linearly to `n` values."""
     if values.shape[-1] == n:
         return values
+    # a product of matrices: the gradient of torch's own interpolation differs from run to run on CUDA
     identity = torch.eye(values.shape[-1], device=values.device)[None]
     return values @ F.interpolate(identity, n, mode="linear")[0].to(values.dtype)
 
@@ -270,10 +268,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, Apple's MPS or the CPU, the first that is there. Raises ValueError for a device that is not.
-
-    On CUDA, float32 matrices are multiplied in TF32 from then on, where the chip has it, as cuDNN does anyway.
-    """
+    """`auto` is CUDA, Apple's MPS or the CPU, the first that is there. Raises ValueError for a device that is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -281,7 +276,7 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
     if torch.device(name).type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN does anyway
     return torch.device(name)
 
 
