@@ -105,14 +105,12 @@ def write_entry(
         cells = [NOTES.format(name=name), predict, SUBMIT.format(name=name)]
         entry = write_folder(Path(temporary, "entry"), checkpoint, cells, rembg_model)
         seconds = max(0, try_entry(entry, predict, many) - try_entry(entry, predict, one)) / (TRIAL - 1)
-        sizes = {path.name: path.stat().st_size / 1e6 for path in entry.rglob("*") if path.is_file()}
         entry.rename(out)
 
     time = f"{1000 * seconds:.0f} ms an image here ({TRIAL - 1} photos of {source}), {1500 * seconds:,.0f} s for 1,500"
     say(f"it works by itself: {time}")
-    size = sum(sizes.values())
-    largest = ", ".join(f"{file} {mb:.2f}" for file, mb in sizes.items() if mb >= 0.1)
-    say(f"{out}: {size:.2f} MB of at most {MAX_MB} MB ({largest})")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
+    say(f"{out}: {size:.2f} MB of at most {MAX_MB} MB")
     if size > MAX_MB:
         remedy = "train.py --export-dtype fp16, a smaller backbone or --rembg-model u2netp (4.6 MB)"
         raise ValueError(f"{out} is written, but it is over the {MAX_MB} MB that are admitted: {remedy}")
@@ -152,10 +150,9 @@ def write_folder(entry: Path, checkpoint: Path, cells: list[str], rembg_model: s
     packages = REQUIREMENTS + (REMBG_REQUIREMENTS if rembg_model else [])
     (entry / "requirements.txt").write_text("\n".join(packages) + "\n", encoding="utf-8")
 
-    notes, *code = [cell.splitlines(keepends=True) for cell in cells]
-    parts = [{"cell_type": "markdown", "metadata": {}, "source": notes}]
-    for source in code:
-        parts.append({"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": source})
+    notes, *code = ({"metadata": {}, "source": cell.splitlines(keepends=True)} for cell in cells)
+    parts = [{"cell_type": "markdown"} | notes]
+    parts += [{"cell_type": "code", "execution_count": None, "outputs": []} | cell for cell in code]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python", "file_extension": ".py"}}
     notebook = {"cells": parts, "metadata": metadata, "nbformat": 4, "nbformat_minor": 4}

@@ -1,5 +1,6 @@
 """The logits of a split, by one look or two; scores. Used alike by validation and prediction."""
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -17,16 +18,16 @@ from torch.utils.data import DataLoader
 
 from cli import write_csv
 from data import BOX, Sample, Split
-from loading import EvalPhotos, default_workers, make_eval_loader
+from loading import EvalPhotos, Prepare, default_workers, make_eval_loader
 from model import FashionModel, box_from_logits
 from photos import box_iou, crop_box, placement, to_photo
 
-CHUNK = 16  # images that a CPU core predicts at a time; the activations of more would not fit its cache
+AmpDtype = torch.dtype | None
+Advance = Callable[[int], None] | None
 
-# The view `learned`: the predicted box is grown by BOX_MARGIN of its sides on each side; the second look, at that crop,
-# decides together with FIRST_LOOK_WEIGHT of the log-probabilities of the first one, at the whole photo.
-BOX_MARGIN = 0.05
-FIRST_LOOK_WEIGHT = 0.5
+CHUNK = 16  # images that a CPU core predicts at a time; the activations of more would not fit its cache
+BOX_MARGIN = 0.05  # the share of its sides by which the predicted box is grown on each side for the second look
+FIRST_LOOK_WEIGHT = 0.5  # of the log-probabilities of the first look, beside those of the second
 
 
 @dataclass
@@ -40,16 +41,12 @@ class Prediction:
 
 
 def predict_split(
-    model: FashionModel,
-    loader: DataLoader,
-    view: str,
-    amp_dtype: torch.dtype | None = None,
-    advance: Callable[[int], None] = lambda n: None,
+    model: FashionModel, loader: DataLoader, view: str, amp_dtype: AmpDtype = None, advance: Advance = None
 ) -> Prediction:
-    """What the model says of the photos of `make_eval_loader`; in several processes each takes its part, all get all.
+    """What the model says of a loader's photos; in several processes each takes its part, and all get the result.
 
     The view `learned` is two looks: at the whole photos, and at the boxes that the first one predicts. `advance` is
-    called with the number of images that are done, of each look.
+    called with the number of images of each batch, in each look.
     """
     sampler, dataset = loader.batch_sampler, loader.dataset
     sampler.crops = None
@@ -59,7 +56,7 @@ def predict_split(
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):
         place = placement([dataset.samples[i].size for i in sampler.part], dataset.size, dataset.resize)
-        result.boxes = to_photo(box_from_logits(first.pop(BOX))[0], place)
+        result.boxes = to_photo(box_from_logits(first.pop(BOX)), place)
         sampler.crops = grow_boxes(result.boxes)
         second, *_ = run_batches(model, loader, True, amp_dtype, advance)
         result.logits = join_looks(first, second)
@@ -73,9 +70,9 @@ def predict_samples(
     resize: str,
     batch_size: int,
     workers: int | None = None,
-    amp_dtype: torch.dtype | None = None,
-    prepare: Callable | None = None,
-    advance: Callable[[int], None] = lambda n: None,
+    amp_dtype: AmpDtype = None,
+    prepare: Prepare | None = None,
+    advance: Advance = None,
 ) -> Prediction:
     """What the model says of these samples in a view; the arguments are those of `EvalPhotos` and `predict_split`."""
     photos = EvalPhotos(samples, model.image_size, view, resize, prepare)
@@ -84,50 +81,37 @@ def predict_samples(
 
 
 def run_batches(
-    model: FashionModel,
-    batches: Iterable,
-    labels_only: bool,
-    amp_dtype: torch.dtype | None,
-    advance: Callable[[int], None] = lambda n: None,
+    model: FashionModel, batches: Iterable, labels_only: bool, amp_dtype: AmpDtype, advance: Advance = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, str]]:
     """The model's outputs, the targets and the problems of all batches, on the CPU.
 
-    On a CPU each thread predicts CHUNK images at a time by itself, while the next are decoded: nothing waits for the
-    slowest, and the bits are the same at any number of threads. On CUDA attention is the plain one, as in deterministic
-    training.
+    On a CPU each thread predicts CHUNK images at a time by itself: the bits are the same at any number of threads. On
+    CUDA attention is the plain one, as in deterministic training.
     """
     device = model.eval().mean.device
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     chunk, workers, threads_each = (CHUNK, threads, 1) if on_cpu else (sys.maxsize, 1, threads)
-    options = {"labels_only": True} if labels_only else {}
-    outputs: list[dict[str, Tensor]] = []
-    targets: list[dict[str, Tensor]] = []
-    problems: dict[int, str] = {}
-    running: deque[tuple[int, Future]] = deque()
+    outputs, targets, problems = [], [], []
+    running: deque[Future] = deque()
 
     @torch.inference_mode()
     def forward(images: Tensor) -> dict[str, Tensor]:
         plain_attention = nullcontext() if on_cpu else sdpa_kernel(SDPBackend.MATH)
         with plain_attention, torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-            logits = model(images.to(device, non_blocking=True), **options)
+            logits = model(images.to(device, non_blocking=True), labels_only)
         return {head: values.float().cpu() for head, values in logits.items()}
-
-    def collect(left: int) -> None:
-        while len(running) > left:
-            n, future = running.popleft()
-            outputs.append(future.result())
-            advance(n)
 
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads_each,))
     try:
-        done = 0
         for images, labels, messages in batches:
-            running.extend((len(part), pool.submit(forward, part)) for part in images.split(chunk))
+            running.extend(pool.submit(forward, part) for part in images.split(chunk))
+            while len(running) > 2 * workers:
+                outputs.append(running.popleft().result())
             targets.append(labels)
-            problems |= {done + i: message for i, message in enumerate(messages) if message}
-            done += len(images)
-            collect(left=2 * workers)
-        collect(left=0)
+            problems += messages
+            if advance:
+                advance(len(images))
+        outputs += [future.result() for future in running]
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the pool's threads set the default of those to come
@@ -135,10 +119,8 @@ def run_batches(
     for label, names in model.classes.items() if logits else ():
         if logits[label].shape[1:] != (len(names),):
             shape = tuple(logits[label].shape[1:])
-            raise ValueError(
-                f"the head of {label} gives {shape} numbers a photo; it needs one for each of {len(names)} classes"
-            )
-    return logits, concatenated(targets), problems
+            raise ValueError(f"the head of {label} gives {shape} numbers a photo; it needs {len(names)}, one a class")
+    return logits, concatenated(targets), {i: problem for i, problem in enumerate(problems) if problem}
 
 
 def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -170,9 +152,9 @@ def gather(part: Prediction) -> Prediction:
 
 
 def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, float]:
-    """`top1_<label>`: share of right answers; `acsa_<label>`: mean recall of the classes that occur; `_mean` of both.
+    """`top1_<label>`, `acsa_<label>` (the mean recall of the classes that occur) and the `_mean` of each of the two.
 
-    Photos whose label is not known (target -1) count for the other labels alone.
+    A photo whose label is not known (target -1) counts for the other labels alone.
     """
     scores: dict[str, float] = {}
     for label, target in targets.items():
@@ -183,18 +165,17 @@ def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, fl
             scores[f"top1_{label}"] = right.sum().item() / len(target)
             scores[f"acsa_{label}"] = sum(recalls) / len(recalls)
     for kind in ("top1", "acsa") if scores else ():
-        values = [value for key, value in scores.items() if key.startswith(f"{kind}_")]
+        values = [value for key, value in scores.items() if key.startswith(kind)]
         scores[f"{kind}_mean"] = sum(values) / len(values)
     return scores
 
 
 def validation_loss(prediction: Prediction, criterion: nn.Module) -> dict[str, float]:
-    """{"loss": the mean loss, summed over the labels}. Raises ValueError where one is not finite."""
-    losses = criterion(prediction.logits, prediction.targets)
-    for label, value in losses.items():
-        if not value.isfinite():
-            raise ValueError(f"the validation loss of {label} is not finite; lower --lr, or try --amp off")
-    return {"loss": sum(value.item() for value in losses.values())}
+    """{"loss": sum of the labels' mean losses}. Raises ValueError where it is not finite."""
+    loss = sum(value.item() for value in criterion(prediction.logits, prediction.targets).values())
+    if not math.isfinite(loss):
+        raise ValueError("the validation loss is not finite; lower --lr, or try --amp off")
+    return {"loss": loss}
 
 
 def score_boxes(boxes: Tensor, targets: Tensor) -> dict[str, float]:
@@ -207,10 +188,7 @@ def score_boxes(boxes: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def write_predictions(path: Path, split: Split, prediction: Prediction) -> None:
-    """val_predictions.csv: for each label its class, empty where not known, the predicted one and all probabilities.
-
-    Where the model predicted boxes, these in pixels of the photo too.
-    """
+    """val_predictions.csv: each label's class, the predicted one, all probabilities; a predicted box in pixels."""
     header, columns = ["image_name"], [[sample.name for sample in split.samples]]
     for label, names in split.classes.items():
         logits = prediction.logits[label]
@@ -236,14 +214,10 @@ def world_size() -> int:
 
 def parallel(model: FashionModel) -> nn.Module:
     """The model, or in several processes its DistributedDataParallel."""
-    if world_size() == 1:
-        return model
-    devices = [model.mean.device] if model.mean.device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, find_unused_parameters=True)
+    return model if world_size() == 1 else DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def from_first(value: object) -> object:
-    """The first process's value, in all of them."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
@@ -251,10 +225,9 @@ def from_first(value: object) -> object:
 
 
 def in_any_process(asked: bool) -> bool:
-    if not dist.is_initialized():
-        return asked
     flag = torch.tensor(int(asked))
-    dist.all_reduce(flag)
+    if dist.is_initialized():
+        dist.all_reduce(flag)
     return flag.item() > 0
 
 

@@ -1,6 +1,5 @@
 """From samples to batches: the datasets of training and evaluation, the order of an epoch, decoded views, loaders."""
 
-import errno
 import gc
 import hashlib
 import inspect
@@ -10,7 +9,6 @@ import shutil
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 
@@ -34,29 +32,24 @@ from settings import Settings
 SPARE_BYTES = 500_000_000  # what the cache leaves free on a disk
 
 Targets = dict[str, Tensor]  # {label: int64 class index, -1 where not known; BOX: float32 (4,) in 0..1 of the image}
+Prepare = Callable[[Sample], tuple[Image.Image, dict[str, Box]]]  # a sample's photo, and the boxes in it
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts: (seed, "sample", epoch, index), (seed, "step", epoch, step), ..."""
+    """A 63-bit number that depends on all parts, such as (seed, "sample", epoch, index)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 def relative_boxes(samples: Sequence[Sample], view: str) -> Tensor:
     """The boxes of a view, float32 (N, 4), xmin, ymin, xmax, ymax in 0..1 of each photo; NaN where there is none."""
-    rows = [
-        [at / side for at, side in zip(s.boxes[view], s.size * 2)] if view in s.boxes else [math.nan] * 4
-        for s in samples
-    ]
-    return torch.tensor(rows).view(-1, 4)
+    boxes = torch.tensor([sample.boxes.get(view, [math.nan] * 4) for sample in samples]).view(-1, 4)
+    return boxes / torch.tensor([sample.size * 2 for sample in samples]).view(-1, 4)
 
 
 def label_targets(samples: Sequence[Sample]) -> Targets:
-    """{label: int64 (N,)}. Tensors: a loading process would get a copy of each row that it touches."""
+    """{label: int64 (N,)}."""
     labels = samples[0].labels if samples else ()
     return {label: torch.tensor([sample.labels[label] for sample in samples]) for label in labels}
-
-
-# ---------------------------------------------------------------- datasets
 
 
 class TrainPhotos(Dataset):
@@ -66,15 +59,12 @@ class TrainPhotos(Dataset):
     `train_view` in an uncropped photo, NaN where there is none to learn.
     """
 
-    use = "train"
-
     def __init__(self, samples: Sequence[Sample], size: int, settings: Settings):
         self.samples, self.size, self.seed, self.resize = samples, size, settings.seed, settings.resize
-        self.view, self.crop_prob = settings.train_view, settings.crop_prob
-        self.augment = augmentation(settings.augment)
+        self.augment, self.crop_prob = augmentation(settings.augment), settings.crop_prob
         self.targets = label_targets(samples)
-        if not any(self.view in sample.boxes for sample in samples):
-            self.view = "full"
+        boxed = any(settings.train_view in sample.boxes for sample in samples)
+        self.view = settings.train_view if boxed else "full"
         self.boxes = None  # of uncropped photos, in 0..1 of the image
         if settings.box_head:
             place = placement([sample.size for sample in samples], size, self.resize)
@@ -86,8 +76,7 @@ class TrainPhotos(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Targets]:
-        image, targets, _ = self.draw(*key)
-        return image, targets
+        return self.draw(*key)[:2]
 
     def draw(self, epoch: int, index: int) -> tuple[Tensor, Targets, str]:
         """The image of a photo in an epoch, its targets, and the view that was drawn."""
@@ -113,8 +102,10 @@ class TrainPhotos(Dataset):
             return self.decoded[view].read(index)
         sample = self.samples[index]
         photo, box = read_photo(sample), sample.boxes.get(view)
-        if self.resize == "random-resized-crop":
-            box = random_part(box or (0, 0, *photo.size))
+        if self.resize == "random-resized-crop":  # 8 to 100 % of the view, of a side ratio between 3/4 and 4/3
+            photo = photo.crop(box) if box else photo
+            top, left, height, width = RandomResizedCrop.get_params(photo, (0.08, 1.0), (3 / 4, 4 / 3))
+            box = (left, top, left + width, top + height)
         return view_pixels(photo, box, self.size, self.resize)
 
     def augment_with_box(self, image: Tensor, index: int, view: str) -> tuple[Tensor, Tensor]:
@@ -125,30 +116,15 @@ class TrainPhotos(Dataset):
         return image, torch.where((box[2:] - box[:2]).amin() > 0, box.as_subclass(Tensor) / self.size, math.nan)
 
 
-def random_part(box: Box) -> Box:
-    """RandomResizedCrop's part of a box: 8 to 100 % of it, of a side ratio between 3/4 and 4/3."""
-    left, top, right, bottom = box
-    view = torch.empty(0, bottom - top, right - left)
-    y, x, height, width = RandomResizedCrop.get_params(view, (0.08, 1.0), (3 / 4, 4 / 3))
-    return left + x, top + y, left + x + width, top + y + height
-
-
 class EvalPhotos(Dataset):
     """Images of one view, not augmented: item (index, crop) is the image, its targets, and what is wrong with it.
 
-    `crop`, (4,) in 0..1 of the photo, is seen instead of the view where it is not None. `prepare` gives a sample's
-    photo and the boxes in it. A photo that cannot be read is black, and the message not empty.
+    `crop`, (4,) in 0..1 of the photo, is seen instead of the view where it is not None. A photo that cannot be read is
+    black, and the message not empty.
     """
 
-    use = "eval"
-
     def __init__(
-        self,
-        samples: Sequence[Sample],
-        size: int,
-        view: str,
-        resize: str = "squash",
-        prepare: Callable[[Sample], tuple[Image.Image, dict[str, Box]]] | None = None,
+        self, samples: Sequence[Sample], size: int, view: str, resize: str = "squash", prepare: Prepare | None = None
     ):
         self.samples, self.size, self.resize, self.prepare = samples, size, resize, prepare
         self.view = "full" if view == "learned" else view
@@ -167,11 +143,11 @@ class EvalPhotos(Dataset):
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), targets, str(error)
 
     def read(self, index: int, crop: Sequence[float] | None) -> Tensor:
-        if crop is None and self.view in self.decoded:
+        if not crop and self.view in self.decoded:
             return self.decoded[self.view].read(index)
         sample = self.samples[index]
         photo, boxes = self.prepare(sample) if self.prepare else (read_photo(sample), sample.boxes)
-        box = boxes.get(self.view) if crop is None else crop_box(crop, photo.size)
+        box = crop_box(crop, photo.size) if crop else boxes.get(self.view)
         return view_pixels(photo, box, self.size, self.resize)
 
 
@@ -181,9 +157,9 @@ class EvalPhotos(Dataset):
 class EpochSampler(Sampler):
     """Batches of (epoch, index) in an order that depends on (seed, epoch) alone.
 
-    Set `epoch` before each pass, and `skip`: how many of its batches were used before an interruption. Each of
-    `world_size` processes gets an equal part of each batch: of a short last batch up to world_size - 1 photos are left
-    out, and all of it where a part would hold fewer than `min_part`.
+    Set `epoch` before each pass, and `skip`, the number of its batches that were used before an interruption. Each
+    process gets an equal part of each batch: of a short last batch up to world_size - 1 photos are left out, and all
+    of it where a part would hold fewer than `min_part`.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, min_part: int = 1):
@@ -192,7 +168,7 @@ class EpochSampler(Sampler):
         last = n % batch_size // world_size
         last = last if last >= min_part else 0
         self.steps = n // batch_size + (last > 0)
-        self.part_images = n // batch_size * (batch_size // world_size) + last  # of an epoch, in this process
+        self.part_images = n // batch_size * (batch_size // world_size) + last  # images an epoch in this process
 
     def __len__(self) -> int:
         return self.steps - self.skip
@@ -207,10 +183,7 @@ class EpochSampler(Sampler):
 
 
 class EvalSampler(Sampler):
-    """Batches of (index, crop), in order, of all samples or of `part` (one of several processes').
-
-    Set `crops`, (len(part), 4) in 0..1 of the photos, to see these instead of the view.
-    """
+    """Batches of (index, crop) of `part`, in order. Set `crops`, (len(part), 4) in 0..1 of the photos, to see these."""
 
     def __init__(self, part: range, batch_size: int):
         self.part, self.batch_size = part, batch_size
@@ -220,8 +193,7 @@ class EvalSampler(Sampler):
         return math.ceil(len(self.part) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, list[float] | None]]]:
-        crops = [None] * len(self.part) if self.crops is None else self.crops.tolist()
-        keys = list(zip(self.part, crops))
+        keys = list(zip(self.part, [None] * len(self.part) if self.crops is None else self.crops.tolist()))
         for start in range(0, len(keys), self.batch_size):
             yield keys[start : start + self.batch_size]
 
@@ -240,8 +212,7 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
 
 
 def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int, part: range | None = None) -> DataLoader:
-    part = range(len(dataset)) if part is None else part
-    return make_loader(dataset, EvalSampler(part, batch_size), workers)
+    return make_loader(dataset, EvalSampler(range(len(dataset)) if part is None else part, batch_size), workers)
 
 
 def start_worker(worker: int) -> None:
@@ -261,9 +232,8 @@ def training_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Targets]]:
 
 def default_workers(workers: int | None) -> int:
     """`workers`, or where it is None a process for each CPU core that this one may use, at most 8."""
-    if workers is not None:
-        return workers
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores) if workers is None else workers
 
 
 # ---------------------------------------------------------------- decoded views
@@ -275,39 +245,28 @@ class DecodedViews:
     def __init__(self, files: list[tuple[Path, int]], size: int):
         self.files, self.size = files, size
         self.starts = np.cumsum([0, *(n for _, n in files)])
-        self.open()
+        self.arrays = [np.memmap(path, np.uint8, "r", shape=(n, 3, size, size)) for path, n in files]
 
-    def open(self) -> None:
-        self.arrays = [np.memmap(path, np.uint8, "r", shape=(n, 3, self.size, self.size)) for path, n in self.files]
+    def __reduce__(self) -> tuple:  # a spawned process maps the files itself: it would get a copy of their bytes
+        return DecodedViews, (self.files, self.size)
 
     def read(self, index: int) -> Tensor:
         file = int(np.searchsorted(self.starts, index, "right")) - 1
         return torch.from_numpy(np.array(self.arrays[file][index - self.starts[file]]))
 
-    def __getstate__(self) -> dict:  # a memory map that is sent to a spawned process would be sent whole
-        return {key: value for key, value in vars(self).items() if key != "arrays"}
 
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self.open()
-
-
-def decode_once(views: dict[TrainPhotos | EvalPhotos, Collection[str]], cache: str | None, workers: int) -> None:
+def decode_once(views: dict[Dataset, Collection[str]], cache: str | None, workers: int) -> None:
     """`add_decoded` for several datasets. Raises ValueError with all photos that cannot be decoded."""
-    problems = [p for dataset, of in views.items() for p in add_decoded(dataset, of, cache, workers)]
+    problems = [problem for item in views.items() for problem in add_decoded(*item, cache, workers)]
     problems = list(dict.fromkeys(problems))  # a photo may be damaged in two views
     if problems:
-        title = f"{len(problems)} photos cannot be decoded"
-        raise ValueError(list_problems(title, problems) if len(problems) > 1 else problems[0])
+        raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
 
 
-def add_decoded(
-    dataset: TrainPhotos | EvalPhotos, views: Collection[str], cache: str | None, workers: int
-) -> list[str]:
+def add_decoded(dataset: Dataset, views: Collection[str], cache: str | None, workers: int) -> list[str]:
     """Let a dataset read these views from the cache, which is built first where need be.
 
     Returns what is wrong with photos that cannot be decoded. `cache`: a folder, "off", or None for DATASET/.cache.
-    Where it cannot be written, a note says so, and the photos are decoded in every epoch.
     """
     problems: list[str] = []
     if cache == "off" or dataset.resize == "random-resized-crop":
@@ -317,10 +276,10 @@ def add_decoded(
             files = []
             for csv, group in groupby(dataset.samples, key=lambda sample: sample.csv):
                 samples = list(group)
-                folder, stem = cache_folder(csv.parent, cache), f"{csv.stem}-{dataset.use}-{view}"
-                path, damaged = decode_views(samples, view, dataset.size, dataset.resize, folder, stem, workers)
+                path = views_path(dataset, samples, view, cache_folder(csv.parent, cache))
                 files.append((path, len(samples)))
-                problems += damaged
+                if not path.exists():
+                    problems += build_views(path, samples, view, dataset.size, dataset.resize, workers)
             if not problems:
                 dataset.decoded[view] = DecodedViews(files, dataset.size)
     except OSError as error:
@@ -335,47 +294,45 @@ def cache_folder(root: Path, cache: str | None) -> Path:
     if cache is None and os.access(own if own.exists() else root, os.W_OK):
         return own
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fashion-attributes")
-    place = Path(cache) if cache else users
-    path = os.path.realpath(root)
-    return place / f"{os.path.basename(path)}-{hashlib.blake2b(os.fsencode(path), digest_size=4).hexdigest()}"
+    return Path(cache or users) / f"{root.resolve().name}-{derive_seed(str(root.resolve())):x}"
 
 
-def views_key(samples: Sequence[Sample], view: str) -> str:
-    """What decides the pixels of these views: the photos, the boxes, photos.py, Pillow and its JPEG library."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update("".join([inspect.getsource(photos), PIL.__version__, str(PIL.features.version("jpg"))]).encode())
+def views_path(dataset: Dataset, samples: Sequence[Sample], view: str, folder: Path) -> Path:
+    """STEM-KEY.pixels. The key is of what decides the pixels: photos, boxes, photos.py, Pillow, its JPEG library."""
+    rows = []
     for sample in samples:
         status = os.stat(sample.path)
         place = os.path.relpath(sample.path, sample.csv.parent)
-        row = (place, status.st_size, status.st_mtime_ns, sample.boxes.get(view))
-        digest.update(repr(row).encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        rows.append((place, status.st_size, status.st_mtime_ns, sample.boxes.get(view)))
+    key = derive_seed(rows, inspect.getsource(photos), PIL.__version__, PIL.features.version("jpg"))
+    stem = f"{samples[0].csv.stem}-{type(dataset).__name__}-{view}-{dataset.size}-{dataset.resize}"
+    return folder / f"{stem}-{key:x}.pixels"
 
 
-def decode_views(
-    samples: Sequence[Sample], view: str, size: int, resize: str, folder: Path, stem: str, workers: int
-) -> tuple[Path, list[str]]:
-    """The file with the pixels of a view of these samples, uint8 (N, 3, size, size), decoded now if it is not there.
+def build_views(path: Path, samples: Sequence[Sample], view: str, size: int, resize: str, workers: int) -> list[str]:
+    """Write the pixels of a view, uint8 (N, 3, size, size), in the place of a file of another key.
 
-    Returns also what is wrong with photos that cannot be decoded; without any the file is there, whole. A second
-    process waits for the first. Raises OSError where the file cannot be written.
+    Returns what is wrong with photos that cannot be decoded; without any the file is there, whole. A second process
+    waits for the first. Raises OSError where the file cannot be written.
     """
-    stem = f"{stem}-{size}-{resize}-"
-    path = folder / f"{stem}{views_key(samples, view)}.pixels"
-    if path.exists():
-        return path, []
+    folder, stem, unfinished = path.parent, path.name.rpartition("-")[0], path.with_suffix(".unfinished")
     folder.mkdir(parents=True, exist_ok=True)
-    with acquire_lock(folder / ".lock"):
+    lock = FileLock(folder / ".lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        say("another process is decoding these photos: waiting for it")
+        held = lock.acquire()
+    with held:
         if path.exists():  # another process has built it
-            return path, []
-        for old in {*folder.glob(f"{stem}*"), *folder.glob("*.unfinished")}:  # of another key, or of a killed process
+            return []
+        for old in {*folder.glob(f"{stem}-*"), *folder.glob("*.unfinished")}:  # of another key or a killed process
             old.unlink()
-        needed, free = len(samples) * 3 * size * size, shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free
+        needed = len(samples) * 3 * size * size
         if needed > free - SPARE_BYTES:
             raise OSError(f"decoded photos take {needed / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free")
-        disk = f"{needed / 1e9:.2f} GB; --cache off goes without"
-        say(f"decoding {len(samples):,} photos ({view}) once, into {folder} ({disk})")
-        unfinished = path.with_suffix(".unfinished")
+        say(f"decoding {len(samples):,} photos ({view}) once, into {folder} ({needed / 1e9:.2f} GB; or --cache off)")
         try:
             with open(unfinished, "wb") as file:
                 problems = write_views(file.fileno(), samples, view, size, resize, workers)
@@ -384,37 +341,24 @@ def decode_views(
                 unfinished.rename(path)
         finally:
             unfinished.unlink(missing_ok=True)
-    return path, problems
-
-
-def acquire_lock(path: Path) -> AbstractContextManager:
-    """Hold the lock within; wait for another process that holds it, and say so."""
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        say("another process is decoding these photos: waiting for it")
-        return lock.acquire()
+    return problems
 
 
 def write_views(file: int, samples: Sequence[Sample], view: str, size: int, resize: str, workers: int) -> list[str]:
     """Decode into an open file, in threads (Pillow lets go of Python's lock); returns what is wrong with photos."""
 
-    def decode(i: int) -> str | None:
+    def decode(i: int) -> list[str]:
         try:
             pixels = view_pixels(read_photo(samples[i]), samples[i].boxes.get(view), size, resize)
         except ValueError as error:
-            return str(error)
+            return [str(error)]
         if os.pwrite(file, pixels.numpy().tobytes(), i * pixels.numel()) < pixels.numel():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a disk that fills up takes a part
-        return None
+            raise OSError("the disk is full")  # it takes a part, and raises nothing
+        return []
 
     problems = []
     with ThreadPoolExecutor(max(1, workers)) as pool, progress(len(samples), "decoding", "photos") as bar:
-        try:
-            for problem in pool.map(decode, range(len(samples))):
-                problems += [problem] if problem else []
-                bar.advance(1)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for found in pool.map(decode, range(len(samples))):  # cancels the rest where one raises
+            problems += found
+            bar.advance(1)
     return problems

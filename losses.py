@@ -1,8 +1,7 @@
 """The losses: cross-entropy with smoothing, focal, asymmetric, distillation, boxes; and their sum over the heads.
 
 The first three take `logits` (N, C) and `targets`: class indices (N,), -1 where the class is not known, or class
-probabilities (N, C). Each is linear in the probabilities, so an index and its one-hot form agree, mixed images need no
-second definition, and an unknown class is a row of zeros, which adds nothing.
+probabilities (N, C), in which each is linear. An unknown class is a row of zeros, which adds nothing.
 
 With class weights w the mean is torch's: the sum of the weighted losses over the sum of w[target].
 """
@@ -20,8 +19,6 @@ from cli import usage_error
 from data import BOX, Split
 from model import box_from_logits
 from settings import Settings
-
-DISTILL_TEMPERATURE = 4.0  # at which teacher and student are compared
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # a head's logits and targets -> the mean loss over the known targets
 
@@ -45,7 +42,7 @@ class MultiHeadLoss(nn.Module):
         for head, values in logits.items():
             loss = self.losses[head](values, targets[head])
             if teacher_logits is not None and head in teacher_logits:
-                soft = distillation(values, teacher_logits[head], DISTILL_TEMPERATURE)
+                soft = distillation(values, teacher_logits[head])
                 loss = (1 - self.distill_weight) * loss + self.distill_weight * soft
             losses[head] = loss
         return losses
@@ -53,24 +50,18 @@ class MultiHeadLoss(nn.Module):
 
 def head_losses(settings: Settings, split: Split) -> dict[str, Loss]:
     """The loss of each head. Raises BadParameter for class weights of a label that has one class in all rows."""
+    gammas = {"gamma_pos": settings.asym_gamma_pos, "gamma_neg": settings.asym_gamma_neg}
     choices = {
         "ce": partial(cross_entropy, smoothing=settings.label_smoothing),
         "focal": partial(focal, gamma=settings.focal_gamma),
-        "asymmetric": partial(
-            asymmetric,
-            gamma_pos=settings.asym_gamma_pos,
-            gamma_neg=settings.asym_gamma_neg,
-            smoothing=settings.label_smoothing,
-        ),
+        "asymmetric": partial(asymmetric, **gammas, smoothing=settings.label_smoothing),
     }
-    if settings.loss not in choices:
-        raise usage_error("--loss", f"losses.py has no {settings.loss}; add it to `choices`")
     losses: dict[str, Loss] = {}
     for label in split.classes:
         weights = class_weights(split, label) if settings.class_weights else None
         losses[label] = partial(choices[settings.loss], class_weights=weights)
     if settings.box_head:
-        losses[BOX] = lambda logits, boxes: box_loss(box_from_logits(logits)[0], boxes)
+        losses[BOX] = lambda logits, boxes: box_loss(box_from_logits(logits), boxes)
     return losses
 
 
@@ -86,11 +77,7 @@ def class_weights(split: Split, label: str) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    smoothing: float = 0.0,
-    class_weights: Tensor | None = None,
-    reduction: str = "mean",
+    logits: Tensor, targets: Tensor, smoothing: float = 0, class_weights: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Cross-entropy with label smoothing (Szegedy et al. 2016, section 7). `class_weights`: (C,) or None."""
     log_p, targets = _prepare(logits, targets)
@@ -131,9 +118,7 @@ def asymmetric(
     return _reduce(losses, targets, class_weights, reduction)
 
 
-def distillation(
-    logits: Tensor, teacher_logits: Tensor, temperature: float = DISTILL_TEMPERATURE, reduction: str = "mean"
-) -> Tensor:
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, reduction: str = "mean") -> Tensor:
     """T^2 KL(teacher || student) of the softmaxes at temperature T (Hinton et al. 2015, section 2).
 
     T^2 keeps the size of the gradient. `teacher_logits`, (N, C), get no gradient.
@@ -153,10 +138,7 @@ def _prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         known = (targets >= 0)[..., None]
         targets = F.one_hot(targets.clamp(min=0), logits.shape[-1]) * known
     elif targets.shape != logits.shape:
-        raise ValueError(
-            f"targets have the shape {tuple(targets.shape)}; for logits {tuple(logits.shape)} "
-            "give indices (N,) or probabilities (N, C)"
-        )
+        raise ValueError(f"targets of the shape {tuple(targets.shape)} for logits of the shape {tuple(logits.shape)}")
     log_p = F.log_softmax(_full(logits), dim=-1)
     return log_p, targets.to(log_p.dtype)
 
@@ -167,7 +149,7 @@ def _one_minus_p(log_p: Tensor) -> Tensor:
 
 
 def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduction: str) -> Tensor:
-    """Reduce losses (N, C) by `reduction`: "none" (N,), "sum", or "mean" over the weight of the targets (N, C)."""
+    """Reduce losses (N, C) as `reduction` says: "none" (N,), "sum", or "mean" over the weight of the targets (N, C)."""
     if class_weights is not None:
         class_weights = class_weights.to(losses)
         losses = losses * class_weights
@@ -176,8 +158,6 @@ def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduc
         return losses
     if reduction == "sum":
         return losses.sum()
-    if reduction != "mean":
-        raise ValueError(f'reduction is "mean", "sum" or "none", not {reduction!r}')
     weight = (targets.sum(-1) > 0 if class_weights is None else targets * class_weights).sum()
     return losses.sum() / torch.where(weight > 0, weight, 1)
 

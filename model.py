@@ -29,9 +29,8 @@ FINEST = 16  # positions along a side that the box head's finest feature map sho
 class FashionModel(nn.Module):
     """`backbone` maps (N, 3, H, W) to pooled features (N, width); a linear head a label maps these to its logits.
 
-    Takes uint8 images, as loading.py gives them, and normalises them itself with the backbone's own mean and std:
-    whoever holds the model cannot normalise wrongly. `levels`: {index: width} of the feature maps that a box head
-    sees; without any there is no box head.
+    Takes uint8 images and normalises them with the backbone's own mean and std. `levels`: {index: width} of the feature
+    maps that a box head sees; without any there is no box head.
     """
 
     def __init__(
@@ -58,10 +57,7 @@ class FashionModel(nn.Module):
         self.box_head = BoxHead(levels.values()) if levels else None
 
     def forward(self, images: Tensor, labels_only: bool = False) -> dict[str, Tensor]:
-        """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}, and of a box head {BOX: logits (N, 4, POSITIONS)}.
-
-        `labels_only` leaves out the box head.
-        """
+        """uint8 (N, 3, H, W) -> {label: logits (N, classes)}, and BOX's, (N, 4, POSITIONS), unless `labels_only`."""
         images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
         outputs = {}
         if self.box_head is None or labels_only:
@@ -82,18 +78,16 @@ class BoxHead(nn.Module):
     """The garment's box: for each of its sides a distribution over POSITIONS positions along the image.
 
     The feature maps (N, widths[i], h, w) are resized to the first, the finest, and added. After two convolutions their
-    maximum over the rows is a profile of the columns, and the other way round; each profile gives two distributions,
-    of the sides where the garment begins and ends.
+    maximum over the rows, and over the columns, gives the distributions of the two sides along x, and along y.
     """
 
     def __init__(self, widths: Iterable[int]):
         super().__init__()
         self.inputs = nn.ModuleList(nn.Conv2d(width, BOX_WIDTH, 1) for width in widths)
-        norms = [nn.GroupNorm(8, BOX_WIDTH) for _ in range(3)]
-        convolutions = [nn.Conv2d(BOX_WIDTH, BOX_WIDTH, 3, padding=1) for _ in range(2)]
-        self.mix = nn.Sequential(
-            norms[0], nn.ReLU(), convolutions[0], norms[1], nn.ReLU(), convolutions[1], norms[2], nn.ReLU()
-        )
+        self.mix = nn.Sequential(nn.GroupNorm(8, BOX_WIDTH), nn.ReLU())
+        for _ in range(2):
+            convolution = nn.Conv2d(BOX_WIDTH, BOX_WIDTH, 3, padding=1)
+            self.mix.extend([convolution, nn.GroupNorm(8, BOX_WIDTH), nn.ReLU()])
         self.along_x, self.along_y = (nn.Conv1d(BOX_WIDTH, 2, 3, padding=1) for _ in range(2))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -108,29 +102,20 @@ class BoxHead(nn.Module):
 
 
 def _resize_last(values: Tensor, n: int) -> Tensor:
-    """Interpolate the last axis linearly to `n` values.
-
-    A product of matrices: the gradient of torch's own interpolation differs from run to run on CUDA.
-    """
+    """Interpolate the last axis linearly to `n` values."""
     if values.shape[-1] == n:
         return values
+    # a product of matrices: the gradient of torch's own interpolation differs from run to run on CUDA
     identity = torch.eye(values.shape[-1], device=values.device)[None]
     return values @ F.interpolate(identity, n, mode="linear")[0].to(values.dtype)
 
 
-def box_from_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Box and confidence from the box head's logits (N, 4, POSITIONS).
-
-    The box (N, 4), xmin, ymin, xmax, ymax in 0..1 of the image, is the mean of each side's distribution. The
-    confidence (N,), 0 to 1, is the least of the four sides' probability within a tenth of the image from it.
-    """
-    probabilities = logits.float().softmax(-1)
+def box_from_logits(logits: Tensor) -> Tensor:
+    """Box head's logits (N, 4, POSITIONS) -> xmin, ymin, xmax, ymax (N, 4) in 0..1 of the image, each side's mean."""
     positions = (torch.arange(POSITIONS, device=logits.device) + 0.5) / POSITIONS
-    sides = probabilities @ positions
-    near = (positions - sides[..., None]).abs() < 0.1
+    sides = logits.float().softmax(-1) @ positions
     first, second = sides[:, :2], sides[:, 2:]
-    boxes = torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1)
-    return boxes, (probabilities * near).sum(-1).amin(-1)
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=1)
 
 
 # ---------------------------------------------------------------- building
@@ -140,15 +125,11 @@ def check_backbone(name: str) -> None:
     """Raises BadParameter where timm knows no such model (naming close ones) or no such pretrained tag of it."""
     architecture, _, tag = name.partition(".")
     if ":" in name or not timm.is_model(architecture):
-        known = timm.list_models() + timm.list_pretrained()
-        close = [m for m in known if architecture and m.startswith(architecture)]
-        close = close or difflib.get_close_matches(name, known, cutoff=0.5)
-        close = f"close: {', '.join(close[:5])}" if close else "timm.list_models() lists them"
-        raise usage_error("--model", f"timm has no model {name!r}; {close}")
-    tags = [m.partition(".")[2] for m in timm.list_models(f"{architecture}.*", pretrained=True)]
-    if tag and tag not in tags:
-        known = ", ".join(tags) or "none"
-        raise usage_error("--model", f"timm has no pretrained tag {tag!r} of {architecture}; it has: {known}")
+        close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=5, cutoff=0.2)
+        raise usage_error("--model", f"timm has no model {name!r}; close: {', '.join(close)}")
+    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag and name not in tagged:
+        raise usage_error("--model", f"timm has no pretrained tag {tag!r} of it but {', '.join(tagged) or 'none'}")
 
 
 def build_model(
@@ -161,32 +142,29 @@ def build_model(
 ) -> FashionModel:
     """The model with random or pretrained backbone weights. `image_size` None: the backbone's own.
 
-    Raises BadParameter where the name is unknown, the backbone takes no images of that size, has no drop path or no
-    feature maps for a box head, OSError where the download fails.
+    Raises BadParameter where the backbone is unknown or lacks what is asked for, OSError where the download fails.
     """
     check_backbone(name)
     own = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # a backbone added here: timm's general values
     size = image_size or own.input_size[-1]
     if pretrained and not own.has_weights:
-        raise usage_error(
-            "--model", f"timm has no pretrained weights for {name}; use --no-pretrained or --weights FILE"
-        )
+        raise usage_error("--model", f"timm has no pretrained weights for {name}; --no-pretrained or --weights FILE")
     if pretrained:
         _stay_offline_without_network()
-    more = {"drop_path_rate": drop_path} if drop_path else {}
+    more = {"drop_path_rate": drop_path} if drop_path else {}  # else the backbone's own
     try:
         backbone = _create(name, pretrained, img_size=size, **more)
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if not pretrained:
             raise usage_error("--image-size", f"{name} cannot be built for images of {size} px: {reason}") from None
-        advice = "offline: --weights FILE, or --no-pretrained"
-        raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); {advice}") from None
+        remedy = "offline: --weights FILE, or --no-pretrained"
+        raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); {remedy}") from None
     if drop_path and not any(isinstance(module, DropPath) for module in backbone.modules()):
         raise usage_error("--drop-path", f"{name} has no drop path")
-    config = timm.data.resolve_model_data_config(backbone)
     width = _pooled_width(backbone, name, size)
     levels = _box_levels(backbone, name, size) if box_head else None
+    config = timm.data.resolve_model_data_config(backbone)
     return FashionModel(backbone, width, classes, config["mean"], config["std"], size, levels)
 
 
@@ -202,7 +180,7 @@ def _create(name: str, pretrained: bool, **options: float) -> nn.Module:
 
 
 def _stay_offline_without_network() -> None:
-    """Where the model hub's name does not resolve, use its client's cache alone: it would retry for a minute, aloud."""
+    """Where the model hub's name does not resolve, use its client's cache alone: it would retry for a minute."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if not urllib.request.getproxies():
@@ -213,9 +191,11 @@ def _stay_offline_without_network() -> None:
 
 @torch.inference_mode()
 def _pooled_width(backbone: nn.Module, name: str, size: int) -> int:
-    """The width of the pooled features, by trying: `num_features` is another number in some backbones."""
+    """The width of the pooled features, by trying: `num_features` is another number in some backbones.
+
+    On a copy: some backbones keep what they computed in eval mode, here from weights that will be replaced.
+    """
     try:
-        # on a copy: some backbones keep what they computed in eval mode, here from weights that will be replaced
         features = copy.deepcopy(backbone).eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -230,27 +210,23 @@ def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
     """Index and width of the feature maps for the box head, the finest first, by trying.
 
     These are the last map of each of the three coarsest strides and, for small images, finer ones up to the first with
-    FINEST positions along a side. Of a plain transformer, whose maps are alike, the last one and one two thirds of the
-    way up. Raises BadParameter where there are none.
+    FINEST positions along a side. Of a plain transformer, whose maps are alike: the last, and one two thirds up.
     """
     try:
         strides = [level["reduction"] for level in backbone.feature_info]
         last_of_stride = sorted({stride: level for level, stride in enumerate(strides)}.items())
-        if len(last_of_stride) > 1:
-            n = 3
-            while n < len(last_of_stride) and size / last_of_stride[-n][0] < FINEST:
-                n += 1
-            levels = [level for _, level in last_of_stride[-n:]]
-        else:
+        n = 3
+        while n < len(last_of_stride) and size / last_of_stride[-n][0] < FINEST:
+            n += 1
+        levels = [level for _, level in last_of_stride[-n:]]
+        if len(levels) == 1:
             levels = [2 * (len(strides) - 1) // 3, len(strides) - 1]
         trial = copy.deepcopy(backbone).eval()
         maps = trial.forward_intermediates(torch.zeros(1, 3, size, size), indices=levels, intermediates_only=True)
         return {level: m.shape[1] for level, m in zip(levels, maps, strict=True)}
     except (AttributeError, TypeError, KeyError, RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise usage_error(
-            "--box-head", f"{name} gives no feature maps for it ({reason}); choose another --model"
-        ) from None
+        raise usage_error("--model", f"{name} gives no feature maps for --box-head ({reason})") from None
 
 
 # ---------------------------------------------------------------- training: learning rates by depth, moving average
@@ -265,53 +241,49 @@ def parameter_groups(model: FashionModel, layer_decay: float = 1.0) -> list[dict
         return [{"params": list(model.parameters()), "lr_scale": 1.0}]
     groups = timm.optim.param_groups_layer_decay(model.backbone, layer_decay=layer_decay)
     heads = [parameter for name, parameter in model.named_parameters() if not name.startswith("backbone.")]
-    # timm's own weight decay, none for biases and norms, is left out: it is another setting
-    return [
-        {"params": heads, "lr_scale": 1.0},
-        *({key: group[key] for key in ("params", "lr_scale")} for group in groups),
-    ]
+    for group in groups:
+        del group["weight_decay"]  # timm's, none for biases and norms: it is another setting
+    return [{"params": heads, "lr_scale": 1.0}, *groups]
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move an exponential moving average towards the model after its step `step` (1, 2, ...).
 
-    Batch norm's running statistics are averaged too; counters are copied. The decay is at most
-    (1 + step) / (10 + step), or short runs would average in their random beginning (TensorFlow's
-    ExponentialMovingAverage).
+    Batch norm's running statistics are averaged too; counters are copied. The decay is at most (1 + step) /
+    (10 + step), or short runs would average in their random beginning (TensorFlow's ExponentialMovingAverage).
     """
     decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
-    averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-    get_ema_multi_avg_fn(decay)(list(averages), list(values), None)
-    for average, value in pairs:
-        if not average.is_floating_point():
+    averages, values = [], []
+    for average, value in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            averages.append(average)
+            values.append(value)
+        else:
             average.copy_(value)
+    get_ema_multi_avg_fn(decay)(averages, values, None)
 
 
 # ---------------------------------------------------------------- device and precision
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, Apple's MPS or the CPU, the first that is there. Raises ValueError for a device that is not.
-
-    On CUDA, float32 matrices are multiplied in TF32 from then on, where the chip has it, as cuDNN does anyway.
-    """
+    """`auto` is CUDA, Apple's MPS or the CPU, the first that is there. Raises ValueError for a device that is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-        if torch.device(name).type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
+    if torch.device(name).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN does anyway
+    return torch.device(name)
 
 
 def choose_amp(choice: str, device: torch.device) -> torch.dtype | None:
     """Autocast's dtype, None for float32.
 
-    `auto` is bf16 on CUDA GPUs that have it, else fp16; on CPUs bf16 with AVX-512 bf16 or AMX; float32 elsewhere.
+    `auto`: on CUDA bf16 where the GPU has it, else fp16; on CPUs bf16 with AVX-512 bf16 or AMX; float32 elsewhere.
     """
     if choice == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

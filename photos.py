@@ -6,6 +6,7 @@ in it: boxes would not follow). The cache notices an edit of this file and decod
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,15 +21,9 @@ MAX_PIXELS = 200_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # none that starts another program; MPO counts as JPEG
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
-TURNS = {  # what makes an image of this EXIF orientation upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What makes an image of the EXIF orientations 2 to 8 upright
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(TURNS, start=2)}
 
 Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels of the upright photo; the ends are exclusive
 
@@ -42,8 +37,6 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         Image.init()  # Pillow loads its rarer formats only then
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is another one, and warns; ours follows
         image = Image.open(path, formats=FORMATS)
-    except PermissionError:
-        raise ValueError(f"{path} may not be read (permission)") from None
     except Exception as error:
         raise ValueError(f"{path} is no image that can be read ({type(error).__name__})") from None
     if image.width * image.height > MAX_PIXELS:
@@ -53,7 +46,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where there is none or the EXIF block makes no sense."""
+    """The EXIF orientation, 1 (upright) to 8; 1 also where the EXIF block makes no sense."""
     try:
         return image.getexif().get(0x0112, 1) if "exif" in image.info else 1
     except Exception:
@@ -84,17 +77,13 @@ def _decode(path: str | os.PathLike, background: tuple[int, int, int]) -> Image.
             if _orientation(image) in TURNS:
                 image = image.transpose(TURNS[_orientation(image)])
             if image.mode == "F":
-                raise ValueError(
-                    "its pixels are floating-point numbers of unknown range; save it with 8 bits a channel"
-                )
+                raise ValueError("floating-point pixels of unknown range; save it with 8 bits a channel")
             if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
                 return _grey16_to_rgb(image, background)
             if not image.has_transparency_data:
                 return image.convert("RGB")
             rgba = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
-        except MemoryError:
-            raise
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
 
@@ -124,15 +113,10 @@ def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "s
     `resize`: "squash" gives up the view's shape, "letterbox" keeps it, on black.
     """
     view = photo if box is None else photo.crop(box)
-    if resize == "letterbox":
-        left, top, width, height = letterbox(*view.size, size)
-        view = view.resize((width, height), Image.Resampling.BICUBIC)
-        square = Image.new("RGB", (size, size))
-        square.paste(view, (left, top))
-        view = square
-    else:
-        view = view.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous()
+    left, top, width, height = letterbox(*view.size, size) if resize == "letterbox" else (0, 0, size, size)
+    image = Image.new("RGB", (size, size))
+    image.paste(view.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
@@ -148,11 +132,9 @@ def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 def move_into(box: Box, region: Box) -> Box | None:
     """The part of a box that a region of its photo holds, in the region's pixels; None where it holds nothing."""
     left, top, right, bottom = region
-    moved = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-    try:
+    with suppress(ValueError):
+        moved = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
         return clip_box(moved, right - left, bottom - top)
-    except ValueError:
-        return None
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:

@@ -176,7 +176,7 @@ def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:
 
     truth, rows = relative_boxes(splits["raw"].samples, "bbox"), []
     for found_in in roots:
-        boxes = box_from_logits(look(found_in)[0][BOX])[0]
+        boxes = box_from_logits(look(found_in)[0][BOX])
         iou = box_iou(boxes, truth).mean().item()
         for classified in roots:
             scores = score(*look(classified, grow_boxes(boxes)))
