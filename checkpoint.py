@@ -34,7 +34,7 @@ from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, 
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_amp
-from settings import MAX_IMAGE_SIZE, Settings, read_fingerprint, write_config
+from settings import MAX_IMAGE_SIZE, Settings, read_config, write_config
 
 if TYPE_CHECKING:
     from train import Run, TrainState
@@ -123,15 +123,13 @@ def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, 
     int8, stored = export_dtype == "int8", {}
     large = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ROUNDED)}
     for key, value in weights.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{key} holds numbers that are not finite")
-        if int8 and key in large and value.numel() >= MIN_INT8:
-            stored[key], stored[key + SCALE] = quantised(value)
-            continue
         keep = not value.is_floating_point() or (int8 and "running_" in key)
         stored[key] = value if keep else value.half()
         if not stored[key].isfinite().all():
-            raise ValueError(f"{key} holds numbers too large for {export_dtype}; use --export-dtype fp32")
+            reason = f"holds numbers that are not finite, or too large for {export_dtype}"
+            raise ValueError(f"{key} {reason}; fp32 takes large ones")
+        if int8 and key in large and value.numel() >= MIN_INT8:
+            stored[key], stored[key + SCALE] = quantised(value)
     return stored
 
 
@@ -389,7 +387,7 @@ def new_folder(settings: Settings) -> Path:
 def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]) -> Path:
     """Load last.pt into the state; returns the run's folder. Raises ValueError where data or files do not fit."""
     folder = Path(settings.resume)
-    if read_fingerprint(folder) != fingerprint:
+    if read_config(folder).get("data") != fingerprint:
         changed = "rows, labels, image files or the teacher changed"
         raise ValueError(f"the data are not those that {folder} was started with ({changed}); start a new run")
     if not (folder / "last.pt").exists():
