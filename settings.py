@@ -189,7 +189,7 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
 def print_notes(settings: Settings) -> None:
     """Say what costs a day where it goes unnoticed."""
     if settings.t_0 > settings.epochs:
-        note(f"--t-0 {settings.t_0} is longer than the run: the learning rate does not come down to --eta-min")
+        note(f"--t-0 {settings.t_0} is longer than {settings.epochs} epochs: the rate does not reach --eta-min")
     if settings.fit_all:
         note(f"--fit-all trains for all {settings.epochs} epochs and keeps the last one; it measures nothing")
         end = next_restart(settings, settings.epochs) - 1
@@ -245,7 +245,9 @@ def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():
         if key not in known and (key not in WITHDRAWN or value != WITHDRAWN[key]):
-            raise ValueError(f"{path}: this version has no setting {key} (it was {value}); start a new run")
+            raise ValueError(
+                f"{path}: this version has no setting {key}, which the run had as {value}; start a new run"
+            )
     return settings
 
 
