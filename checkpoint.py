@@ -359,10 +359,8 @@ def _fitting(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tens
 
 def _timm_names(given: object, backbone: nn.Module, path: str | os.PathLike, name: str) -> dict[str, Tensor]:
     """The tensors of a file under timm's names: timm's own filter of the model renames and resamples them."""
-    for key in WRAPPERS:
-        if isinstance(given, dict) and isinstance(given.get(key), dict):
-            given = given[key]
-            break
+    inner = [given[key] for key in WRAPPERS if isinstance(given, dict) and isinstance(given.get(key), dict)]
+    given = inner[0] if inner else given
     if not isinstance(given, dict) or not given or not all(isinstance(value, Tensor) for value in given.values()):
         raise ValueError(f"{path} holds no weights (a table of tensors by name)")
     given = timm.models.clean_state_dict(given)

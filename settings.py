@@ -245,9 +245,7 @@ def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():
         if key not in known and (key not in WITHDRAWN or value != WITHDRAWN[key]):
-            raise ValueError(
-                f"{path}: this version has no setting {key}, which the run had as {value}; start a new run"
-            )
+            raise ValueError(f"{path}: there is no setting {key}, which the run had as {value}; start a new run")
     return settings
 
 
