@@ -415,7 +415,8 @@ def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dic
             remove_leftovers(folder)
             write_config(settings, folder, machine(device, run.amp_dtype), fingerprint)
             size = f"{run.checkpoint.image_size} px, best.pt {megabytes(run.checkpoint):.2f} MB"
-            say(f"{folder}: {settings.model}, {size}, {device}, {run.amp_dtype or torch.float32}")
+            among = f", {world_size()} processes" if world_size() > 1 else ""
+            say(f"{folder}: {settings.model}, {size}, {device}{among}, {run.amp_dtype or torch.float32}")
             yield
         except BaseException as error:
             if isinstance(error, Stopped):
