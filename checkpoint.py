@@ -6,6 +6,7 @@ python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8 --data demo 
 
 import io
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -13,9 +14,10 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,21 +27,19 @@ import torchvision
 import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 import cli
 from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, run_app, say, usage_error
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_amp
-from settings import MAX_IMAGE_SIZE, Settings, read_fingerprint, write_config
+from settings import MAX_IMAGE_SIZE, Settings, read_config, write_config
 
 if TYPE_CHECKING:
     from train import Run, TrainState
 
 FORMAT = "fashion-attributes 2"
-EXPORT_DTYPES = ("fp32", "fp16", "int8")
 SCALE = ":scale"  # behind the key of a weight that is stored as int8
 ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # whose weights are stored as int8 ...
 MIN_INT8 = 1024  # ... from so many numbers on
@@ -78,11 +78,11 @@ def new_checkpoint(
     settings: Settings, model: FashionModel, split: Split, view: str, preparation: dict | None
 ) -> Checkpoint:
     """best.pt before the first epoch: as large as it will be."""
-    labels = [*model.classes, "mean"]
     common = {}
     for label in model.classes:
-        known = [sample.labels[label] for sample in split.samples if sample.labels[label] >= 0]
-        common[label] = Counter(known).most_common(1)[0][0]
+        known = Counter(sample.labels[label] for sample in split.samples if sample.labels[label] >= 0)
+        common[label] = known.most_common(1)[0][0]
+    scores = [f"{kind}_{label}" for label in [*model.classes, "mean"] for kind in ("top1", "acsa")]
     return Checkpoint(
         backbone=settings.model,
         image_size=model.image_size,
@@ -99,7 +99,7 @@ def new_checkpoint(
         batch_size=settings.batch_size,
         amp=settings.amp,
         weights=exported_weights(model, settings.export_dtype),
-        scores={f"{kind}_{label}": 0.0 for label in labels for kind in ("top1", "acsa")},
+        scores=dict.fromkeys(scores, 0.0),
     )
 
 
@@ -120,19 +120,16 @@ def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, 
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
     if export_dtype == "fp32":
         return weights
-    stored = {}
+    int8, stored = export_dtype == "int8", {}
     large = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ROUNDED)}
     for key, value in weights.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{key} holds numbers that are not finite")
-        if export_dtype == "int8" and key in large and value.numel() >= MIN_INT8:
+        keep = not value.is_floating_point() or (int8 and "running_" in key)
+        stored[key] = value if keep else value.half()
+        if not stored[key].isfinite().all():
+            reason = f"holds numbers that are not finite, or too large for {export_dtype}"
+            raise ValueError(f"{key} {reason}; fp32 takes large ones")
+        if int8 and key in large and value.numel() >= MIN_INT8:
             stored[key], stored[key + SCALE] = quantised(value)
-        elif value.is_floating_point() and not (export_dtype == "int8" and "running_" in key):
-            stored[key] = value.half()
-            if not stored[key].isfinite().all():
-                raise ValueError(f"{key} holds numbers too large for {export_dtype}; use --export-dtype fp32")
-        else:
-            stored[key] = value
     return stored
 
 
@@ -163,13 +160,11 @@ def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
     rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
-    if rounded != scales.keys():
-        raise ValueError(f"{min(rounded ^ scales.keys())} has int8 values without a scale, or a scale without values")
-    for key, scale in scales.items():
-        values = weights[key]
-        sensible = scale.dtype == torch.float32 and scale.shape == values.shape[:1] and scale.isfinite().all()
-        if not sensible or not ((scale > 0) & (scale < MAX_SCALE)).all():
-            raise ValueError(f"the scale of {key} makes no sense")
+    for key in rounded | scales.keys():
+        values, scale = weights.get(key), scales.get(key)
+        matching = key in rounded and key in scales and scale.shape == values.shape[:1] and scale.dtype == torch.float32
+        if not matching or not ((scale > 0) & (scale < MAX_SCALE)).all():
+            raise ValueError(f"the scale of {key} is missing or makes no sense")
         weights[key] = values.float() * scale.view(-1, *[1] * (values.ndim - 1))
     return weights
 
@@ -181,23 +176,22 @@ def megabytes(checkpoint: Checkpoint) -> float:
 
 def check_budget(checkpoint: Checkpoint, model: FashionModel, settings: Settings) -> None:
     """Raises BadParameter where best.pt is over --max-mb; says where it is with the remover that prediction needs."""
-    size, preparation = megabytes(checkpoint), checkpoint.preparation
-    limit, remover = f"over --max-mb {settings.max_mb:g}", 0.0
+    size, preparation, remover = megabytes(checkpoint), checkpoint.preparation, 0.0
     if preparation and needs_remover(preparation, checkpoint.view):
         remover = preparation["weights_bytes"] / 1e6
     if not settings.max_mb or size + remover <= settings.max_mb:
         return
-    room = settings.max_mb - (remover if size <= settings.max_mb else 0)
+    too_large = size > settings.max_mb
+    room = settings.max_mb if too_large else settings.max_mb - remover
     advice = "choose a smaller backbone"
-    for export_dtype in EXPORT_DTYPES[EXPORT_DTYPES.index(settings.export_dtype) + 1 :]:
+    for export_dtype in ("int8", "fp16"):
         smaller = megabytes(replace(checkpoint, weights=exported_weights(model, export_dtype)))
         if smaller <= room:
             advice = f"--export-dtype {export_dtype} takes {smaller:.2f} MB"
-            break
-    if size > settings.max_mb:
-        remedy = f"{advice}, or --max-mb 0 where the model is not sent in"
-        raise usage_error("--model", f"best.pt would take {size:.2f} MB, {limit}; {remedy}")
-    both = f"best.pt ({size:.2f} MB) and {preparation['rembg_model']} ({remover:.2f} MB)"
+    best, limit = f"best.pt ({size:.2f} MB)", f"over --max-mb {settings.max_mb:g}"
+    if too_large:
+        raise usage_error("--model", f"{best} is {limit}: {advice}, or use --max-mb 0 where the model is not sent in")
+    both = f"{best} and {preparation['rembg_model']} ({remover:.2f} MB)"
     note(f"{both}, which prediction needs for raw photos, are {limit} together: {advice}, or use u2netp")
 
 
@@ -218,37 +212,32 @@ def save(content: dict, path: Path) -> None:
 
 def read(path: str | os.PathLike) -> dict:
     """The content of a file of `save`, its checksums verified. Raises FileNotFoundError, ValueError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    content = read_torch_file(path)
+    content = _read_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this version (other weights go to train.py --weights)")
     return content
 
 
-def read_torch_file(path: str | os.PathLike) -> object:
-    """Tensors and plain values of a file of torch.save; nothing in it is run. Raises ValueError.
+def _read_tensors(path: str | os.PathLike) -> object:
+    """The content of a .safetensors file or one of torch.save; nothing in it is run.
 
-    The archive's checksums are verified: torch loads a flipped bit in silence.
+    The archive's checksums are verified: torch loads a flipped bit in silence. torch.save does not compress.
     """
-    damaged = f"{path} is damaged or was cut short; copy it again"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError(f"{path} was not written by torch.save (it is compressed)")
-                if archive.testzip():
-                    raise ValueError(damaged)
-        elif Path(path).read_bytes()[:2] == b"PK":
-            raise ValueError(damaged)
+                if archive.testzip() or any(entry.compress_type for entry in archive.infolist()):
+                    raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
-    except ValueError:
-        raise
-    except Exception as error:
-        if any(word in str(error) for word in ("Unsupported", "GLOBAL", "weights_only", "Weights only")):
-            reason = "holds something other than tensors and plain values (or is no file of torch.save)"
-            raise ValueError(f"{path} {reason}; it was not loaded") from None
-        raise ValueError(damaged) from None
+    except pickle.UnpicklingError:
+        reason = "holds something other than tensors and plain values (or is no file of torch.save)"
+        raise ValueError(f"{path} {reason}; it was not loaded") from None
+    except Exception:
+        raise ValueError(f"{path} is damaged or was cut short; copy it again") from None
 
 
 def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
@@ -256,9 +245,8 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
     content = read(path)
     with complete(path):
         checkpoint = _parse(content)
-        model = build_model(
-            checkpoint.backbone, checkpoint.classes, checkpoint.image_size, box_head=checkpoint.box_head
-        )
+        size, box_head = checkpoint.image_size, checkpoint.box_head
+        model = build_model(checkpoint.backbone, checkpoint.classes, size, box_head=box_head)
         model.load_state_dict(restored_weights(checkpoint.weights))
         model.mean.copy_(torch.tensor(checkpoint.mean).view(3, 1, 1))
         model.std.copy_(torch.tensor(checkpoint.std).view(3, 1, 1))
@@ -278,33 +266,34 @@ def _parse(content: dict) -> Checkpoint:
     """Raises ValueError, KeyError or TypeError where the content of a best.pt makes no sense."""
     if "weights" not in content:
         raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
-    checkpoint = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
-    classes = {label: tuple(names) for label, names in checkpoint.classes.items()}
-    if not 0 < checkpoint.image_size <= MAX_IMAGE_SIZE or len(classes) > len(checkpoint.weights):
-        raise ValueError("its classes or image size make no sense")
-    if any(not isinstance(name, str) for names in classes.values() for name in names):
-        raise ValueError("its classes are no texts")
-    if any(not 0 <= checkpoint.common_classes[label] < len(names) for label, names in classes.items()):
-        raise ValueError("its commonest classes make no sense")
-    if checkpoint.view not in ("full", "bbox", "mask", "learned") or checkpoint.resize not in ("squash", "letterbox"):
-        raise ValueError("it does not say how its photos were prepared")
-    if not all(isinstance(value, int | float) for value in checkpoint.scores.values()):
-        raise ValueError("its scores are no numbers")
-    if checkpoint.preparation is not None:
-        check_preparation(checkpoint.preparation)
-    checkpoint.classes = classes
-    return checkpoint
+    found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
+    found.classes = {label: tuple(names) for label, names in found.classes.items()}
+    names = list(chain(*found.classes.values()))
+    common = [0 <= found.common_classes[label] < len(names) for label, names in found.classes.items()]
+    sensible = {
+        "image_size": 0 < found.image_size <= MAX_IMAGE_SIZE,
+        "classes": len(found.classes) <= len(found.weights) and all(isinstance(name, str) for name in names),
+        "common_classes": all(common),
+        "view": found.view in ("full", "bbox", "mask", "learned"),
+        "resize": found.resize in ("squash", "letterbox"),
+        "scores": all(isinstance(value, int | float) for value in found.scores.values()),
+    }
+    for name, good in sensible.items():
+        if not good:
+            raise ValueError(f"its {name} makes no sense")
+    if found.preparation is not None:
+        check_preparation(found.preparation)
+    return found
 
 
 def load_teacher(path: str, classes: dict[str, tuple[str, ...]], device: torch.device) -> "Teacher":
     """The model of a best.pt as a teacher of these labels. Raises BadParameter where its labels are others."""
     model, checkpoint = load_model(path)
-    labels = {**classes, **checkpoint.classes}
-    differ = [label for label in labels if classes.get(label) != checkpoint.classes.get(label)]
-    if differ:
-        there, here = (len(of.get(differ[0], ())) or "no" for of in (checkpoint.classes, classes))
-        reason = f"{differ[0]} has {there} classes there and {here} here, or others"
-        raise usage_error("--teacher", f"{path} was trained on other labels: {reason}")
+    for label in classes | checkpoint.classes:
+        if classes.get(label) != checkpoint.classes.get(label):
+            there, here = (len(of.get(label, ())) or "no" for of in (checkpoint.classes, classes))
+            reason = f"{label} has {there} classes there and {here} here, or others"
+            raise usage_error("--teacher", f"{path} was trained on other labels: {reason}")
     return Teacher(model).to(device)
 
 
@@ -320,7 +309,7 @@ class Teacher(nn.Module):
         """uint8 images (N, 3, H, W) -> {label: logits (N, classes)}."""
         size = self.model.image_size
         if images.shape[-1] != size:
-            images = resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
+            images = functional.resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
         return self.model(images, labels_only=True)
 
 
@@ -332,26 +321,27 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
 
     Says in one line how much did not fit. Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file of weights")
-    saved, given = None, _read_weights(path)
+    given, classes, heads = _read_tensors(path), None, 0
     if isinstance(given, dict) and given.get("format") == FORMAT:
-        if "weights" not in given:
-            raise ValueError(f"{path} is no best.pt (a last.pt is for --resume)")
         with complete(path):
             saved = _parse(given)
-            given = restored_weights(saved.weights)
-        given = {k.removeprefix("backbone."): v for k, v in given.items() if k.startswith("backbone.")}
+            weights, classes = restored_weights(saved.weights), saved.classes
+        given = _below("backbone.", weights)
     given = _timm_names(given, model.backbone, path, name)
     own = model.backbone.state_dict()
-    fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+    fitting = _fitting(given, own)
     if not fitting:
         raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
     model.backbone.load_state_dict(fitting, strict=False)
-    heads = _load_heads(model, saved) if saved else 0
-    missing = [key for key in own if key not in fitting and not key.endswith("num_batches_tracked")]
+    for (label, names), head in zip(model.classes.items(), model.heads):
+        if classes and classes.get(label) == names:
+            of_head = _fitting(_below(f"heads.{list(classes).index(label)}.", weights), head.state_dict())
+            if of_head.keys() == head.state_dict().keys():
+                head.load_state_dict(of_head)
+                heads += 1
+    missing = sum(not key.endswith("num_batches_tracked") for key in own.keys() - fitting.keys())
     counts = {
-        f"{len(missing)} of the backbone's {len(own)} tensors stay random": len(missing),
+        f"{missing} of the backbone's {len(own)} tensors stay random": missing,
         f"{len(given) - len(fitting)} tensors of the file have no place": len(given) - len(fitting),
         f"{heads} of {len(model.heads)} heads came with it": heads,
     }
@@ -359,44 +349,26 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
         note(f"{path}: " + "; ".join(text for text, n in counts.items() if n))
 
 
-def _read_weights(path: str | os.PathLike) -> object:
-    if not str(path).endswith(".safetensors"):
-        return read_torch_file(path)
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path} is no safetensors file, or is damaged ({error})") from None
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def _fitting(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
 
 
 def _timm_names(given: object, backbone: nn.Module, path: str | os.PathLike, name: str) -> dict[str, Tensor]:
     """The tensors of a file under timm's names: timm's own filter of the model renames and resamples them."""
-    wrapper = next((key for key in WRAPPERS if isinstance(given, dict) and isinstance(given.get(key), dict)), None)
-    given = given[wrapper] if wrapper else given
+    inner = [given[key] for key in WRAPPERS if isinstance(given, dict) and isinstance(given.get(key), dict)]
+    given = inner[0] if inner else given
     if not isinstance(given, dict) or not given or not all(isinstance(value, Tensor) for value in given.values()):
         raise ValueError(f"{path} holds no weights (a table of tensors by name)")
     given = timm.models.clean_state_dict(given)
     module = sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__]
-    filter_fn = getattr(module, "checkpoint_filter_fn", None)
-    if filter_fn is None:
-        return given
     try:
-        return filter_fn(dict(given), backbone)
-    except Exception:  # made for other files of the same family: the names decide then
+        return module.checkpoint_filter_fn(dict(given), backbone)
+    except Exception:  # it has none, or one made for other files of the same family: the names decide then
         return given
-
-
-def _load_heads(model: FashionModel, checkpoint: Checkpoint) -> int:
-    """Copy the heads of the same labels and classes; returns how many."""
-    loaded, labels = 0, list(checkpoint.classes)
-    for (label, classes), head in zip(model.classes.items(), model.heads):
-        if checkpoint.classes.get(label) == classes:
-            prefix = f"heads.{labels.index(label)}."
-            given = restored_weights(checkpoint.weights)
-            weights = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
-            if {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in head.state_dict().items()}:
-                head.load_state_dict(weights)
-                loaded += 1
-    return loaded
 
 
 # ---------------------------------------------------------------- the run's folder
@@ -413,7 +385,7 @@ def new_folder(settings: Settings) -> Path:
 def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]) -> Path:
     """Load last.pt into the state; returns the run's folder. Raises ValueError where data or files do not fit."""
     folder = Path(settings.resume)
-    if read_fingerprint(folder) != fingerprint:
+    if read_config(folder).get("data") != fingerprint:
         changed = "rows, labels, image files or the teacher changed"
         raise ValueError(f"the data are not those that {folder} was started with ({changed}); start a new run")
     if not (folder / "last.pt").exists():
@@ -422,8 +394,8 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
     try:
         state.load_state_dict(read(folder / "last.pt"))
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise ValueError(f"{folder / 'last.pt'} does not fit these scripts or settings ({reason})") from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(f"{folder}/last.pt does not fit these scripts or settings ({reason})") from None
     if state.best_epoch and not (folder / "best.pt").is_file():
         raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
     return folder
@@ -432,15 +404,16 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
 @contextmanager
 def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dict[str, str]) -> Iterator[None]:
     """Hold the run's folder, made if it is new; save when a signal stops the run, remove what holds nothing."""
-    folder, device, writes = run.folder, state.model.mean.device, not console.quiet
-    new_parent = not folder.parent.exists()
-    if writes:
-        folder.mkdir(parents=True, exist_ok=bool(settings.resume))
-    with locked(folder) if writes else nullcontext(), run.signals:
+    if console.quiet:  # the first process writes
+        with run.signals:
+            yield
+        return
+    folder, device = run.folder, state.model.mean.device
+    folder.mkdir(parents=True, exist_ok=bool(settings.resume))
+    with locked(folder), run.signals:
         try:
-            if writes:
-                remove_leftovers(folder)
-                write_config(settings, folder, machine(device, run.amp_dtype), fingerprint)
+            remove_leftovers(folder)
+            write_config(settings, folder, machine(device, run.amp_dtype), fingerprint)
             size = f"{run.checkpoint.image_size} px, best.pt {megabytes(run.checkpoint):.2f} MB"
             among = f", {world_size()} processes" if world_size() > 1 else ""
             say(f"{folder}: {settings.model}, {size}, {device}{among}, {run.amp_dtype or torch.float32}")
@@ -448,11 +421,10 @@ def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dic
         except BaseException as error:
             if isinstance(error, Stopped):
                 save_last(state, run)
-            if writes and not settings.resume and not (folder / "last.pt").exists():
+            if not settings.resume and not (folder / "last.pt").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                with suppress(OSError):  # another run may have come into it
-                    if new_parent:
-                        folder.parent.rmdir()
+                with suppress(OSError):  # there are other runs in it
+                    folder.parent.rmdir()
             elif isinstance(error, KeyboardInterrupt):
                 note(f"stopped; to continue: python train.py --resume {folder}")
             raise
@@ -460,9 +432,9 @@ def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dic
 
 def machine(device: torch.device, amp_dtype: torch.dtype | None) -> dict:
     """What decides a run's last digits beside its settings."""
-    packages = {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
+    versions = {package.__name__: package.__version__ for package in (torch, torchvision, timm)}
     return {
-        "versions": {"python": platform.python_version(), **packages},
+        "versions": {"python": platform.python_version()} | versions,
         "device": str(device),
         "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -492,8 +464,8 @@ def convert(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Store a best.pt in another precision."""
-    if out.exists() or not out.parent.is_dir():
-        raise usage_error("OUT", f"{out} exists" if out.exists() else f"no folder {out.parent}")
+    if out.exists():
+        raise usage_error("OUT", f"{out} exists")
     model, saved = load_model(checkpoint)
     converted = replace(saved, weights=exported_weights(model, export_dtype))
     save(converted.content(), out)

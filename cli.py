@@ -18,10 +18,13 @@ from typing import IO
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())  # quiet in all but the first process of a run
 OUT_OF_MEMORY = "out of memory: lower --batch-size or --workers; in training --grad-accum splits a batch"
@@ -77,11 +80,6 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def _fail(message: str, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", message))
-    raise SystemExit(code)
-
-
 def _message(error: Exception) -> tuple[str, int]:
     """One line for an error, and the exit code."""
     if hasattr(error, "format_message"):  # click's own errors, whichever click Typer brings
@@ -96,40 +94,33 @@ def _message(error: Exception) -> tuple[str, int]:
     return str(error) if explained else f"{name}: {error}  (--debug shows where)", code
 
 
-def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    note(str(message).splitlines()[0])
-
-
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
     debug = "--debug" in sys.argv
-    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no UTF-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a file name may hold bytes that are no UTF-8
     if not debug:
         warnings.filterwarnings("ignore", module=r"(torch|timm|torchvision|PIL)")
         warnings.filterwarnings("once", message=".*deterministic")  # torch: what cannot repeat to the bit here
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *where, **more: note(str(message).splitlines()[0])
     try:
         raise SystemExit(app(standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        message, code = "interrupted", 130
     except Exception as error:
-        clear_frames(error)
         message, code = _message(error)
+        _clear_frames(error)
         if console.quiet and hasattr(error, "format_message"):  # the first of several processes says it
             time.sleep(1)
             raise SystemExit(code) from None
         if debug:
             raise
-        _fail(message, code)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", message))
+    raise SystemExit(code)
 
 
-def clear_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error, and of those before it, hold.
-
-    They hold the loaders, and Python would wait for their processes at exit, for ever.
-    """
+def _clear_frames(error: BaseException | None) -> None:
+    """Release the loaders that the frames of an error hold: Python would wait for their processes at exit, for ever."""
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
@@ -138,58 +129,41 @@ def clear_frames(error: BaseException | None) -> None:
 # ---------------------------------------------------------------- progress, tables
 
 
-class _PlainProgress:
-    """Progress for a log file: a plain line every `every` seconds, none for work that ends sooner."""
+class _Progress:
+    """A bar on a terminal; elsewhere, for a log file, a plain line every 30 seconds."""
 
-    def __init__(self, total: int, description: str, unit: str, every: float = 30.0):
-        self.total, self.description, self.unit, self.every = total, description, unit, every
+    def __init__(self, total: int, description: str, unit: str, bar: Progress | None):
+        self.total, self.description, self.unit, self.bar = total, description, unit, bar
         self.done, self.start = 0, time.monotonic()
-        self.last = self.start
+        self.printed = self.start
+        self.task = bar.add_task(description, total=total, rate="") if bar else None
 
     def advance(self, n: int) -> None:
         self.done += n
         now = time.monotonic()
-        if now - self.last >= self.every and self.done < self.total:
-            self.last = now
-            rate = self.done / (now - self.start)
-            left = f"{rate:.1f} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
-            say(f"{self.description} {self.done}/{self.total} {self.unit}, {left}")
-
-
-class _RichProgress:
-    """Progress for a terminal: a bar with the rate and the time left, removed when the work ends."""
-
-    def __init__(self, bar: Progress, total: int, description: str, unit: str):
-        self.bar, self.unit, self.start, self.done = bar, unit, time.monotonic(), 0
-        self.task = bar.add_task(description, total=total, rate="")
-
-    def advance(self, n: int) -> None:
-        self.done += n
-        rate = self.done / max(time.monotonic() - self.start, 1e-9)
-        self.bar.update(self.task, advance=n, rate=f"{rate:.{0 if rate >= 10 else 1}f} {self.unit}/s")
+        rate = self.done / max(now - self.start, 1e-9)
+        speed = f"{rate:.1f} {self.unit}/s"
+        if self.bar:
+            self.bar.update(self.task, advance=n, rate=speed)
+        elif now - self.printed >= 30 and self.done < self.total:
+            self.printed = now
+            left = f"{(self.total - self.done) / rate:.0f} s left"
+            say(f"{self.description} {self.done}/{self.total} {self.unit}, {speed}, {left}")
 
 
 @contextmanager
-def progress(total: int, description: str, unit: str = "images") -> Iterator[_PlainProgress | _RichProgress]:
+def progress(total: int, description: str, unit: str = "images") -> Iterator[_Progress]:
     """Show the progress of `total` units of work; the object yielded has `.advance(n)`."""
     if not console.is_terminal:
-        yield _PlainProgress(total, description, unit)
+        yield _Progress(total, description, unit, None)
         return
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        yield _RichProgress(bar, total, description, unit)
+        yield _Progress(total, description, unit, bar)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table: rich lines on a terminal, aligned plain text elsewhere."""
-    if console.is_terminal:
-        table = Table(title=escape(title), title_justify="left")
-        for i, column in enumerate(columns):
-            table.add_column(escape(column), justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-        return
+    """Print a table as aligned text, the first column to the left."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     say(title)
     for first, *cells in [columns, *rows]:
@@ -230,9 +204,8 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
 
     Raises OSError with the path where it cannot be written; the old file is then as it was.
     """
-    name = (
-        f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp"  # short: a name may be as long as names can be
-    )
+    # a short name: `path` may have one as long as names can be
+    name = f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp"
     temporary = path.with_name(name)
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     try:
@@ -254,12 +227,17 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+_held: list[
+    int
+] = []  # folders that are locked; a forked loading process must not hold them after its parent was killed
+if fcntl:
+    os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone (not on Windows). Raises ValueError where another process holds it."""
-    try:
-        import fcntl
-    except ImportError:
+    if not fcntl:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -272,11 +250,6 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         _held.remove(handle)
         os.close(handle)
-
-
-_held: list[int] = []  # a forked loading process must not keep the lock after its parent was killed
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[Sequence]) -> None:

@@ -34,14 +34,22 @@ def option(panel: str, help: str, *names: str, **more: Any) -> typer.models.Opti
 
 
 in_data, in_model, in_loss = (partial(option, panel) for panel in ("Data", "Model", "Loss"))
-in_optimisation, in_run = (partial(option, panel) for panel in ("Optimisation", "Run"))
+in_optim, in_run = (partial(option, panel) for panel in ("Optimisation", "Run"))
 SHARE = {"min": 0, "max": 1}
 OFF = {"show_default": "off"}
 NONE = {"show_default": "none"}
-ACCUM_HELP = (
-    "Micro-batches a step, for less memory. Each one's mean loss counts by its images: with class weights or a box "
-    "head the step differs slightly."
-)
+RESIZE_HELP = "How a view becomes square: squashed, in shape on black, or (training) a random part of it."
+ACCUM_HELP = """Micro-batches a step, for less memory. Each one's mean loss counts by its images: with class weights or
+a box head the step differs slightly."""
+Text = str | None
+Names = list[str] | None
+Resize = Literal["squash", "letterbox", "random-resized-crop"]
+TrainView = Literal["bbox", "mask"]
+ValView = Literal["bbox", "full", "mask", "learned"] | None
+Augment = Literal["basic", "randaugment", "none"]
+ExportDtype = Literal["fp32", "fp16", "int8"]
+Monitor = Literal["top1", "acsa", "loss"]
+Amp = Literal["auto", "fp16", "bf16", "off"]
 
 
 @dataclass(frozen=True)
@@ -51,23 +59,11 @@ class Settings:
     data: Annotated[list[str], in_data("Dataset folder, or `demo`; repeats: validates on the last.")] = ("Dataset",)
     subtask: Annotated[int, in_data("Which sub-task's CSVs to read.", min=1, max=2)] = 1
     crop_prob: Annotated[float, in_data("Probability that a photo is cropped to --train-view.", **SHARE)] = 1.0
-    train_view: Annotated[
-        Literal["bbox", "mask"], in_data("Crop to the CSV's box, or to the foreground's (preprocess.py).")
-    ] = "bbox"
-    val_view: Annotated[
-        Literal["bbox", "full", "mask", "learned"] | None,
-        in_data("What validation sees.", show_default="bbox; with --box-head learned"),
-    ] = None
-    resize: Annotated[
-        Literal["squash", "letterbox", "random-resized-crop"],
-        in_data("How a view becomes square: squashed, in shape on black, or (training) a random part of it."),
-    ] = "squash"
-    augment: Annotated[
-        Literal["basic", "randaugment", "none"], in_data("Augmentation: the notes', RandAugment, none.")
-    ] = "basic"
-    cutmix: Annotated[list[str] | None, in_data("CutMix for this label; repeats. `joint`: for all in one.", **OFF)] = (
-        None
-    )
+    train_view: Annotated[TrainView, in_data("Crop to the CSV's box, or to the foreground's (preprocess.py).")] = "bbox"
+    val_view: Annotated[ValView, in_data("What validation sees.", show_default="bbox; with --box-head learned")] = None
+    resize: Annotated[Resize, in_data(RESIZE_HELP)] = "squash"
+    augment: Annotated[Augment, in_data("Augmentation: the notes', RandAugment, none.")] = "basic"
+    cutmix: Annotated[Names, in_data("CutMix for this label; repeats. `joint`: for all in one.", **OFF)] = None
     image_size: Annotated[
         int | None, in_data("Image side in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the model's")
     ] = None
@@ -75,19 +71,17 @@ class Settings:
     workers: Annotated[
         int | None, in_data("Loading processes; 0: none.", min=0, max=256, show_default="one a core, at most 8")
     ] = None
-    cache: Annotated[str | None, in_data("Folder of decoded photos, or `off`.", show_default="DATASET/.cache")] = None
+    cache: Annotated[Text, in_data("Folder of decoded photos, or `off`.", show_default="DATASET/.cache")] = None
 
     model: Annotated[str, in_model("Any backbone of timm, by name.")] = "eva02_tiny_patch14_224.mim_in22k"
     pretrained: Annotated[bool, in_model("Start from timm's pretrained weights (downloaded once).")] = True
-    weights: Annotated[str | None, in_model("Start from a .safetensors, .pth or .pt file, or a best.pt.", **NONE)] = (
-        None
-    )
+    weights: Annotated[Text, in_model("Start from a .safetensors, .pth or .pt file, or a best.pt.", **NONE)] = None
     drop_path: Annotated[float, in_model("Drop path rate of the last block, less towards the first.", **SHARE)] = 0.0
     box_head: Annotated[bool, in_model("Predict the garment's box, for a second look at it.", "--box-head", **OFF)] = (
         False
     )
     export_dtype: Annotated[
-        Literal["fp32", "fp16", "int8"], in_model("Precision of best.pt; int8: 8 bits a weight, predicts in float32.")
+        ExportDtype, in_model("Precision of best.pt; int8: 8 bits a weight, predicts in float32.")
     ] = "fp32"
     max_mb: Annotated[float, in_model("Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0
 
@@ -97,34 +91,30 @@ class Settings:
     asym_gamma_pos: Annotated[float, in_loss("Gamma of asymmetric for the target class.", min=0)] = 1.0
     asym_gamma_neg: Annotated[float, in_loss("Gamma of asymmetric for the other classes.", min=0)] = 4.0
     class_weights: Annotated[bool, in_loss("Weight classes by 1 - their frequency.", "--class-weights", **OFF)] = False
-    teacher: Annotated[str | None, in_loss("Distil this best.pt, of any backbone and size.", **NONE)] = None
+    teacher: Annotated[Text, in_loss("Distil this best.pt, of any backbone and size.", **NONE)] = None
     distill_weight: Annotated[float, in_loss("Weight of the teacher; the labels have the rest.", **SHARE)] = 0.9
 
-    epochs: Annotated[int, in_optimisation("Passes over the training rows.", min=1)] = 300
-    batch_size: Annotated[int, in_optimisation("Images a step, of all processes together.", min=1)] = 256
-    grad_accum: Annotated[int, in_optimisation(ACCUM_HELP, min=1)] = 1
-    lr: Annotated[float, in_optimisation("Learning rate of AdamW at each restart.")] = 5e-6
-    layer_decay: Annotated[float, in_optimisation("Factor on it for each layer below the heads.", max=1)] = 1.0
-    warmup_epochs: Annotated[float, in_optimisation("Epochs over which it rises linearly.", min=0)] = 0.0
-    weight_decay: Annotated[float, in_optimisation("Weight decay of AdamW.", min=0)] = 0.01
-    clip_grad: Annotated[float, in_optimisation("Largest norm of the gradient; 0: no limit.", min=0)] = 0.0
-    ema: Annotated[float, in_optimisation("Decay of averaged weights, which are validated; 0: off.", **SHARE)] = 0.0
-    t_0: Annotated[int, in_optimisation("Epochs to the cosine schedule's first restart.", "--t-0", min=1)] = 30
-    t_mult: Annotated[int, in_optimisation("Factor from one cosine's length to the next.", min=1)] = 2
-    eta_min: Annotated[float, in_optimisation("Lowest learning rate.", min=0)] = 5e-8
-    patience: Annotated[int, in_optimisation("Stop after this many epochs without a better one.", min=1)] = 50
-    monitor: Annotated[
-        Literal["top1", "acsa", "loss"], in_optimisation("Validation figure that picks the best epoch.")
-    ] = "top1"
-    amp: Annotated[
-        Literal["auto", "fp16", "bf16", "off"], in_optimisation("Mixed precision; auto: the fastest on the device.")
-    ] = "auto"
+    epochs: Annotated[int, in_optim("Passes over the training rows.", min=1)] = 300
+    batch_size: Annotated[int, in_optim("Images a step, of all processes together.", min=1)] = 256
+    grad_accum: Annotated[int, in_optim(ACCUM_HELP, min=1)] = 1
+    lr: Annotated[float, in_optim("Learning rate of AdamW at each restart.")] = 5e-6
+    layer_decay: Annotated[float, in_optim("Factor on it for each layer below the heads.", max=1)] = 1.0
+    warmup_epochs: Annotated[float, in_optim("Epochs over which it rises linearly.", min=0)] = 0.0
+    weight_decay: Annotated[float, in_optim("Weight decay of AdamW.", min=0)] = 0.01
+    clip_grad: Annotated[float, in_optim("Largest norm of the gradient; 0: no limit.", min=0)] = 0.0
+    ema: Annotated[float, in_optim("Decay of averaged weights, which are validated; 0: off.", **SHARE)] = 0.0
+    t_0: Annotated[int, in_optim("Epochs to the cosine schedule's first restart.", "--t-0", min=1)] = 30
+    t_mult: Annotated[int, in_optim("Factor from one cosine's length to the next.", min=1)] = 2
+    eta_min: Annotated[float, in_optim("Lowest learning rate.", min=0)] = 5e-8
+    patience: Annotated[int, in_optim("Stop after this many epochs without a better one.", min=1)] = 50
+    monitor: Annotated[Monitor, in_optim("Validation figure that picks the best epoch.")] = "top1"
+    amp: Annotated[Amp, in_optim("Mixed precision; auto: the fastest on the device.")] = "auto"
 
-    name: Annotated[str | None, in_run("Name of the folder under runs/.", show_default="date and time")] = None
+    name: Annotated[Text, in_run("Name of the folder under runs/.", show_default="date and time")] = None
     seed: Annotated[int, in_run("Seed of everything random.", min=0)] = 1103
     save_every: Annotated[float, typer.Option(hidden=True, min=0)] = 300.0  # seconds between last.pt within an epoch
     deterministic: Annotated[bool, in_run("The same bits every time, at some cost on GPUs.")] = True
-    resume: Annotated[str | None, in_run("Continue this run (runs/NAME) with its settings.", **NONE)] = None
+    resume: Annotated[Text, in_run("Continue this run (runs/NAME) with its settings.", **NONE)] = None
     device: Annotated[str, in_run("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     threads: Annotated[int | None, in_run("CPU threads of the model.", min=1, show_default="torch's")] = None
     pictures: Annotated[bool, in_run("Draw the run's pictures at the end (report.py).")] = True
@@ -147,14 +137,13 @@ def flag_of(key: str) -> str:
 def checked_settings(settings: Settings) -> Settings:
     """The settings with whole paths, so that config.json holds from any folder.
 
-    Says what costs a day where it goes unnoticed. Raises BadParameter for what Typer's bounds do not cover.
+    Prints notes. Raises BadParameter for what Typer's bounds do not cover.
     """
     for key, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise usage_error(flag_of(key), f"{value} is not a finite number")
-    for key in ("lr", "layer_decay"):
-        if getattr(settings, key) <= 0:
-            raise usage_error(flag_of(key), f"{getattr(settings, key)} is not above 0")
+        if key in ("lr", "layer_decay") and value <= 0:
+            raise usage_error(flag_of(key), f"{value} is not above 0")
     if settings.eta_min > settings.lr:
         raise usage_error("--eta-min", f"{settings.eta_min} is above --lr {settings.lr}")
     name = settings.name
@@ -163,17 +152,18 @@ def checked_settings(settings: Settings) -> Settings:
     if settings.val_view == "learned" and not settings.box_head:
         raise usage_error("--val-view", "`learned` is the box that a box head predicts; add --box-head")
     if settings.box_head and (settings.cutmix or settings.resize == "random-resized-crop"):
-        other = "--cutmix" if settings.cutmix else "--resize random-resized-crop"
-        raise usage_error("--box-head", f"it needs the garment where it was in the photo; leave out {other}")
+        others = "--cutmix and --resize random-resized-crop"
+        raise usage_error("--box-head", f"it needs the garment where it was in the photo; leave out {others}")
     if settings.box_head and settings.crop_prob == 1:
         raise usage_error("--box-head", "it learns from uncropped photos, of which --crop-prob 1 has none; 0.7 has")
     if settings.grad_accum > settings.batch_size:
         raise usage_error("--grad-accum", f"{settings.grad_accum} micro-batches of a batch of {settings.batch_size}")
     print_notes(settings)
-    data = tuple(data if data == "demo" else os.path.abspath(data) for data in settings.data)
-    paths = {key: getattr(settings, key) for key in ("weights", "teacher", "cache")}
-    paths = {key: os.path.abspath(path) for key, path in paths.items() if path and path != "off"}
-    return dataclasses.replace(settings, data=data, **paths)
+    paths = {"data": tuple(data if data == "demo" else os.path.abspath(data) for data in settings.data)}
+    for key in ("weights", "teacher", "cache"):
+        path = getattr(settings, key)
+        paths[key] = os.path.abspath(path) if path and path != "off" else path
+    return dataclasses.replace(settings, **paths)
 
 
 def choose_view(settings: Settings, train_split: "Split", val_split: "Split") -> str:
@@ -199,10 +189,10 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
 def print_notes(settings: Settings) -> None:
     """Say what costs a day where it goes unnoticed."""
     if settings.t_0 > settings.epochs:
-        note(f"--t-0 {settings.t_0} is longer than the run: the learning rate does not come down to --eta-min")
+        note(f"--t-0 {settings.t_0} is longer than {settings.epochs} epochs: the rate does not reach --eta-min")
     if settings.fit_all:
         note(f"--fit-all trains for all {settings.epochs} epochs and keeps the last one; it measures nothing")
-        end = next(epoch - 1 for epoch in restart_epochs(settings) if epoch > settings.epochs)
+        end = next_restart(settings, settings.epochs) - 1
         if end != settings.epochs:
             note(f"the learning rate is lowest after {end} epochs, not at the end; --t-0 {settings.epochs} ends there")
     if not settings.pretrained and not settings.weights and settings.lr < 1e-4:
@@ -224,6 +214,10 @@ def restart_epochs(settings: Settings) -> Iterator[int]:
         yield epoch
 
 
+def next_restart(settings: Settings, epoch: int) -> int:
+    return next(restart for restart in restart_epochs(settings) if restart > epoch)
+
+
 def learning_rate(settings: Settings, scheduled: float, epochs: float) -> float:
     """The heads' learning rate after `epochs` epochs, a part of one included: the scheduler's, less in the warm-up."""
     return scheduled if epochs >= settings.warmup_epochs else scheduled * epochs / settings.warmup_epochs
@@ -235,30 +229,24 @@ def learning_rate(settings: Settings, scheduled: float, epochs: float) -> float:
 def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
     """The settings in a run's config.json; what it lacks has its default. Raises BadParameter, ValueError."""
     path = Path(run) / "config.json"
+    known = {field.name: field.default for field in dataclasses.fields(Settings)}
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        known = {field.name for field in dataclasses.fields(Settings)}
+        written = read_config(path.parent)["settings"]
         settings = Settings(**{key: value for key, value in written.items() if key in known})
-        check_types(settings)
+        for key, default in known.items():
+            types = (float, int) if isinstance(default, float) else (type(default),)
+            if default is not None and type(getattr(settings, key)) not in types:
+                raise TypeError(key)
+        if min(settings.epochs, settings.t_0, settings.t_mult, settings.batch_size) < 1:
+            raise ValueError("a count is not positive")
     except (FileNotFoundError, NotADirectoryError):
         raise usage_error(flag, f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():
         if key not in known and (key not in WITHDRAWN or value != WITHDRAWN[key]):
-            raise ValueError(f"{path}: this version has no setting {key} (it was {value}); start a new run")
+            raise ValueError(f"{path}: there is no setting {key}, which the run had as {value}; start a new run")
     return settings
-
-
-def check_types(settings: Settings) -> None:
-    """Raises ValueError where a value is not of its default's type, or a count is not positive."""
-    for field in dataclasses.fields(settings):
-        value, default = getattr(settings, field.name), field.default
-        types = (float, int) if type(default) is float else (type(default),)
-        if default is not None and type(value) not in types:
-            raise ValueError(field.name)
-    if min(settings.epochs, settings.t_0, settings.t_mult, settings.batch_size) < 1:
-        raise ValueError("a count is not positive")
 
 
 def resumed_settings(given: Settings, names: Collection[str]) -> Settings:
@@ -275,27 +263,27 @@ def resumed_settings(given: Settings, names: Collection[str]) -> Settings:
     settings = dataclasses.replace(before, **changes)
     if settings.epochs < before.epochs:
         raise usage_error("--epochs", f"the run was started with {before.epochs}; fewer cannot be asked for")
-    restart = next(epoch for epoch in restart_epochs(settings) if epoch > before.epochs)
+    restart = next_restart(settings, before.epochs)
     if restart <= settings.epochs:
-        end = next(epoch - 1 for epoch in restart_epochs(settings) if epoch > settings.epochs)
+        end = next_restart(settings, settings.epochs) - 1
         note(f"the learning rate restarts in epoch {restart} (--t-0, --t-mult); it is lowest after {end} epochs")
     return settings
 
 
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def write_config(settings: Settings, folder: Path, machine: dict, fingerprint: dict[str, str]) -> None:
     """config.json: settings, commit, data and machine. Says what differs from a resumed run's start."""
-    if settings.resume:
-        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if other := [key for key, value in machine.items() if before.get(key) != value]:
-            note(f"the run was started with other {', '.join(other)}: its last digits may differ")
-    written = {"settings": dataclasses.asdict(dataclasses.replace(settings, resume=None)), **machine}
+    before = read_config(folder) if settings.resume else machine
+    other = [key for key, value in machine.items() if before.get(key) != value]
+    if other:
+        note(f"the run was started with other {', '.join(other)}: its last digits may differ")
+    config = {"settings": dataclasses.asdict(dataclasses.replace(settings, resume=None)), **machine}
+    config |= {"commit": commit(), "data": fingerprint}
     with atomic_write(folder / "config.json") as f:
-        json.dump(written | {"commit": commit(), "data": fingerprint}, f, indent=2, ensure_ascii=False)
-        f.write("\n")
-
-
-def read_fingerprint(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("data")
+        f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def data_fingerprint(settings: Settings, *splits: "Split") -> dict[str, str]:
@@ -309,9 +297,9 @@ def data_fingerprint(settings: Settings, *splits: "Split") -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of these scripts, with "+changes" where files differ from it; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes"
     try:
-        done = subprocess.run([*command, "--dirty=+changes"], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command.split(), cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git here
         return None
+    return done.stdout.strip() or None

@@ -344,4 +344,4 @@ def test_a_folder_with_photos_that_cannot_be_read(run, checkpoint, drawn, tmp_pa
 
 def test_a_last_pt_is_no_weights(run, drawn, checkpoint, tmp_path):
     (tmp_path / "last.pt").write_bytes(saved({"format": FORMAT, "model": {}}))
-    refused(run, drawn, "--weights", "last.pt", says=["last.pt is for --resume"])
+    refused(run, drawn, "--weights", "last.pt", says=["last.pt is for train.py --resume"])
