@@ -33,10 +33,14 @@ Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels of the uprig
 
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image without decoding it. Raises ValueError where it is no image, or larger than MAX_PIXELS."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path} is no file")
     try:
         Image.init()  # Pillow loads its rarer formats only then
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound is another one, and warns; ours follows
         image = Image.open(path, formats=FORMATS)
+    except PermissionError:
+        raise ValueError(f"{path} may not be read (permission)") from None
     except Exception as error:
         raise ValueError(f"{path} is no image that can be read ({type(error).__name__})") from None
     if image.width * image.height > MAX_PIXELS:
