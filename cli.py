@@ -98,7 +98,8 @@ def run_app(app: typer.Typer) -> None:
     """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a file name may hold bytes that are no UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a file name may hold bytes that are no UTF-8
     if not debug:
         warnings.filterwarnings("ignore", module=r"(torch|timm|torchvision|PIL)")
         warnings.filterwarnings("once", message=".*deterministic")  # torch: what cannot repeat to the bit here

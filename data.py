@@ -257,7 +257,7 @@ def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
     """
     photos, unreadable, problems, samples = [], [], [], []
     for given in inputs:
-        if not os.path.exists(given):
+        if not os.path.isfile(given) and not os.path.isdir(given):
             raise FileNotFoundError(f"{given}: no such image or folder")
         found = find_photos(Path(given)) if os.path.isdir(given) else [Path(given)]
         if not found:

@@ -89,6 +89,7 @@ def run_batches(
     CUDA attention is the plain one, as in deterministic training.
     """
     device = model.eval().mean.device
+    options = {"labels_only": True} if labels_only else {}
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     chunk, workers, threads_each = (CHUNK, threads, 1) if on_cpu else (sys.maxsize, 1, threads)
     outputs, targets, problems = [], [], []
@@ -98,7 +99,7 @@ def run_batches(
     def forward(images: Tensor) -> dict[str, Tensor]:
         plain_attention = nullcontext() if on_cpu else sdpa_kernel(SDPBackend.MATH)
         with plain_attention, torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-            logits = model(images.to(device, non_blocking=True), labels_only)
+            logits = model(images.to(device, non_blocking=True), **options)
         return {head: values.float().cpu() for head, values in logits.items()}
 
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads_each,))

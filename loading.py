@@ -260,7 +260,8 @@ def decode_once(views: dict[Dataset, Collection[str]], cache: str | None, worker
     problems = [problem for item in views.items() for problem in add_decoded(*item, cache, workers)]
     problems = list(dict.fromkeys(problems))  # a photo may be damaged in two views
     if problems:
-        raise ValueError(list_problems(f"{len(problems)} photos cannot be decoded", problems))
+        title = f"{len(problems)} photos cannot be decoded"
+        raise ValueError(list_problems(title, problems) if len(problems) > 1 else problems[0])
 
 
 def add_decoded(dataset: Dataset, views: Collection[str], cache: str | None, workers: int) -> list[str]:
