@@ -131,12 +131,7 @@ def train(settings: Settings) -> None:
 
 
 def train_one_epoch(
-    settings: Settings,
-    state: TrainState,
-    loader: DataLoader,
-    criterion: MultiHeadLoss,
-    teacher: nn.Module | None,
-    run: Run,
+    settings: Settings, state: TrainState, loader: DataLoader, criterion: nn.Module, teacher: nn.Module | None, run: Run
 ) -> float:
     """The steps of the next epoch from `state.step` on; returns the epoch's mean loss, summed over the heads.
 
