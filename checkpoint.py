@@ -79,9 +79,9 @@ def new_checkpoint(
 ) -> Checkpoint:
     """best.pt before the first epoch: as large as it will be."""
     common = {}
-    for label in model.classes:
-        known = Counter(sample.labels[label] for sample in split.samples if sample.labels[label] >= 0)
-        common[label] = known.most_common(1)[0][0]
+    for label, names in model.classes.items():
+        counts = Counter(sample.labels.get(label, -1) for sample in split.samples)
+        common[label] = max(range(len(names)), key=counts.__getitem__)
     scores = [f"{kind}_{label}" for label in [*model.classes, "mean"] for kind in ("top1", "acsa")]
     return Checkpoint(
         backbone=settings.model,
