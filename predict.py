@@ -11,7 +11,6 @@ fly. Writes predictions.csv beside the checkpoint: image_name and a column a lab
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from data import (
     submission_column,
 )
 from evaluate import Prediction, predict_samples, score, score_boxes
-from loading import relative_boxes
+from loading import Prepare, relative_boxes
 from model import FashionModel, choose_amp, choose_device
 from photos import Box
 from preprocess import Remover, find_weights, prepare_photo
@@ -47,9 +46,6 @@ from preprocess import Remover, find_weights, prepare_photo
 DEFAULTS = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False}  # preprocess.py's
 DEFAULTS |= {"crop": "none", "box_margin": 0.0}
 
-Prepare = (
-    Callable[[Sample], tuple[Image.Image, dict[str, Box]]] | None
-)  # gives a photo and its boxes; None: as they are
 View = Literal["auto", "full", "bbox", "mask", "learned"]
 Amp = Literal["auto", "fp16", "bf16", "off"]
 
@@ -61,16 +57,20 @@ def predict(
     checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.", dir_okay=False)],
     inputs: Annotated[list[str] | None, typer.Argument(help="Photos and folders, instead of --data.")] = None,
     data: Annotated[str | None, typer.Option(help="A dataset, or `demo`.", show_default="the one trained on")] = None,
-    split: Annotated[Literal["train", "val", "test"] | None, typer.Option(show_default="test, else val")] = None,
+    split: Annotated[
+        Literal["train", "val", "test"] | None, typer.Option(help="Its split.", show_default="test, else val")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The CSV to write.", show_default="beside the checkpoint")] = None,
     view: Annotated[View, typer.Option(help="What the model sees; auto: as in validation, if possible.")] = "auto",
     background: Annotated[Literal["auto", "keep", "remove"], typer.Option(help="auto: as in training.")] = "auto",
-    rembg_model: Annotated[str | None, typer.Option(help="For raw photos.", show_default="as trained, u2net")] = None,
+    rembg_model: Annotated[str | None, typer.Option(help="rembg's model.", show_default="as trained, u2net")] = None,
     probs: Annotated[bool, typer.Option("--probs", help="Add the classes' probabilities.")] = False,
     names: Annotated[bool, typer.Option("--names", help="Add the classes' names.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the first 48 photos with their answers (.png).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.", min=1, show_default="training's")] = None,
-    workers: Annotated[int | None, typer.Option(help="0: none.", min=0, max=256, show_default="cores, up to 8")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Loading processes.", min=0, max=256, show_default="cores, up to 8")
+    ] = None,
     amp: Annotated[Amp | None, typer.Option(help="Mixed precision.", show_default="training's, if possible")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -133,7 +133,12 @@ def read_rows(saved: Checkpoint, data: str | None, split: str | None) -> tuple[S
 
 
 def predict_rows(
-    model: FashionModel, saved: Checkpoint, rows: Split, view: str, prepare: Prepare = None, workers: int | None = None
+    model: FashionModel,
+    saved: Checkpoint,
+    rows: Split,
+    view: str,
+    prepare: Prepare | None = None,
+    workers: int | None = None,
 ) -> Prediction:
     """What load_model's model says of these rows, in the precision and batch size of `saved`.
 
@@ -186,7 +191,7 @@ def predictions_table(
     return table | more
 
 
-def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare) -> dict:
+def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare | None) -> dict:
     """An entry's columns: an answer for each row of the test CSV; for unreadable photos the commonest classes."""
     table = read_table(root, "test", saved.classes, saved.subtask)
     rows = read_split(root, "test", saved.classes, saved.subtask, [])
@@ -272,7 +277,7 @@ def choose_view(asked: str, saved: Checkpoint, rows: Split, cleans: bool, raw: b
     return "full"
 
 
-def start_preparing(preparation: dict | None, view: str, saved: Checkpoint) -> Prepare:
+def start_preparing(preparation: dict | None, view: str, saved: Checkpoint) -> Prepare | None:
     """The function that prepares a sample's photo. Raises BadParameter, ValueError or OSError for its remover."""
     if preparation is None:
         return None
