@@ -31,7 +31,7 @@ OUT_OF_MEMORY = "out of memory: lower --batch-size or --workers; in training --g
 NO_SHARED_MEMORY = "shared memory (/dev/shm) is full: docker run --shm-size 2g gives more, --workers 0 needs none"
 LOADER_DIED = "a loading process ended or was killed, as where memory runs out; try fewer --workers, or --workers 0"
 LOADERS_SILENT = "the loading processes gave nothing for 10 minutes; are the photos' disk and network there?"
-SILENT, GRACE = 600, 10  # seconds to wait for a loading process; after a signal that stops the run
+SILENT, GRACE = 600, 5  # seconds to wait for a loading process; after a signal that stops the run
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
 alarm = getattr(signal, "alarm", lambda seconds: 0)  # Windows has none
 
@@ -114,8 +114,10 @@ class StopSignals:
                 return
             yield batch
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         alarm(0)
+        if kind:
+            end_processes()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -154,10 +156,10 @@ def run_app(app: typer.Typer) -> None:
         raise SystemExit(app(standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted", 130
-        _end_processes()
+        end_processes()
     except Exception as error:
         message, code = _message(error)
-        _end_processes()
+        end_processes()
         if console.quiet and hasattr(error, "format_message"):  # the first of several processes says it
             time.sleep(1)
             raise SystemExit(code) from None
@@ -167,7 +169,7 @@ def run_app(app: typer.Typer) -> None:
     raise SystemExit(code)
 
 
-def _end_processes() -> None:
+def end_processes() -> None:
     """Kill the loading processes, which ignore other signals: Python would wait for one that hangs, for ever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where one is killed
