@@ -1,7 +1,7 @@
 """best.pt and last.pt: precision, size, safe reading and writing; weights from other files; config.json.
 
-python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8                # in another precision
-python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8 --data demo    # scored before and after
+python checkpoint.py runs/NAME/best.pt new.pt --export-dtype int8                # in another precision
+python checkpoint.py runs/NAME/best.pt new.pt --export-dtype int8 --data demo    # scored before and after
 """
 
 import io
@@ -21,16 +21,51 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
+
+import cli
+from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, say, usage_error
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=cli.examples(__doc__))
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    export_dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of its weights.")],
+    data: Annotated[str | None, typer.Option(help="Score both on this dataset's val split.", **cli.NONE)] = None,
+    debug: cli.Debug = False,
+) -> None:
+    """Store a best.pt in another precision."""
+    if out.exists():
+        raise usage_error("OUT", f"{out} exists")
+    model, saved = load_model(checkpoint)
+    converted = replace(saved, weights=exported_weights(model, export_dtype))
+    save(converted.content(), out)
+    say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
+    if data is None:
+        return
+    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
+    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
+    answers = []
+    for path in (checkpoint, out):
+        prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
+        cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
+        answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
+    say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
+
+
+if __name__ == "__main__":
+    cli.answer_early(app)  # torch takes seconds to import
+
 import timm
 import torch
 import torchvision
-import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-import cli
-from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, run_app, say, usage_error
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_amp
@@ -450,37 +485,5 @@ def save_last(state: "TrainState", run: "Run") -> None:
         save({"format": FORMAT} | state.state_dict(), run.folder / "last.pt")
 
 
-# ---------------------------------------------------------------- python checkpoint.py
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command()
-def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
-    export_dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of its weights.")],
-    data: Annotated[str | None, typer.Option(help="Score both on this dataset's validation split.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Store a best.pt in another precision."""
-    if out.exists():
-        raise usage_error("OUT", f"{out} exists")
-    model, saved = load_model(checkpoint)
-    converted = replace(saved, weights=exported_weights(model, export_dtype))
-    save(converted.content(), out)
-    say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
-    if data is None:
-        return
-    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
-    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
-    answers = []
-    for path in (checkpoint, out):
-        prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
-        cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
-        answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
-    say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
-
-
 if __name__ == "__main__":
-    run_app(app)
+    cli.run_app(app)

@@ -4,17 +4,19 @@ Imports nothing of ours. Results go to stdout, errors to stderr. Without a termi
 """
 
 import csv
+import ctypes
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,6 +40,26 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Print one line that the user should notice."""
     console.print(Text.assemble(("note:", "yellow"), " ", text))
+
+
+# ---------------------------------------------------------------- command lines
+
+OFF, NONE = {"show_default": "off"}, {"show_default": "none"}
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", **OFF)]
+
+
+def option(panel: str, help: str, *names: str, **more: Any) -> typer.models.OptionInfo:
+    """An option in a panel of --help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def examples(doc: str) -> str:
+    """The end of a script's --help: the commands of its docstring, each followed by its comment."""
+    found = ["Examples:"]
+    for line in re.findall(r"^ *(python (?:.*\\\n)*.*)", doc, re.MULTILINE):
+        command, _, comment = line.partition("  #")
+        found.append(command.strip() + (f"\n    #{comment}" if comment else ""))
+    return "\n\n".join(found)
 
 
 # ---------------------------------------------------------------- errors, signals
@@ -96,6 +118,37 @@ def _message(error: Exception) -> tuple[str, int]:
 
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
+    raise SystemExit(_run(app) or 0)
+
+
+def answer_early(app: typer.Typer) -> None:
+    """Answer --help and misuse before torch is imported, which takes seconds. What torch finds as it loads is set."""
+    set_up_libraries()
+    command = typer.main.get_command(app)
+    command.invoke = lambda context: context  # the command line is parsed, and not yet run
+    if _run(command) == 0:  # --help was printed
+        raise SystemExit(0)
+
+
+def set_up_libraries() -> None:
+    """Defaults of OpenMP and of glibc's malloc that suit training, where the user has set none.
+
+    A waiting OpenMP thread would spin for long, and keep the core from the thread that it waits for where another
+    program has the other cores. malloc would give the memory of each step back to the kernel, and get it again page by
+    page.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with suppress(AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def _run(app: Callable) -> object:
+    """What a Typer app or command returns. Its errors become one line and an exit code."""
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -105,7 +158,7 @@ def run_app(app: typer.Typer) -> None:
         warnings.filterwarnings("once", message=".*deterministic")  # torch: what cannot repeat to the bit here
         warnings.showwarning = lambda message, *where, **more: note(str(message).splitlines()[0])
     try:
-        raise SystemExit(app(standalone_mode=False) or 0)
+        return app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted", 130
     except Exception as error:

@@ -16,10 +16,34 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
+import cli
+from cli import atomic_write, note, say
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=cli.examples(__doc__))
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="A run's folder, runs/NAME; several: curves over each other.")],
+    debug: cli.Debug = False,
+) -> None:
+    """Draw the pictures of a run into its folder, or the curves of several runs into that of the first."""
+    if len(runs) == 1:
+        draw_pictures(runs[0])
+        return
+    with drawing():
+        save(curves([read_run(folder) for folder in runs]), runs[0] / "compare.png")
+    say(f"files: {runs[0]}/compare.png")
+
+
+if __name__ == "__main__":
+    cli.answer_early(app)  # torch takes seconds to import
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 from matplotlib import colormaps, font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +54,6 @@ from torch import Tensor
 
 from augment import cutmix
 from checkpoint import Checkpoint, load_model, read
-from cli import atomic_write, note, run_app, say
 from data import BOX, Classes, Split, class_names, find_dataset, read_splits
 from evaluate import Prediction, score
 from loading import EpochSampler, TrainPhotos, derive_seed, relative_boxes
@@ -44,8 +67,6 @@ RIGHT, WRONG, FAINT = "#1a7f37", "#c62828", "#666666"
 SIDE, LETTERS = 1.7, 24  # of an image in a grid: inches, and the letters of a line of text above or below it
 
 Heats = dict[str, tuple[Tensor, Tensor]]  # {label: (heat float32 (N, S, S) in 0..1, logits (N, classes))}
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass
@@ -65,20 +86,6 @@ class Answers:
     predicted: dict[str, Tensor]
     confidence: dict[str, Tensor]  # the probability of the predicted class
     learned: list[dict[str, Box]]  # {"learned": box}, {} without a box head
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="A run's folder, runs/NAME; several: curves over each other.")],
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Draw the pictures of a run into its folder, or the curves of several runs into that of the first."""
-    if len(runs) == 1:
-        draw_pictures(runs[0])
-        return
-    with drawing():
-        save(curves([read_run(folder) for folder in runs]), runs[0] / "compare.png")
-    say(f"files: {runs[0]}/compare.png")
 
 
 def draw_pictures(folder: Path, photos: TrainPhotos | None = None, val_split: Split | None = None) -> None:
@@ -447,4 +454,4 @@ def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | 
 
 
 if __name__ == "__main__":
-    run_app(app)
+    cli.run_app(app)

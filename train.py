@@ -1,7 +1,8 @@
 """Train a classifier of garment attributes: one backbone, a linear head a label.
 
-    python train.py --data demo --no-pretrained --model test_resnet --image-size 64 --augment none --box-head \\
-        --crop-prob 0.7 --epochs 8 --t-0 8 --lr 4e-3 --batch-size 32 --threads 1      # the built-in set
+    python train.py --data demo --no-pretrained --model test_resnet \\
+        --image-size 64 --augment none --box-head --crop-prob 0.7 \\
+        --epochs 8 --t-0 8 --lr 4e-3 --batch-size 32 --threads 1    # the built-in set
     python train.py --loss focal --crop-prob 0.7                    # the organisers' Dataset/, the notes' settings
     python train.py --resume runs/NAME                              # continue, or go on with more --epochs
 
@@ -17,27 +18,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import typer
+
+import cli
+from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
+from settings import Settings, SettingsCommand, checked_settings, choose_view, data_fingerprint, learning_rate
+
+
+class TrainCommand(SettingsCommand):
+    def invoke(self, ctx: typer.Context) -> None:
+        train(super().invoke(ctx))
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command(cls=TrainCommand, epilog=cli.examples(__doc__))(Settings)
+
+if __name__ == "__main__":
+    cli.answer_early(app)  # torch takes seconds to import
+
 import torch
 import torch.distributed as dist
-import typer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
-from typer.core import TyperCommand
 
 import checkpoint as checkpoints
-import cli
 import evaluate
 import loading
 from augment import check_cutmix, cutmix
 from checkpoint import Checkpoint
-from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
 from data import Split, find_dataset, note_doubts, read_preparation, read_splits
 from evaluate import Prediction, rank, world_size
 from loading import EvalPhotos, TrainPhotos, derive_seed
 from losses import MultiHeadLoss
 from model import FashionModel, build_model, choose_amp, choose_device, parameter_groups, set_deterministic, update_ema
-from settings import Settings, checked_settings, choose_view, data_fingerprint, learning_rate, resumed_settings
 
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column, sign
 CHECK_EVERY = 20  # steps between two checks of the losses, each of which waits for the device
@@ -376,23 +390,6 @@ def new_state(settings: Settings, model: FashionModel) -> TrainState:
 def finished(settings: Settings, state: TrainState) -> bool:
     return state.epoch >= settings.epochs or state.epoch - state.best_epoch >= settings.patience
 
-
-# ---------------------------------------------------------------- python train.py
-
-
-class TrainCommand(TyperCommand):
-    """The command line as `Settings`; a resumed run has the interrupted one's."""
-
-    def invoke(self, ctx: typer.Context) -> None:
-        settings = super().invoke(ctx)
-        if settings.resume:
-            given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
-            settings = resumed_settings(settings, given)
-        train(settings)
-
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(cls=TrainCommand)(Settings)
 
 if __name__ == "__main__":
     cli.run_app(app)
