@@ -184,7 +184,7 @@ def _clear_frames(error: BaseException | None) -> None:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere, for a log file, a plain line every 30 seconds."""
+    """A bar on a terminal; elsewhere, for a log file, a plain line every 30 seconds, at first after 5."""
 
     def __init__(self, total: int, description: str, unit: str, bar: Progress | None):
         self.total, self.description, self.unit, self.bar = total, description, unit, bar
@@ -199,10 +199,29 @@ class _Progress:
         speed = f"{rate:.1f} {self.unit}/s"
         if self.bar:
             self.bar.update(self.task, advance=n, rate=speed)
-        elif now - self.printed >= 30 and self.done < self.total:
+            return
+        left = (self.total - self.done) / max(rate, 1e-9)
+        soon = self.printed == self.start and left > 60
+        if left and now - self.printed >= (5 if soon else 30):
             self.printed = now
-            left = f"{(self.total - self.done) / rate:.0f} s left"
-            say(f"{self.description} {self.done}/{self.total} {self.unit}, {speed}, {left}")
+            say(f"{self.description} {self.done}/{self.total} {self.unit}, {speed}, {rough_time(left)} left")
+
+
+def rough_time(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def say_time_left(seconds: float, epochs: int) -> None:
+    if seconds > 600:
+        say(f"about {rough_time(seconds)} to epoch {epochs}; Ctrl-C and --resume at any time")
+
+
+def warn_of_days(seconds: float) -> None:
+    if seconds > 86_400:
+        note(f"about {rough_time(seconds)} on this CPU; README (The organisers' data) has a command for one")
 
 
 @contextmanager

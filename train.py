@@ -132,12 +132,15 @@ def train(settings: Settings) -> None:
         say(f"{folder} is finished after {state.epoch} epochs; nothing was changed")
         return
     run = Run(folder, checkpoint, evaluate.parallel(model), val_split, amp_dtype)
+    first = state.epoch + 1
     with checkpoints.opened(settings, state, run, fingerprint):
         while not finished(settings, state):
             loss = train_one_epoch(settings, state, train_loader, criterion, teacher, run)
             weights = checkpoints.exported_weights(state.ema or model, settings.export_dtype)
             prediction = None if settings.fit_all else validate(settings, state, weights, val_loader, run)
             finish_epoch(settings, state, loss, weights, prediction, criterion, run)
+            if state.epoch == first:
+                cli.say_time_left(state.metrics[-1]["seconds"] * (settings.epochs - first), settings.epochs)
     if dist.is_initialized():
         dist.destroy_process_group()
     if not console.quiet:
@@ -178,6 +181,8 @@ def train_one_epoch(
             recent.append((len(images), evaluate.mean_over_processes(step_losses)))
             bar.advance(len(images) * world_size())
             after_step(settings, state, recent, run)
+            if sampler.epoch == 1 and state.step == 3 and device.type == "cpu":
+                cli.warn_of_days((time.monotonic() - run.epoch_start) / 3 * sampler.steps * settings.epochs)
     add_losses(state, recent)
     return state.loss_sum / sampler.part_images
 

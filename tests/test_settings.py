@@ -41,13 +41,13 @@ def written(folder: Path, settings: dict) -> Path:
 def test_parsed_settings_equal_built_ones():
     assert parsed() == Settings()
     flags = ["--data", "a", "--data", "b", "--cutmix", "Daily", "--cutmix", "Gender", "--lr", "1e-3", "--no-pretrained"]
-    flags += ["--box-head", "--crop-prob", 0.7, "--image-size", 96, "--weights", "w.pt", "--teacher", "t.pt"]
+    flags += ["--class-weights", "--crop-prob", 0.7, "--image-size", 96, "--weights", "w.pt", "--teacher", "t.pt"]
     built = Settings(
         data=["a", "b"],
         cutmix=["Daily", "Gender"],
         lr=1e-3,
         pretrained=False,
-        box_head=True,
+        class_weights=True,
         crop_prob=0.7,
         image_size=96,
         weights=Path("w.pt"),
