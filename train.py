@@ -121,7 +121,7 @@ def train(settings: Settings) -> None:
     model = new_model(settings, train_split)
     checkpoint = checkpoints.new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
     checkpoints.check_budget(checkpoint, model, settings)
-    criterion = MultiHeadLoss(settings, train_split)
+    criterion = MultiHeadLoss(settings, train_split, device)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None
     train_loader, val_loader = make_loaders(settings, model, train_split, val_split, view)
 
