@@ -37,7 +37,7 @@ from data import (
     splits_of,
     submission_column,
 )
-from evaluate import Prediction, predict_samples, score, score_boxes
+from evaluate import Prediction, box_columns, predict_samples, score, score_boxes
 from loading import Prepare, relative_boxes
 from model import FashionModel, choose_amp, choose_device
 from photos import Box
@@ -66,6 +66,7 @@ def predict(
     rembg_model: Annotated[str | None, typer.Option(help="rembg's model.", show_default="as trained, u2net")] = None,
     probs: Annotated[bool, typer.Option("--probs", help="Add the classes' probabilities.")] = False,
     names: Annotated[bool, typer.Option("--names", help="Add the classes' names.")] = False,
+    boxes: Annotated[bool, typer.Option("--boxes", help="Add the predicted boxes, in pixels of the photos.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the first 48 photos with their answers (.png).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at a time.", min=1, show_default="training's")] = None,
     workers: Annotated[
@@ -88,12 +89,17 @@ def predict(
     out = out or checkpoint.with_name("predictions.csv")
     check_outputs(checkpoint, rows, out, picture)
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
+    if boxes and view != "learned":
+        raise usage_error(
+            "--boxes", f"the view {view} predicts none; a model of train.py --box-head does (--view learned)"
+        )
     prepare = start_preparing(preparation, view, saved)
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
     rows, prediction = drop_unread(rows, prediction)
 
     table = predictions_table(rows, prediction, saved.classes, probs, names)
+    table |= box_columns(prediction, rows.samples) if boxes else {}
     replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
     write_csv(out, list(table), zip(*table.values()))
     if inputs and len(rows.samples) <= 20:
