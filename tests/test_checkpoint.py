@@ -1,12 +1,14 @@
 """best.pt in 8 bits a weight: it predicts what it was validated with; conversion repeats; damage is one line."""
 
 import re
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, run_script
 from hypothesis import given, settings, strategies as st
+from rounding import layer_kinds
 
 from checkpoint import SCALE, exported_weights, load_model, load_weights, quantised, read, restored_weights, save
 from model import build_model
@@ -56,7 +58,15 @@ def test_conversion_to_int8_again_gives_the_same_bytes(run, best, small):
 
 def test_conversion_scores_both(run, drawn, best):
     done = run("checkpoint", best, "small.pt", "--export-dtype", "int8", "--data", drawn)
-    assert done.code == 0 and len(table(done.out)) == 8 and "% of the answers differ" in done.out, done.err
+    assert done.code == 0 and len(table(done.out)) == 8, done.err
+    differ = re.search(r"([\d.]+)% of the answers differ", done.out)[1]
+    means = [f"{100 * float(line.split()[1]):.2f}" for line in table(done.out) if "mean" in line]
+    printed = run("rounding", drawn, best).out  # the benchmark measures the same
+    rows = {line.split("|")[1].strip(): re.findall(r" (-?[\d.]+) \(", line) for line in printed.splitlines()[4:-1]}
+    assert [rows["nothing"][0], rows["as int8"][0]] == means and rows["as int8"][2] == differ
+    model = load_model(best)[0]
+    kinds = layer_kinds(model, exported_weights(model, "int8"))
+    assert sorted(chain(*kinds.values())) == sorted(model.state_dict()) and "linear: " in "".join(kinds)
     refused = run("checkpoint", best, "small.pt", "--export-dtype", "int8")
     assert refused.code == 2 and "small.pt exists" in refused.err
 
