@@ -171,15 +171,16 @@ def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values of a weight (C, ...) and a float32 scale an output channel (C,): weight = values * scale.
 
-    A channel's scale is the fraction of maximum / 127 with the least squared error. Scales have 16 bits of mantissa, so
-    that values * scale is exact, and an int8 weight that is quantised again gives the same values and scales.
+    A channel's scale is the fraction of maximum / 127 with the least squared error; 1 where all values are 0. Scales
+    are normal numbers with 16 bits of mantissa, so that values * scale is exact, and an int8 weight that is quantised
+    again gives the same values and scales.
     """
     rows = weight.double().flatten(1)
     largest = rows.abs().amax(1)
     least = torch.full_like(largest, torch.inf)
     values, scales = torch.zeros(rows.shape, dtype=torch.int8), torch.ones(len(rows))
     for fraction in FRACTIONS:
-        scale = torch.where(largest > 0, fraction * largest / 127, 1.0)
+        scale = (fraction * largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
         rounded = (rows / scale[:, None]).round().clamp(-127, 127)
@@ -187,11 +188,15 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
         better = error < least
         least = torch.where(better, error, least)
         values[better], scales[better] = rounded[better].to(torch.int8), scale[better].float()
+    scales[~values.any(1)] = 1
     return values.view(weight.shape), scales
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `exported_weights` stored, for load_state_dict. Raises ValueError where scales make no sense."""
+    """The tensors that `exported_weights` stored, for load_state_dict.
+
+    Raises ValueError where a scale makes no sense, or a number is not finite.
+    """
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
     rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
@@ -201,6 +206,9 @@ def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
         if not matching or not ((scale > 0) & (scale < MAX_SCALE)).all():
             raise ValueError(f"the scale of {key} is missing or makes no sense")
         weights[key] = values.float() * scale.view(-1, *[1] * (values.ndim - 1))
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are not finite; train again with a lower --lr")
     return weights
 
 

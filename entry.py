@@ -113,7 +113,7 @@ def write_entry(
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     say(f"{out}: {size:.2f} MB of at most {MAX_MB} MB")
     if size > MAX_MB:
-        remedy = "train.py --export-dtype fp16, a smaller backbone or --rembg-model u2netp (4.6 MB)"
+        remedy = "checkpoint.py --export-dtype int8, a smaller backbone or --rembg-model u2netp (4.6 MB)"
         raise ValueError(f"{out} is written, but it is over the {MAX_MB} MB that are admitted: {remedy}")
     say(f"next: open {out / 'task.ipynb'}, which says how to send it in")
 

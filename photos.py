@@ -137,6 +137,10 @@ def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 # ---------------------------------------------------------------- boxes
 
 
+def box_size(box: Box) -> tuple[int, int]:
+    return box[2] - box[0], box[3] - box[1]
+
+
 def move_into(box: Box, region: Box) -> Box | None:
     """The part of a box that a region of its photo holds, in the region's pixels; None where it holds nothing."""
     left, top, right, bottom = region

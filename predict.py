@@ -53,6 +53,7 @@ def predict(
     out: Annotated[Path | None, in_output("The CSV to write.", show_default="beside the checkpoint")] = None,
     probs: Annotated[bool, in_output("Add the classes' probabilities.", "--probs", **OFF)] = False,
     names: Annotated[bool, in_output("Add the classes' names.", "--names", **OFF)] = False,
+    boxes: Annotated[bool, in_output("Add the predicted boxes, in pixels of the photos.", "--boxes", **OFF)] = False,
     picture: Annotated[Path | None, in_output("Draw the first 48 photos with their answers (.png).", **NONE)] = None,
     batch_size: Annotated[int | None, in_run("Images at a time.", min=1, show_default="training's")] = None,
     workers: Annotated[int | None, in_run("Loading processes.", min=0, max=256, show_default="cores, up to 8")] = None,
@@ -71,12 +72,17 @@ def predict(
     out = out or checkpoint.with_name("predictions.csv")
     check_outputs(checkpoint, rows, out, picture)
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
+    if boxes and view != "learned":
+        raise usage_error(
+            "--boxes", f"the view {view} predicts none; a model of train.py --box-head does (--view learned)"
+        )
     prepare = start_preparing(preparation, view, saved)
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
     rows, prediction = drop_unread(rows, prediction)
 
     table = predictions_table(rows, prediction, saved.classes, probs, names)
+    table |= box_columns(prediction, rows.samples) if boxes else {}
     replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
     write_csv(out, list(table), zip(*table.values()))
     if inputs and len(rows.samples) <= 20:
@@ -118,7 +124,7 @@ from data import (
     splits_of,
     submission_column,
 )
-from evaluate import Prediction, predict_samples, score, score_boxes
+from evaluate import Prediction, box_columns, predict_samples, score, score_boxes
 from loading import Prepare, relative_boxes
 from model import FashionModel, choose_amp, choose_device
 from photos import Box

@@ -194,8 +194,6 @@ def print_notes(settings: Settings) -> None:
             note(f"the learning rate is lowest after {end} epochs, not at the end; --t-0 {settings.epochs} ends there")
     if not settings.pretrained and not settings.weights and settings.lr < 1e-4:
         note(f"--lr {settings.lr:g} is for pretrained weights: from scratch 1e-3 to 4e-3 are usual")
-    elif settings.box_head and settings.lr < 2e-5:
-        note(f"--lr {settings.lr:g} hardly moves the new box head; 5e-5 does")
     if settings.subtask == 2 and (settings.pretrained or settings.weights):
         note("the rules of sub-task 2 admit no pretrained models: an entry needs --no-pretrained and raw photos")
 

@@ -383,7 +383,7 @@ def make_loaders(
 
 
 def new_state(settings: Settings, model: FashionModel) -> TrainState:
-    device, groups = model.mean.device, parameter_groups(model, settings.layer_decay)
+    device, groups = model.mean.device, parameter_groups(model, settings.lr, settings.layer_decay)
     options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": device.type in ("cpu", "cuda")}
     optimizer = torch.optim.AdamW(groups, **options)
     # for another schedule edit settings.restart_epochs too, which notes and pictures read; one cosine is --t-0 EPOCHS
