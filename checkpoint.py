@@ -8,16 +8,19 @@ import io
 import os
 import pickle
 import platform
+import re
+import shlex
 import shutil
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -59,6 +62,7 @@ def convert(
 if __name__ == "__main__":
     cli.answer_early(app)  # torch takes seconds to import
 
+import numpy as np
 import timm
 import torch
 import torchvision
@@ -80,7 +84,8 @@ ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # whose weights are stored as int8 
 MIN_INT8 = 1024  # ... from so many numbers on
 FRACTIONS = [1 - step / 40 for step in range(17)]  # of maximum / 127, tried as a channel's scale
 MAX_SCALE = 1e4  # no weight of a network that works is as large
-WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")  # keys under which other programs keep the weights
+NUMPY = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in "fdil")]  # of its scalars
+SAFE = [Namespace, *NUMPY]  # what others' files hold beside tensors; it runs nothing
 
 
 @dataclass
@@ -275,10 +280,13 @@ def _read_tensors(path: str | os.PathLike) -> object:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() or any(entry.compress_type for entry in archive.infolist()):
                     raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        reason = "holds something other than tensors and plain values (or is no file of torch.save)"
-        raise ValueError(f"{path} {reason}; it was not loaded") from None
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"holds a {found[1]}, which is no tensor or plain value" if found else "is no file of torch.save"
+        remedy = "save it again as torch.save(model.state_dict(), FILE), where it was made"
+        raise ValueError(f"{path} {reason}; it was not loaded: {remedy}") from None
     except Exception:
         raise ValueError(f"{path} is damaged or was cut short; copy it again") from None
 
@@ -400,13 +408,31 @@ def _fitting(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tens
     return {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
 
 
+def _is_table(given: object) -> bool:
+    return isinstance(given, dict) and len(given) > 0 and all(isinstance(value, Tensor) for value in given.values())
+
+
+def _without_prefix(given: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The tensors without the prefix, such as `model.`, with which most names are the backbone's."""
+    prefixes = Counter(key.removesuffix(name) for key in given for name in own if key.endswith(name))
+    prefix = max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix)), default="")
+    most = prefixes[prefix] > len(own) / 2
+    return {key.removeprefix(prefix): value for key, value in given.items()} if most else given
+
+
 def _timm_names(given: object, backbone: nn.Module, path: str | os.PathLike, name: str) -> dict[str, Tensor]:
-    """The tensors of a file under timm's names: timm's own filter of the model renames and resamples them."""
-    inner = [given[key] for key in WRAPPERS if isinstance(given, dict) and isinstance(given.get(key), dict)]
-    given = inner[0] if inner else given
-    if not isinstance(given, dict) or not given or not all(isinstance(value, Tensor) for value in given.values()):
-        raise ValueError(f"{path} holds no weights (a table of tensors by name)")
-    given = timm.models.clean_state_dict(given)
+    """The tensors of a file under timm's names: timm's own filter of the model renames and resamples them.
+
+    Of several tables of tensors that it may hold, averaged weights (EMA) come first, then the largest.
+    """
+    tables = {"": given} | (given if isinstance(given, dict) else {})
+    tables = {key: table for key, table in tables.items() if _is_table(table)}
+    if not tables:
+        found = f"keys {', '.join(map(str, given))}" if isinstance(given, dict) else type(given).__name__
+        remedy = "torch.save(model.state_dict(), FILE) writes one"
+        raise ValueError(f"{path} holds no table of tensors by name ({found[:200]}); {remedy}")
+    given = tables[max(tables, key=lambda key: ("ema" in str(key), len(tables[key])))]
+    given = _without_prefix(timm.models.clean_state_dict(given), backbone.state_dict())
     module = sys.modules[timm.models.model_entrypoint(name.partition(".")[0]).__module__]
     try:
         return module.checkpoint_filter_fn(dict(given), backbone)
@@ -418,11 +444,25 @@ def _timm_names(given: object, backbone: nn.Module, path: str | os.PathLike, nam
 
 
 def new_folder(settings: Settings) -> Path:
-    """The run's folder, which is not there yet. Raises BadParameter."""
-    folder = Path("runs") / from_first(settings.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
-    if not console.quiet and folder.exists():
-        raise usage_error("--name", f"{folder} exists; choose another --name, or continue it: --resume {folder}")
-    return folder
+    """Make the run's folder: --name, or the time (then -2, -3, ...). Raises BadParameter, OSError."""
+    return from_first(None if console.quiet else _make_folder(settings.name))
+
+
+def _make_folder(name: str | None) -> Path:
+    first = Path("runs", name or datetime.now().strftime("%Y%m%d_%H%M%S"))
+    others = () if name else (first.with_name(f"{first.name}-{i}") for i in count(2))
+    try:
+        first.parent.mkdir(exist_ok=True)
+        for folder in chain([first], others):
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise OSError(
+            f"{first.parent}/ cannot be written here ({error.strerror}); start in a folder of yours"
+        ) from None
+    resume = shlex.join(["--resume", str(first)])
+    raise usage_error("--name", f"{first} exists; choose another --name, or continue it: {resume}")
 
 
 def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]) -> Path:
@@ -446,13 +486,12 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
 
 @contextmanager
 def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dict[str, str]) -> Iterator[None]:
-    """Hold the run's folder, made if it is new; save when a signal stops the run, remove what holds nothing."""
+    """Hold the run's folder; save when a signal stops the run, remove what holds nothing."""
     if console.quiet:  # the first process writes
         with run.signals:
             yield
         return
     folder, device = run.folder, state.model.mean.device
-    folder.mkdir(parents=True, exist_ok=bool(settings.resume))
     with locked(folder), run.signals:
         try:
             remove_leftovers(folder)
@@ -469,7 +508,7 @@ def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dic
                 with suppress(OSError):  # there are other runs in it
                     folder.parent.rmdir()
             elif isinstance(error, KeyboardInterrupt):
-                note(f"stopped; to continue: python train.py --resume {folder}")
+                note(f"stopped; to continue: {cli.command('train.py', '--resume', folder)}")
             raise
 
 

@@ -5,12 +5,13 @@ Imports nothing of ours. Results go to stdout, errors to stderr. Without a termi
 
 import csv
 import ctypes
+import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import time
-import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,8 +29,23 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())  # quiet in all but the first process of a run
 OUT_OF_MEMORY = "out of memory: lower --batch-size or --workers; in training --grad-accum splits a batch"
+NO_SHARED_MEMORY = "shared memory (/dev/shm) is full: docker run --shm-size 2g gives more, --workers 0 needs none"
+LOADER_DIED = "a loading process ended or was killed, as where memory runs out; try fewer --workers, or --workers 0"
+LOADERS_SILENT = "the loading processes gave nothing for 10 minutes; are the photos' disk and network there?"
+SILENT, GRACE = 600, 5  # seconds to wait for a loading process; after a signal that stops the run
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
+alarm = getattr(signal, "alarm", lambda seconds: 0)  # Windows has none
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence where nobody reads the output any more: the files are the result."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console(highlight=False)  # quiet in all but the first process of a run
+console.soft_wrap = not console.is_terminal
 
 
 def say(text: str) -> None:
@@ -62,6 +78,11 @@ def examples(doc: str) -> str:
     return "\n\n".join(found)
 
 
+def command(script: str, *words: object) -> str:
+    """The command line of a script beside the one that was started, to be pasted into a shell."""
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *map(str, words)])
+
+
 # ---------------------------------------------------------------- errors, signals
 
 
@@ -84,20 +105,41 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within it, Ctrl-C and SIGTERM only set `received`; a second Ctrl-C stops at once."""
+    """Within it, Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) only set `received`; a second Ctrl-C stops at once."""
 
     received = False
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def _receive(self, number: int, frame: object) -> None:
+        if number == getattr(signal, "SIGALRM", None):
+            raise Stopped if self.received else TimeoutError(LOADERS_SILENT)
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
+        if alarm(0):  # it waits for a loading process
+            alarm(GRACE)
 
-    def __exit__(self, *error: object) -> None:
+    def waiting_for(self, batches: Iterable) -> Iterator:
+        """The batches of a loader. Raises Stopped GRACE seconds after a signal, TimeoutError after SILENT seconds."""
+        alarm(SILENT)
+        arriving = iter(batches)
+        while True:
+            alarm(GRACE if self.received else SILENT)
+            try:
+                batch = next(arriving, None)
+            finally:
+                alarm(0)
+            if batch is None:
+                return
+            yield batch
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        alarm(0)
+        if kind:
+            end_processes()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -106,14 +148,20 @@ def _message(error: Exception) -> tuple[str, int]:
     """One line for an error, and the exit code."""
     if hasattr(error, "format_message"):  # click's own errors, whichever click Typer brings
         return " ".join(error.format_message().split()) + "  (--help shows the options)", error.exit_code
-    name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    name, text = type(error).__name__, str(error)
+    if "in DataLoader worker process" in text:  # with that process's traceback
+        text = text.rpartition(f"\n{name}: ")[2].strip()
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return OUT_OF_MEMORY, 1
-    if name.startswith("Dist") or "gloo" in str(error).lower() or "NCCL" in str(error):
+    if isinstance(error, RuntimeError) and "shared memory" in text:
+        return NO_SHARED_MEMORY, 1
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return LOADER_DIED, 1
+    if name.startswith("Dist") or "gloo" in text.lower() or "NCCL" in text:
         return "another process of this run has ended; its own message says why", 1
     code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
-    explained = str(error) and (type(error) is ValueError or isinstance(error, OSError))  # raised by us on purpose
-    return str(error) if explained else f"{name}: {error}  (--debug shows where)", code
+    explained = text and (type(error) is ValueError or isinstance(error, OSError))  # raised by us on purpose
+    return text if explained else f"{name}: {text}  (--debug shows where)", code
 
 
 def run_app(app: typer.Typer) -> None:
@@ -161,9 +209,10 @@ def _run(app: Callable) -> object:
         return app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted", 130
+        end_processes()
     except Exception as error:
         message, code = _message(error)
-        _clear_frames(error)
+        end_processes()
         if console.quiet and hasattr(error, "format_message"):  # the first of several processes says it
             time.sleep(1)
             raise SystemExit(code) from None
@@ -173,11 +222,12 @@ def _run(app: Callable) -> object:
     raise SystemExit(code)
 
 
-def _clear_frames(error: BaseException | None) -> None:
-    """Release the loaders that the frames of an error hold: Python would wait for their processes at exit, for ever."""
-    while error:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
+def end_processes() -> None:
+    """Kill the loading processes, which ignore other signals: Python would wait for one that hangs, for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where one is killed
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 # ---------------------------------------------------------------- progress, tables
@@ -316,13 +366,25 @@ def locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     _held.append(handle)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
+        except OSError:  # some clusters' disks have no locks
+            pass
         yield
-    except BlockingIOError:
-        raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
     finally:
         _held.remove(handle)
         os.close(handle)
+
+
+def user_cache() -> Path:
+    """Where the user's caches of this program lie. Raises OSError where there is no such place."""
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise OSError("there is no home folder; XDG_CACHE_HOME=DIR names a place for caches") from None
+    return Path(caches, "fashion-attributes")
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[Sequence]) -> None:

@@ -29,7 +29,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from cli import OFF, Debug, examples, note, progress, run_app, say, show_table
+from cli import OFF, Debug, command, examples, note, progress, run_app, say, show_table
 from photos import SUFFIXES, Box, clip_box, load_photo, move_into, open_image, photo_region, upright_size
 
 SPLITS = ("train", "val", "test")
@@ -125,7 +125,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     if root.is_file() or is_inside:
         problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
     elif not root.exists():
-        problem = "does not exist"
+        problem = "does not exist (where it was moved, --data says its new place)"
     layout = f"{csv_name('train', subtask)} beside train/ with its photos, or class folders (train/CLASS/photo.jpg)"
     raise FileNotFoundError(f"--data {data} {problem}; it should hold {layout}; --data demo is the built-in set")
 
@@ -339,7 +339,7 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
     """Read a split's CSV or list its class folders; without validation, train and val both get training's rows."""
     found, path = splits_of(root, subtask), root / csv_name(split, subtask)
     if split not in found:
-        raise FileNotFoundError(f"{path}: no such file (python data.py {root} shows what is there)")
+        raise FileNotFoundError(f"{path}: no such file ({command('data.py', root)} shows what is there)")
     held_out = split != "test" and found.get("train") == found.get("val")
     if found[split].is_dir():
         path, source = root / split, _list_class_folders(root, found[split], split == "test")

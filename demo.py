@@ -30,7 +30,7 @@ import PIL
 import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from cli import OFF, Debug, examples, progress as progress_bar, run_app, say, usage_error, write_csv
+from cli import OFF, Debug, examples, progress as progress_bar, run_app, say, usage_error, user_cache, write_csv
 
 DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400
@@ -127,15 +127,15 @@ def draw(
 
 def cached() -> Path:
     """Return the folder of the default demo set in the user's cache, and draw it there the first time."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fashion-attributes"
-    out = cache / f"demo-{DRAWING}-{TRAIN}-{VAL}-{TEST}-seed0-pillow{PIL.__version__}"
+    out = user_cache() / f"demo-{DRAWING}-{TRAIN}-{VAL}-{TEST}-seed0-pillow{PIL.__version__}"
     if not out.exists():
         try:
             with progress_bar(TRAIN + VAL + TEST, "drawing the demo set", "photos") as bar:
                 draw(out, progress=bar.advance)
-        except OSError:
+        except OSError as error:
             if not out.exists():  # unless another process has finished it meanwhile
-                raise
+                remedy = "XDG_CACHE_HOME=DIR names another place"
+                raise OSError(f"the demo set cannot be drawn ({error}); {remedy}") from None
     return out
 
 

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from cli import write_csv
 from data import BOX, Sample, Split
-from loading import EvalPhotos, Prepare, default_workers, make_eval_loader
+from loading import EvalPhotos, Prepare, cpu_cores, default_workers, make_eval_loader
 from model import FashionModel, box_from_logits
 from photos import box_iou, box_size, crop_box, placement, to_image, to_photo
 
@@ -41,23 +41,28 @@ class Prediction:
 
 
 def predict_split(
-    model: FashionModel, loader: DataLoader, view: str, amp_dtype: AmpDtype = None, advance: Advance = None
+    model: FashionModel,
+    loader: DataLoader,
+    view: str,
+    amp_dtype: AmpDtype = None,
+    advance: Advance = None,
+    waiting_for: Callable[[Iterable], Iterator] = iter,
 ) -> Prediction:
     """What the model says of a loader's photos; in several processes each takes its part, and all get the result.
 
     The view `learned` is two looks: at the whole photos, and at the boxes that the first one predicts. `advance` is
-    called with the number of images of each batch, in each look.
+    called with the number of images of each batch, in each look. `waiting_for`: see `cli.StopSignals`.
     """
     sampler, dataset = loader.batch_sampler, loader.dataset
     sampler.crops = None
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # each process has batch norm statistics of its own; the first one's are saved
-    first, targets, problems = run_batches(model, loader, view != "learned", amp_dtype, advance)
+    first, targets, problems = run_batches(model, waiting_for(loader), view != "learned", amp_dtype, advance)
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):
         place = placement([dataset.samples[i].size for i in sampler.part], dataset.size, dataset.resize)
         sampler.crops = grow_boxes(to_photo(box_from_logits(first.pop(BOX)), place))
-        second, *_ = run_batches(model, loader, False, amp_dtype, advance)
+        second, *_ = run_batches(model, waiting_for(loader), False, amp_dtype, advance)
         result.boxes = boxes_in_photos(box_from_logits(second.pop(BOX)), sampler.crops, dataset, sampler.part)
         result.logits = join_looks(first, second)
     return gather(result) if dist.is_initialized() else result
@@ -91,7 +96,7 @@ def run_batches(
     device = model.eval().mean.device
     options = {"labels_only": True} if labels_only else {}
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
-    chunk, workers, threads_each = (CHUNK, threads, 1) if on_cpu else (sys.maxsize, 1, threads)
+    chunk, workers, threads_each = (CHUNK, min(threads, cpu_cores()), 1) if on_cpu else (sys.maxsize, 1, threads)
     outputs, targets, problems = [], [], []
     running: deque[Future] = deque()
 

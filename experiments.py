@@ -171,7 +171,8 @@ def run(
     if clean_data is not None:
         contents[clean_data] = content_of("--clean-data", clean_data)
     elif names := [row.name for row in chosen if row.data != "raw"]:
-        raise usage_error("--clean-data", f"needed for {', '.join(names)}; python preprocess.py {data} OUT writes one")
+        remedy = f"python preprocess.py {shlex.quote(data)} OUT writes one"
+        raise usage_error("--clean-data", f"needed for {', '.join(names)}; {remedy}")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `start` ends the training too
     runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []

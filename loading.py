@@ -7,8 +7,11 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from torchvision.tv_tensors import BoundingBoxes
 
 import photos
 from augment import augmentation
-from cli import note, progress, say
+from cli import STOP_SIGNALS, note, progress, say, user_cache
 from data import BOX, Sample, list_problems
 from photos import Box, box_size, crop_box, move_into, placement, read_photo, to_image, view_pixels
 from settings import Settings
@@ -225,6 +228,8 @@ class EvalSampler(Sampler):
 
 def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     """A loader of batches: images uint8 (N, 3, size, size), {head: targets (N, ...)}, and what else an item holds."""
+    image_bytes = 3 * dataset.size**2
+    workers = fitting_workers(workers, sampler.batch_size // getattr(sampler, "world_size", 1) * image_bytes)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -243,22 +248,50 @@ def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int, part: r
 def start_worker(worker: int) -> None:
     """Ctrl-C reaches loading processes too: the main process decides when they end."""
     gc.freeze()  # the rows are no garbage: looking through them would copy them
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def training_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Targets]]:
-    """The batches of a training loader. A damaged photo's ValueError comes without a loading process's traceback."""
-    try:
-        yield from loader
-    except ValueError as error:
-        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
 
 
 def default_workers(workers: int | None) -> int:
     """`workers`, or where it is None a process for each CPU core that this one may use, at most 8."""
+    return min(8, cpu_cores()) if workers is None else workers
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use: by its affinity, and by the limit of its cgroup, as in a container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, cores) if workers is None else workers
+    with suppress(OSError):  # no cgroups here
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            folder = Path("/sys/fs/cgroup", "cpu" if "cpu" in controllers.split(",") else "", group.lstrip("/"))
+            for cgroup in (folder, *folder.parents):  # in a container it may be the mount itself
+                cores = math.ceil(min(cores, cpu_limit(cgroup)))
+    return cores
+
+
+def cpu_limit(cgroup: Path) -> float:
+    """The CPU cores that a cgroup, version 2 or 1, may use."""
+    with suppress(OSError, ValueError):  # "max", or no such file: no limit
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        return quota / period
+    with suppress(OSError):
+        quota, period = (int((cgroup / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf
+    return math.inf
+
+
+@cache  # the note comes once
+def fitting_workers(workers: int, batch_bytes: int) -> int:
+    """As many loading processes as shared memory has room for: each holds two batches, the main process some."""
+    if not workers or sys.platform != "linux":
+        return workers
+    free = shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
+    room = free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // (batch_bytes + 100_000)  # targets take some pages
+    fitting = min(workers, max(0, (room - 4) // 2))
+    if fitting < workers:
+        instead = f"{fitting or 'no'} loading processes in the place of {workers}"
+        note(f"shared memory (/dev/shm) has {free / 1e6:,.0f} MB free: {instead}; docker run --shm-size 2g gives more")
+    return fitting
 
 
 # ---------------------------------------------------------------- decoded views
@@ -308,7 +341,7 @@ def add_decoded(dataset: Dataset, views: Collection[str], cache: str | None, wor
                     problems += build_views(path, samples, view, dataset.size, dataset.resize, workers)
             if not problems:
                 dataset.decoded[view] = DecodedViews(files, dataset.size)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # filelock raises the second where a disk has no locks
         note(f"no cache ({error}): photos are decoded again in every epoch; --cache DIR names another place")
         dataset.decoded = {}
     return problems
@@ -319,8 +352,7 @@ def cache_folder(root: Path, cache: str | None) -> Path:
     own = root / ".cache"
     if cache is None and os.access(own if own.exists() else root, os.W_OK):
         return own
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fashion-attributes")
-    return Path(cache or users) / f"{root.resolve().name}-{derive_seed(str(root.resolve())):x}"
+    return Path(cache or user_cache()) / f"{root.resolve().name}-{derive_seed(str(root.resolve())):x}"
 
 
 def views_path(dataset: Dataset, samples: Sequence[Sample], view: str, folder: Path) -> Path:

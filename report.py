@@ -6,6 +6,7 @@ python report.py runs/NAME runs/OTHER ...   # runs/NAME/compare.png: the curves 
 
 import csv
 import math
+import os
 import textwrap
 import unicodedata
 import warnings
@@ -44,6 +45,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+os.environ.pop("MPLBACKEND", None)  # a notebook's, which need not be installed here; no backend draws these pictures
+
 from matplotlib import colormaps, font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -160,7 +160,7 @@ def train_one_epoch(
     recent: list[tuple[int, dict[str, Tensor]]] = []  # images and losses of the steps since the last check
     with progress(sampler.n, f"epoch {sampler.epoch}/{settings.epochs}") as bar:
         bar.advance(state.step * settings.batch_size)
-        for images, targets in loading.training_batches(loader):
+        for images, targets in run.signals.waiting_for(loader):
             state.step += 1
             torch.manual_seed(step_seed(settings, state, "step"))
             images = images.to(device, non_blocking=True)
@@ -254,7 +254,7 @@ def validate(
             if run.signals.received and world_size() == 1:
                 raise Stopped
 
-        prediction = evaluate.predict_split(model, loader, view, run.amp_dtype, advance)
+        prediction = evaluate.predict_split(model, loader, view, run.amp_dtype, advance, run.signals.waiting_for)
     if prediction.problems:
         raise ValueError("\n".join(prediction.problems.values()))
     return prediction
@@ -325,8 +325,9 @@ def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run)
 
             draw_pictures(folder, photos, val_split)
         except Exception as error:  # the run is finished, and all of it is saved
-            note(f"the pictures could not be drawn ({type(error).__name__}: {error}); again: python report.py {folder}")
-    say(f"next: python predict.py {folder}/best.pt")
+            again = cli.command("report.py", folder)
+            note(f"the pictures could not be drawn ({type(error).__name__}: {error}); again: {again}")
+    say(f"next: {cli.command('predict.py', folder / 'best.pt')}")
 
 
 # ---------------------------------------------------------------- set up
@@ -346,7 +347,7 @@ def set_up_torch(settings: Settings) -> tuple[torch.device, torch.dtype | None]:
         device = choose_device(settings.device)
     with as_usage_error("--amp"):
         amp_dtype = choose_amp(settings.amp, device)
-    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    torch.set_num_threads(settings.threads or min(torch.get_num_threads(), loading.cpu_cores()))
     set_deterministic(settings.deterministic, device)
     return device, amp_dtype
 

@@ -16,7 +16,7 @@ from augment import Warp, augmentation
 from benchmarks.augmentation import FACTOR, KINDS, changes, rates
 from checkpoint import eval_resize
 from data import Sample, read_split
-from loading import EpochSampler, EvalPhotos, TrainPhotos, make_loader, training_batches
+from loading import EpochSampler, EvalPhotos, TrainPhotos, make_loader
 from photos import load_photo, view_pixels
 from settings import Settings
 
@@ -354,7 +354,7 @@ def test_the_same_bits_at_any_number_of_workers_and_threads(drawn, kind, resize)
             sampler.epoch = 2
             photos = TrainPhotos(samples, 112, chosen)
             loader = make_loader(photos, sampler, workers)
-            loaded.append(torch.cat([images for images, _ in training_batches(loader)]))
+            loaded.append(torch.cat([images for images, _ in loader]))
             photos.augment = lambda image: seen.append(torch.get_num_threads()) or image
             photos[1, 0]
             assert torch.get_num_threads() == threads and set(seen) == {1}

@@ -4,6 +4,7 @@
     python tests/torture.py builds --kills 10     # killed while the cache is built, then two runs that start together
     python tests/torture.py same                  # workers 0, 1, 3; twice; an evaluation in mid-epoch: one hash each
     python tests/torture.py damage --inputs 300   # damaged CSVs, photos, checkpoints, config.json, preprocess.json
+    python tests/torture.py starts --count 200    # runs of two epochs, stopped by random signals, all end whole
     python tests/torture.py memory                # peak of 50 epochs against 5
 
 This shows what a process's death does, not a power loss. Children are forked from this process: a run starts at once.
@@ -44,6 +45,7 @@ import model
 import train
 from loading import EvalPhotos, make_eval_loader
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL)
 PHASES = ("start", "decoding", "step", "validation", "checkpoint write", "CSV write", "end")
 BASE = "--no-pretrained --image-size 32 --batch-size 10 --epochs 3 --t-0 2 --lr 1e-3 --threads 1 --save-every 0.02"
 BASE = [*BASE.split(), "--no-pictures"]
@@ -110,9 +112,12 @@ def child(arguments: list[str], status: int, kill_write: int = 0, half: bool = F
 
 
 class Run:
-    """A forked child that runs train.py (or another script, without hooks), its exit code and what it said."""
+    """A forked child that runs train.py (or another script, without hooks), its exit code and what it said.
 
-    def __init__(self, arguments: list[str], script: str = "train", **hooks: object):
+    `before` is called in the child first.
+    """
+
+    def __init__(self, arguments: list[str], script: str = "train", before: Callable = lambda: None, **hooks: object):
         self.status, self.output, self.code = tempfile.TemporaryFile(), tempfile.TemporaryFile(), None  # noqa: SIM115
         os.pwrite(self.status.fileno(), bytes([0]), 0)
         self.pid = os.fork()
@@ -123,6 +128,7 @@ class Run:
                 os.dup2(self.output.fileno(), 2)
                 # pytest's are other files
                 sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+                before()
                 if script == "train":
                     child(arguments, self.status.fileno(), **hooks)
                 sys.argv = [f"{script}.py", *arguments]
@@ -266,6 +272,41 @@ def killed_builds(work: Path, kills: int, seed: int) -> int:
 def files_of(cache: Path) -> dict[str, bytes]:
     """The files of a cache that a run would read."""
     return {path.name: path.read_bytes() for path in cache.rglob("*.pixels")}
+
+
+# ---------------------------------------------------------------- starts and stops
+
+
+def stopped_runs(work: Path, n: int, seed: int) -> Counter:
+    """Start a run of two epochs `n` times, each stopped by a random signal at a random moment, or resumed to its end.
+
+    Returns how often each (signal, exit code) came about. Each run ends with the bits of an undisturbed one.
+    """
+    rng, ends = random.Random(seed), Counter()
+    arguments = ["--data", str(dataset(work)), *BASE, *next(iter(SETTINGS.values())), "--epochs", "2"]
+    os.chdir(work)
+    began = time.monotonic()
+    undisturbed = Run([*arguments, "--workers", "0", "--name", "undisturbed"])
+    if undisturbed.wait() != 0:
+        raise SystemExit(undisturbed.said())
+    seconds, run, runs = time.monotonic() - began, work / "runs/run0", 0
+    for _ in range(n):
+        resumes = (run / "config.json").exists()
+        command = ["--resume", str(run)] if resumes else [*arguments, "--name", run.name]
+        started, number = Run([*command, "--workers", str(rng.choice([0, 0, 1]))]), rng.choice(STOPS)
+        if started.wait(rng.uniform(0, seconds)) is None:
+            os.kill(started.pid, number)
+        code = started.wait(30)
+        if code not in (0, 130, -number):  # before the first step a signal acts as it does on any program
+            raise SystemExit(f"{signal.Signals(number).name}: exit code {code} (None: over 30 s)\n{started.said()}")
+        ends[signal.Signals(number).name if code else "none", code] += 1
+        if code == 0:
+            if result(run) != result(work / "runs/undisturbed"):
+                raise SystemExit(f"{run} ended with other bits")
+            run, runs = work / f"runs/run{runs + 1}", runs + 1
+        elif not (run / "config.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
+    return ends
 
 
 # ---------------------------------------------------------------- one hash
@@ -430,6 +471,16 @@ def builds(kills: Annotated[int, typer.Option(help="Kills while the cache is bui
         right = killed_builds(Path(work), kills, seed)
     print(f"{kills} kills while the cache was built, then two runs at once: after {right} all files and bits are right")
     raise SystemExit(int(right < kills))
+
+
+@app.command()
+def starts(count: Annotated[int, typer.Option(help="Starts.")] = 200, seed: int = 0) -> None:
+    """Start a run again and again, and stop it by signals; prints how often each signal ended in which exit code."""
+    with tempfile.TemporaryDirectory() as work:
+        ends = stopped_runs(Path(work), count, seed)
+    for (number, code), n in sorted(ends.items()):
+        print(f"{number:8s} exit code {code:4d}: {n:3d}")
+    print(f"{sum(ends.values())} starts: each ended within 30 s, each finished run with the undisturbed run's bits")
 
 
 @app.command()
