@@ -474,11 +474,12 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
     if not (folder / "last.pt").exists():
         note(f"{folder} was stopped before its first state was saved: it starts again")
         return folder
+    saved = read(folder / "last.pt")
     try:
-        state.load_state_dict(read(folder / "last.pt"))
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        state.load_state_dict(saved)
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(f"{folder}/last.pt does not fit these scripts or settings ({reason})") from None
+        raise ValueError(f"{folder}/last.pt does not fit these scripts or settings ({reason}); start a new run") from None
     if state.best_epoch and not (folder / "best.pt").is_file():
         raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
     return folder
