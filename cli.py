@@ -124,11 +124,13 @@ class StopSignals:
 
     def waiting_for(self, batches: Iterable) -> Iterator:
         """The batches of a loader. Raises Stopped GRACE seconds after a signal, TimeoutError after SILENT seconds."""
-        alarm(SILENT)
-        arriving = iter(batches)
+        arriving = None
         while True:
-            alarm(GRACE if self.received else SILENT)
+            alarm(SILENT)
+            if self.received:
+                alarm(GRACE)
             try:
+                arriving = iter(batches) if arriving is None else arriving
                 batch = next(arriving, None)
             finally:
                 alarm(0)

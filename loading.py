@@ -341,7 +341,7 @@ def add_decoded(dataset: Dataset, views: Collection[str], cache: str | None, wor
                     problems += build_views(path, samples, view, dataset.size, dataset.resize, workers)
             if not problems:
                 dataset.decoded[view] = DecodedViews(files, dataset.size)
-    except (OSError, NotImplementedError) as error:  # filelock raises the second where a disk has no locks
+    except OSError as error:
         note(f"no cache ({error}): photos are decoded again in every epoch; --cache DIR names another place")
         dataset.decoded = {}
     return problems
