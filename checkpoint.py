@@ -479,7 +479,7 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
         state.load_state_dict(saved)
     except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(f"{folder}/last.pt does not fit these scripts or settings ({reason}); start a new run") from None
+        raise ValueError(f"{folder}/last.pt fits no run of these scripts and settings ({reason})") from None
     if state.best_epoch and not (folder / "best.pt").is_file():
         raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
     return folder

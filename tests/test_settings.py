@@ -207,7 +207,6 @@ def test_the_defaults_and_the_notes_settings_pass(capsys):
         ({"fit_all": True}, "it measures nothing"),
         ({"fit_all": True, "epochs": 50}, "lowest after 90 epochs, not at the end; --t-0 50 ends there"),
         ({"pretrained": False}, "--lr 5e-06 is for pretrained weights"),
-        ({"box_head": True, "crop_prob": 0.7}, "hardly moves the new box head"),
         ({"subtask": 2}, "sub-task 2 admit no pretrained models"),
     ],
 )
