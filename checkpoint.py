@@ -1,7 +1,7 @@
 """best.pt and last.pt: precision, size, safe reading and writing; weights from other files; config.json.
 
-python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8                # in another precision
-python checkpoint.py runs/NAME/best.pt small.pt --export-dtype int8 --data demo    # scored before and after
+python checkpoint.py runs/NAME/best.pt new.pt --export-dtype int8                # in another precision
+python checkpoint.py runs/NAME/best.pt new.pt --export-dtype int8 --data demo    # scored before and after
 """
 
 import io
@@ -24,17 +24,52 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
+
+import cli
+from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, say, usage_error
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=cli.examples(__doc__))
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    export_dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of its weights.")],
+    data: Annotated[str | None, typer.Option(help="Score both on this dataset's val split.", **cli.NONE)] = None,
+    debug: cli.Debug = False,
+) -> None:
+    """Store a best.pt in another precision."""
+    if out.exists():
+        raise usage_error("OUT", f"{out} exists")
+    model, saved = load_model(checkpoint)
+    converted = replace(saved, weights=exported_weights(model, export_dtype))
+    save(converted.content(), out)
+    say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
+    if data is None:
+        return
+    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
+    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
+    answers = []
+    for path in (checkpoint, out):
+        prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
+        cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
+        answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
+    say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
+
+
+if __name__ == "__main__":
+    cli.answer_early(app)  # torch takes seconds to import
+
 import numpy as np
 import timm
 import torch
 import torchvision
-import typer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-import cli
-from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, run_app, say, usage_error
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_amp
@@ -141,15 +176,16 @@ def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values of a weight (C, ...) and a float32 scale an output channel (C,): weight = values * scale.
 
-    A channel's scale is the fraction of maximum / 127 with the least squared error. Scales have 16 bits of mantissa, so
-    that values * scale is exact, and an int8 weight that is quantised again gives the same values and scales.
+    A channel's scale is the fraction of maximum / 127 with the least squared error; 1 where all values are 0. Scales
+    are normal numbers with 16 bits of mantissa, so that values * scale is exact, and an int8 weight that is quantised
+    again gives the same values and scales.
     """
     rows = weight.double().flatten(1)
     largest = rows.abs().amax(1)
     least = torch.full_like(largest, torch.inf)
     values, scales = torch.zeros(rows.shape, dtype=torch.int8), torch.ones(len(rows))
     for fraction in FRACTIONS:
-        scale = torch.where(largest > 0, fraction * largest / 127, 1.0)
+        scale = (fraction * largest / 127).clamp(min=torch.finfo(torch.float32).tiny)
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
         rounded = (rows / scale[:, None]).round().clamp(-127, 127)
@@ -157,11 +193,15 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
         better = error < least
         least = torch.where(better, error, least)
         values[better], scales[better] = rounded[better].to(torch.int8), scale[better].float()
+    scales[~values.any(1)] = 1
     return values.view(weight.shape), scales
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `exported_weights` stored, for load_state_dict. Raises ValueError where scales make no sense."""
+    """The tensors that `exported_weights` stored, for load_state_dict.
+
+    Raises ValueError where a scale makes no sense, or a number is not finite.
+    """
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
     rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
@@ -171,6 +211,9 @@ def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
         if not matching or not ((scale > 0) & (scale < MAX_SCALE)).all():
             raise ValueError(f"the scale of {key} is missing or makes no sense")
         weights[key] = values.float() * scale.view(-1, *[1] * (values.ndim - 1))
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are not finite; train again with a lower --lr")
     return weights
 
 
@@ -431,11 +474,12 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
     if not (folder / "last.pt").exists():
         note(f"{folder} was stopped before its first state was saved: it starts again")
         return folder
+    saved = read(folder / "last.pt")
     try:
-        state.load_state_dict(read(folder / "last.pt"))
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        state.load_state_dict(saved)
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(f"{folder}/last.pt does not fit these scripts or settings ({reason})") from None
+        raise ValueError(f"{folder}/last.pt fits no run of these scripts and settings ({reason})") from None
     if state.best_epoch and not (folder / "best.pt").is_file():
         raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
     return folder
@@ -489,37 +533,5 @@ def save_last(state: "TrainState", run: "Run") -> None:
         save({"format": FORMAT} | state.state_dict(), run.folder / "last.pt")
 
 
-# ---------------------------------------------------------------- python checkpoint.py
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command()
-def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.")],
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
-    export_dtype: Annotated[Literal["fp32", "fp16", "int8"], typer.Option(help="Precision of its weights.")],
-    data: Annotated[str | None, typer.Option(help="Score both on this dataset's validation split.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Store a best.pt in another precision."""
-    if out.exists():
-        raise usage_error("OUT", f"{out} exists")
-    model, saved = load_model(checkpoint)
-    converted = replace(saved, weights=exported_weights(model, export_dtype))
-    save(converted.content(), out)
-    say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
-    if data is None:
-        return
-    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
-    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
-    answers = []
-    for path in (checkpoint, out):
-        prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
-        cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
-        answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
-    say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
-
-
 if __name__ == "__main__":
-    run_app(app)
+    cli.run_app(app)

@@ -4,18 +4,20 @@ Imports nothing of ours. Results go to stdout, errors to stderr. Without a termi
 """
 
 import csv
+import ctypes
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -54,6 +56,26 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Print one line that the user should notice."""
     console.print(Text.assemble(("note:", "yellow"), " ", text))
+
+
+# ---------------------------------------------------------------- command lines
+
+OFF, NONE = {"show_default": "off"}, {"show_default": "none"}
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", **OFF)]
+
+
+def option(panel: str, help: str, *names: str, **more: Any) -> typer.models.OptionInfo:
+    """An option in a panel of --help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def examples(doc: str) -> str:
+    """The end of a script's --help: the commands of its docstring, each followed by its comment."""
+    found = ["Examples:"]
+    for line in re.findall(r"^ *(python (?:.*\\\n)*.*)", doc, re.MULTILINE):
+        command, _, comment = line.partition("  #")
+        found.append(command.strip() + (f"\n    #{comment}" if comment else ""))
+    return "\n\n".join(found)
 
 
 def command(script: str, *words: object) -> str:
@@ -146,6 +168,37 @@ def _message(error: Exception) -> tuple[str, int]:
 
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
+    raise SystemExit(_run(app) or 0)
+
+
+def answer_early(app: typer.Typer) -> None:
+    """Answer --help and misuse before torch is imported, which takes seconds. What torch finds as it loads is set."""
+    set_up_libraries()
+    command = typer.main.get_command(app)
+    command.invoke = lambda context: context  # the command line is parsed, and not yet run
+    if _run(command) == 0:  # --help was printed
+        raise SystemExit(0)
+
+
+def set_up_libraries() -> None:
+    """Defaults of OpenMP and of glibc's malloc that suit training, where the user has set none.
+
+    A waiting OpenMP thread would spin for long, and keep the core from the thread that it waits for where another
+    program has the other cores. malloc would give the memory of each step back to the kernel, and get it again page by
+    page.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with suppress(AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def _run(app: Callable) -> object:
+    """What a Typer app or command returns. Its errors become one line and an exit code."""
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -155,7 +208,7 @@ def run_app(app: typer.Typer) -> None:
         warnings.filterwarnings("once", message=".*deterministic")  # torch: what cannot repeat to the bit here
         warnings.showwarning = lambda message, *where, **more: note(str(message).splitlines()[0])
     try:
-        raise SystemExit(app(standalone_mode=False) or 0)
+        return app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted", 130
         end_processes()
@@ -183,7 +236,7 @@ def end_processes() -> None:
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere, for a log file, a plain line every 30 seconds."""
+    """A bar on a terminal; elsewhere, for a log file, a plain line every 30 seconds, at first after 5."""
 
     def __init__(self, total: int, description: str, unit: str, bar: Progress | None):
         self.total, self.description, self.unit, self.bar = total, description, unit, bar
@@ -198,10 +251,29 @@ class _Progress:
         speed = f"{rate:.1f} {self.unit}/s"
         if self.bar:
             self.bar.update(self.task, advance=n, rate=speed)
-        elif now - self.printed >= 30 and self.done < self.total:
+            return
+        left = (self.total - self.done) / max(rate, 1e-9)
+        soon = self.printed == self.start and left > 60
+        if left and now - self.printed >= (5 if soon else 30):
             self.printed = now
-            left = f"{(self.total - self.done) / rate:.0f} s left"
-            say(f"{self.description} {self.done}/{self.total} {self.unit}, {speed}, {left}")
+            say(f"{self.description} {self.done}/{self.total} {self.unit}, {speed}, {rough_time(left)} left")
+
+
+def rough_time(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def say_time_left(seconds: float, epochs: int) -> None:
+    if seconds > 600:
+        say(f"about {rough_time(seconds)} to epoch {epochs}; Ctrl-C and --resume at any time")
+
+
+def warn_of_days(seconds: float) -> None:
+    if seconds > 86_400:
+        note(f"about {rough_time(seconds)} on this CPU; README (The organisers' data) has a command for one")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """From CSVs or class folders to samples. By itself it describes and checks a dataset:
 
-    python data.py Dataset            # or `demo`; --all decodes every photo. Exit code 1 where it cannot be used.
+    python data.py Dataset            # or `demo`; --all decodes every photo
 
 A dataset is a folder of one of two layouts:
 - CSVs: Fashion-How24_sub1_{train,val,test}.csv beside train/, val/ and test/ with the photos. The columns image_name,
@@ -29,7 +29,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from cli import command, note, progress, run_app, say, show_table
+from cli import OFF, Debug, command, examples, note, progress, run_app, say, show_table
 from photos import SUFFIXES, Box, clip_box, load_photo, move_into, open_image, photo_region, upright_size
 
 SPLITS = ("train", "val", "test")
@@ -717,12 +717,12 @@ def _groups(root: Path, samples: dict[int, Sample]) -> list[list[int]]:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(epilog=examples(__doc__))
 def describe(
     data: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")] = "Dataset",
     subtask: Annotated[int, typer.Option(min=1, max=2, help="Which sub-task's CSVs to read.")] = 1,
-    all_images: Annotated[bool, typer.Option("--all", help="Decode every photo instead of 200 a split.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    all_images: Annotated[bool, typer.Option("--all", help="Decode every photo, not 200 a split.", **OFF)] = False,
+    debug: Debug = False,
 ) -> None:
     """Describe and check a dataset: splits, rows, classes, photos, boxes. Exit code 1 where it cannot be used."""
     root = find_dataset(data, subtask)

@@ -30,7 +30,7 @@ import PIL
 import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from cli import progress as progress_bar, run_app, say, usage_error, user_cache, write_csv
+from cli import OFF, Debug, examples, progress as progress_bar, run_app, say, usage_error, user_cache, write_csv
 
 DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400
@@ -420,15 +420,15 @@ def paint_object(rng: Random, scene: Image.Image, tint: Callable[[float], Colour
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(epilog=examples(__doc__))
 def main(
-    out: Annotated[Path, typer.Argument(help="folder to draw into; must not exist or be empty")],
-    train: Annotated[int, typer.Option(help="training photos", min=0)] = TRAIN,
-    val: Annotated[int, typer.Option(help="validation photos", min=0)] = VAL,
-    test: Annotated[int, typer.Option(help="test photos", min=0)] = TEST,
-    seed: Annotated[int, typer.Option(help="another seed, other garments")] = 0,
-    hard: Annotated[bool, typer.Option("--hard", help="smaller garments among unlabelled ones, more clutter")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    out: Annotated[Path, typer.Argument(help="Folder to draw into; must not exist or be empty.")],
+    train: Annotated[int, typer.Option(help="Training photos.", min=0)] = TRAIN,
+    val: Annotated[int, typer.Option(help="Validation photos.", min=0)] = VAL,
+    test: Annotated[int, typer.Option(help="Test photos.", min=0)] = TEST,
+    seed: Annotated[int, typer.Option(help="Another seed, other garments.")] = 0,
+    hard: Annotated[bool, typer.Option("--hard", help="Smaller garments, more clutter.", **OFF)] = False,
+    debug: Debug = False,
 ) -> None:
     """Draw a demo set in the organisers' layout."""
     try:

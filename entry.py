@@ -19,11 +19,9 @@ from typing import Annotated, Literal
 import typer
 
 import demo
-from checkpoint import load_model
-from cli import note, run_app, say, usage_error, write_csv
+from cli import Debug, examples, note, run_app, say, usage_error, write_csv
 from data import csv_name, needs_remover, read_split
 from photos import SUFFIXES
-from predict import choose_treatment, start_preparing
 from preprocess import find_weights
 
 MAX_MB = 25  # what the competition admits, 1 MB = 1,000,000 bytes
@@ -75,19 +73,22 @@ if __name__ == "__main__":
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(epilog=examples(__doc__))
 def write_entry(
     checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.", dir_okay=False)],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     data: Annotated[str | None, typer.Option(help="Dataset to time it on.", show_default="the one trained on")] = None,
     view: Annotated[Literal["auto", "full", "bbox", "mask", "learned"], typer.Option(help="As predict.py's.")] = "auto",
     background: Annotated[Literal["auto", "keep", "remove"], typer.Option(help="As predict.py's.")] = "auto",
-    rembg_model: Annotated[str | None, typer.Option(help="As predict.py's.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    rembg_model: Annotated[str | None, typer.Option(help="As predict.py's.", show_default="as trained, u2net")] = None,
+    debug: Debug = False,
 ) -> None:
     """Write the folder to send in, after a trial in a process of its own."""
     if out.exists() or not out.absolute().parent.is_dir():
         raise usage_error("OUT", f"{out} exists; name a new folder" if out.exists() else f"no folder {out.parent}")
+    from checkpoint import load_model  # torch takes seconds to import
+    from predict import choose_treatment, start_preparing
+
     _, saved = load_model(checkpoint)
     name, subtask = checkpoint.resolve().parent.name, saved.subtask
     with TemporaryDirectory(prefix=f".{out.name}.unfinished-", dir=out.absolute().parent) as temporary:
@@ -112,7 +113,7 @@ def write_entry(
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     say(f"{out}: {size:.2f} MB of at most {MAX_MB} MB")
     if size > MAX_MB:
-        remedy = "train.py --export-dtype fp16, a smaller backbone or --rembg-model u2netp (4.6 MB)"
+        remedy = "checkpoint.py --export-dtype int8, a smaller backbone or --rembg-model u2netp (4.6 MB)"
         raise ValueError(f"{out} is written, but it is over the {MAX_MB} MB that are admitted: {remedy}")
     say(f"next: open {out / 'task.ipynb'}, which says how to send it in")
 

@@ -20,7 +20,7 @@ from cli import write_csv
 from data import BOX, Sample, Split
 from loading import EvalPhotos, Prepare, cpu_cores, default_workers, make_eval_loader
 from model import FashionModel, box_from_logits
-from photos import box_iou, crop_box, placement, to_photo
+from photos import box_iou, box_size, crop_box, placement, to_image, to_photo
 
 AmpDtype = torch.dtype | None
 Advance = Callable[[int], None] | None
@@ -61,9 +61,9 @@ def predict_split(
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):
         place = placement([dataset.samples[i].size for i in sampler.part], dataset.size, dataset.resize)
-        result.boxes = to_photo(box_from_logits(first.pop(BOX)), place)
-        sampler.crops = grow_boxes(result.boxes)
-        second, *_ = run_batches(model, waiting_for(loader), True, amp_dtype, advance)
+        sampler.crops = grow_boxes(to_photo(box_from_logits(first.pop(BOX)), place))
+        second, *_ = run_batches(model, waiting_for(loader), False, amp_dtype, advance)
+        result.boxes = boxes_in_photos(box_from_logits(second.pop(BOX)), sampler.crops, dataset, sampler.part)
         result.logits = join_looks(first, second)
     return gather(result) if dist.is_initialized() else result
 
@@ -131,6 +131,14 @@ def run_batches(
 
 def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {head: torch.cat([part[head] for part in parts]) for head in (parts[0] if parts else ())}
+
+
+def boxes_in_photos(boxes: Tensor, crops: Tensor, dataset: EvalPhotos, part: range) -> Tensor:
+    """Boxes (N, 4) in 0..1 of the images that show the crops, in 0..1 of the photos."""
+    sizes = [dataset.samples[i].size for i in part]
+    regions = [crop_box(crop, size) for crop, size in zip(crops.tolist(), sizes)]
+    boxes = to_photo(boxes, placement([box_size(region) for region in regions], dataset.size, dataset.resize))
+    return to_image(boxes, (torch.tensor([[*r[:2], *box_size(r)] for r in regions]) / torch.tensor(sizes).repeat(1, 2)))
 
 
 def grow_boxes(boxes: Tensor) -> Tensor:
@@ -201,10 +209,16 @@ def write_predictions(path: Path, split: Split, prediction: Prediction) -> None:
         header += [label, f"{label}_predicted", *(f"{label}_p{c}" for c in range(len(names)))]
         columns += [[names[c] if c >= 0 else "" for c in prediction.targets[label].tolist()]]
         columns += [[names[c] for c in logits.argmax(-1).tolist()], *logits.softmax(-1).T.tolist()]
-    if prediction.boxes is not None:
-        header += [f"Learned_{side}" for side in ("xmin", "ymin", "xmax", "ymax")]
-        columns += zip(*(crop_box(box, s.size) for box, s in zip(prediction.boxes.tolist(), split.samples)))
-    write_csv(path, header, zip(*columns))
+    boxes = box_columns(prediction, split.samples)
+    write_csv(path, [*header, *boxes], zip(*columns, *boxes.values()))
+
+
+def box_columns(prediction: Prediction, samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """{column: pixels} of the predicted boxes; {} where there are none."""
+    if prediction.boxes is None:
+        return {}
+    boxes = [crop_box(box, sample.size) for box, sample in zip(prediction.boxes.tolist(), samples)]
+    return {f"Learned_{side}": [box[i] for box in boxes] for i, side in enumerate(("xmin", "ymin", "xmax", "ymax"))}
 
 
 # ---------------------------------------------------------------- one process or several (torchrun)

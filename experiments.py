@@ -1,7 +1,8 @@
 """The notes' experiments as rows: trains them over seeds, and tells real differences from chance.
 
-    python experiments.py run all --data Dataset --clean-data Dataset-rembg --seeds 3    # after preprocess.py
-    python experiments.py run repeat --data demo -- --model test_vit --no-pretrained --epochs 4 --lr 1e-3
+    python experiments.py run all --data Dataset --clean-data Dataset-rembg    # after preprocess.py
+    python experiments.py run repeat --data demo -- --model test_vit \\
+        --no-pretrained --epochs 4 --lr 1e-3
     python experiments.py table                                       # finished rows against the base
     python experiments.py compare runs/plain-seed* runs/wide-seed*    # other runs of train.py against the first
 
@@ -28,7 +29,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 
-from cli import as_usage_error, atomic_write, note, run_app, say, show_table, usage_error
+from cli import NONE, OFF, Debug, as_usage_error, atomic_write, examples, note, run_app, say, show_table, usage_error
 
 # ---------------------------------------------------------------- the rows
 
@@ -57,6 +58,7 @@ MODERN = (
     f"{LS01} {T30} --crop-prob 0.7 --val-view learned --box-head "
     "--lr 5e-5 --layer-decay 0.9 --warmup-epochs 5 --ema 0.996 --drop-path 0.1"
 )
+WIDE = "--model tiny_vit_21m_224.dist_in22k --export-dtype int8"
 ROWS = (
     Row(BASE, "raw", "", "0.498", "the base: EVA-02 Ti, cross-entropy, basic augmentation, boxed"),
     Row("20240813_212817", "raw", f"{T10} --augment randaugment", "0.474", "is RandAugment better than basic?"),
@@ -85,17 +87,17 @@ ROWS = (
     Row("backbone_mobilenet", "raw", "--model mobilenetv3_large_100.ra_in1k", "below EVA-02", "a MobileNet of 17 MB"),
     Row("repeat", "raw", "", 'differed "a lot"', "the base again: is it the same?"),
     Row("modern", "clean", MODERN, "", "ours, not the notes': README's recipe"),
+    Row("wide", "raw", f"{WIDE} {MODERN}", "", "ours: modern on raw photos, four times the model in int8"),
 )
 NAMED = {row.name: row for row in ROWS}
 FIRST_SEED = 1103
 NOT_BEHIND = {"--data", "--seed", "--name", "--resume", "--fit-all"}  # of train.py, not behind --
 Flags = dict[str, list[str]]  # {"--lr": ["1e-3"], "--cutmix": ["Daily", "Gender"], "--class-weights": []}
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown.")]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV with every digit.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown.", **OFF)]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV with every digit.", **OFF)]
 Folders = Annotated[list[Path], typer.Argument(help="Folders; NAME-seed1, NAME-seed2, ... are one.", metavar="RUN...")]
 SAME = "every prediction is the same"
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=examples(__doc__))
 
 
 def parse_flags(words: list[str]) -> Flags:
@@ -149,9 +151,9 @@ def list_rows() -> None:
 def run(
     rows: Annotated[list[str], typer.Argument(help="Rows, or `all`.", metavar="ROW...|all [-- FLAGS OF TRAIN.PY]")],
     data: Annotated[str, typer.Option(help="Dataset folder, or `demo`.")] = "Dataset",
-    clean_data: Annotated[str | None, typer.Option(help="The same without backgrounds (preprocess.py).")] = None,
+    clean_data: Annotated[str | None, typer.Option(help="The same without backgrounds.", **NONE)] = None,
     seeds: Annotated[int, typer.Option(help=f"How many seeds: {FIRST_SEED}, {FIRST_SEED + 1}, ...", min=1)] = 3,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands; run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands; run nothing.", **OFF)] = False,
     debug: Debug = False,
 ) -> None:
     """Train rows over seeds; finished runs are skipped, interrupted ones resume."""

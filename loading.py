@@ -29,9 +29,12 @@ import photos
 from augment import augmentation
 from cli import STOP_SIGNALS, note, progress, say, user_cache
 from data import BOX, Sample, list_problems
-from photos import Box, crop_box, placement, read_photo, to_image, view_pixels
+from photos import Box, box_size, crop_box, move_into, placement, read_photo, to_image, view_pixels
 from settings import Settings
 
+# What training with a box head sees, so that the head learns from every photo and knows garments at every scale:
+LOOSE = -0.1, 0.3  # the sides of a crop move by these shares of its width and height, out being positive
+WHOLE = 0.5  # the share of uncropped photos that are whole; of the others a random part that holds the garment is seen
 SPARE_BYTES = 500_000_000  # what the cache leaves free on a disk
 
 Targets = dict[str, Tensor]  # {label: int64 class index, -1 where not known; BOX: float32 (4,) in 0..1 of the image}
@@ -59,7 +62,7 @@ class TrainPhotos(Dataset):
     """Training images: item (epoch, index) is the image, uint8 (3, size, size), and its targets.
 
     All that is random in it depends on (seed, epoch, index) alone. With `box_head` the targets hold the box of
-    `train_view` in an uncropped photo, NaN where there is none to learn.
+    `train_view`, NaN where there is none to learn.
     """
 
     def __init__(self, samples: Sequence[Sample], size: int, settings: Settings):
@@ -68,11 +71,9 @@ class TrainPhotos(Dataset):
         self.targets = label_targets(samples)
         boxed = any(settings.train_view in sample.boxes for sample in samples)
         self.view = settings.train_view if boxed else "full"
-        self.boxes = None  # of uncropped photos, in 0..1 of the image
-        if settings.box_head:
-            place = placement([sample.size for sample in samples], size, self.resize)
-            self.boxes = to_image(relative_boxes(samples, self.view), place)
-        self.views = {view for view, p in ((self.view, self.crop_prob), ("full", 1 - self.crop_prob)) if p > 0}
+        self.box_head = settings.box_head
+        shares = {self.view: self.crop_prob, "full": 1 - self.crop_prob}
+        self.views = () if self.box_head else {view for view, share in shares.items() if share}  # to decode once
         self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
@@ -90,12 +91,11 @@ class TrainPhotos(Dataset):
             torch.set_num_threads(1)  # as in a loading process: more might add floats in another order
             try:
                 view = self.view if torch.rand(()).item() < self.crop_prob else "full"
-                image = self.read(index, view)
                 targets = {label: values[index] for label, values in self.targets.items()}
-                if self.boxes is None:
-                    image = self.augment(image)
+                if self.box_head:
+                    image, targets[BOX] = self.draw_with_box(index, view)
                 else:
-                    image, targets[BOX] = self.augment_with_box(image, index, view)
+                    image = self.augment(self.read(index, view))
             finally:
                 torch.set_num_threads(threads)
         return image, targets, view
@@ -111,12 +111,37 @@ class TrainPhotos(Dataset):
             box = (left, top, left + width, top + height)
         return view_pixels(photo, box, self.size, self.resize)
 
-    def augment_with_box(self, image: Tensor, index: int, view: str) -> tuple[Tensor, Tensor]:
-        """The augmented image and the box in it, in 0..1; NaN where the photo is cropped, has none, or lost it."""
-        box = self.boxes[index : index + 1].nan_to_num() * self.size if view == "full" else torch.zeros(1, 4)
-        boxes = BoundingBoxes(box, format="XYXY", canvas_size=(self.size, self.size))
-        image, (box,) = self.augment(image, boxes)
-        return image, torch.where((box[2:] - box[:2]).amin() > 0, box.as_subclass(Tensor) / self.size, math.nan)
+    def draw_with_box(self, index: int, view: str) -> tuple[Tensor, Tensor]:
+        """An augmented image of a loose crop, of all or of a part of the photo, and the box in it in 0..1.
+
+        The box is NaN where the photo has none, or where augmentation moved it out of the image.
+        """
+        sample = self.samples[index]
+        box = sample.boxes.get(self.view)
+        if box is None:
+            return self.augment(self.read(index, "full")), torch.full((4,), math.nan)
+        region = loose_crop(box, sample.size) if view == self.view else part_around(box, sample.size)
+        image, size = view_pixels(read_photo(sample), region, self.size, self.resize), box_size(region)
+        relative = torch.tensor([move_into(box, region)]) / torch.tensor(size * 2)
+        target = to_image(relative, placement([size], self.size, self.resize)) * self.size
+        boxes = BoundingBoxes(target, format="XYXY", canvas_size=(self.size, self.size))
+        image, (found,) = self.augment(image, boxes)
+        return image, torch.where((found[2:] - found[:2]).amin() > 0, found.as_subclass(Tensor) / self.size, math.nan)
+
+
+def loose_crop(box: Box, photo: tuple[int, int]) -> Box:
+    """The box with each side moved at random, within LOOSE, in a photo of this width and height."""
+    shares = torch.empty(4).uniform_(*LOOSE).tolist()
+    moves = (sign * share * side for sign, share, side in zip((-1, -1, 1, 1), shares, box_size(box) * 2))
+    return crop_box([min(max((at + move) / side, 0), 1) for at, move, side in zip(box, moves, photo * 2)], photo)
+
+
+def part_around(box: Box, photo: tuple[int, int]) -> Box:
+    """All of a photo of this width and height, or a random part of it that holds the box."""
+    if torch.rand(()).item() < WHOLE:
+        return 0, 0, *photo
+    shares = torch.rand(4).tolist()
+    return tuple(round(edge + share * (side - edge)) for edge, side, share in zip((0, 0, *photo), box, shares))
 
 
 class EvalPhotos(Dataset):

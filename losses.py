@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from cli import usage_error
 from data import BOX, Split
@@ -30,10 +29,10 @@ class MultiHeadLoss(nn.Module):
     batch has the loss 0, with a gradient of zeros.
     """
 
-    def __init__(self, settings: Settings, split: Split):
+    def __init__(self, settings: Settings, split: Split, device: torch.device | str = "cpu"):
         super().__init__()
         self.distill_weight = settings.distill_weight
-        self.losses = head_losses(settings, split)
+        self.losses = head_losses(settings, split, device)
 
     def forward(
         self, logits: dict[str, Tensor], targets: dict[str, Tensor], teacher_logits: dict[str, Tensor] | None = None
@@ -48,7 +47,7 @@ class MultiHeadLoss(nn.Module):
         return losses
 
 
-def head_losses(settings: Settings, split: Split) -> dict[str, Loss]:
+def head_losses(settings: Settings, split: Split, device: torch.device | str) -> dict[str, Loss]:
     """The loss of each head. Raises BadParameter for class weights of a label that has one class in all rows."""
     gammas = {"gamma_pos": settings.asym_gamma_pos, "gamma_neg": settings.asym_gamma_neg}
     choices = {
@@ -58,7 +57,7 @@ def head_losses(settings: Settings, split: Split) -> dict[str, Loss]:
     }
     losses: dict[str, Loss] = {}
     for label in split.classes:
-        weights = class_weights(split, label) if settings.class_weights else None
+        weights = class_weights(split, label).to(device) if settings.class_weights else None
         losses[label] = partial(choices[settings.loss], class_weights=weights)
     if settings.box_head:
         losses[BOX] = lambda logits, boxes: box_loss(box_from_logits(logits), boxes)
@@ -172,5 +171,20 @@ def box_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """
     known = targets.isfinite().all(-1)
     targets = torch.where(known[:, None], targets, boxes.detach())  # not known: no loss, and no NaN in the gradient
-    losses = 5 * (boxes - targets).abs().sum(-1) + 2 * generalized_box_iou_loss(boxes, targets)
+    losses = 5 * (boxes - targets).abs().sum(-1) + 2 * giou_loss(boxes, targets)
     return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
+    """1 - GIoU (Rezatofighi et al. 2019) of boxes with their targets, both (N, 4): (N,).
+
+    torchvision's chooses the boxes that meet by a mask, for which each step would wait for the GPU.
+    """
+    (left, top, right, bottom), (left_t, top_t, right_t, bottom_t) = boxes.unbind(-1), targets.unbind(-1)
+    width = torch.minimum(right, right_t) - torch.maximum(left, left_t)
+    height = torch.minimum(bottom, bottom_t) - torch.maximum(top, top_t)
+    intersection = torch.where((width > 0) & (height > 0), width * height, 0)
+    union = (right - left) * (bottom - top) + (right_t - left_t) * (bottom_t - top_t) - intersection
+    hull_width = torch.maximum(right, right_t) - torch.minimum(left, left_t)
+    hull = hull_width * (torch.maximum(bottom, bottom_t) - torch.minimum(top, top_t))
+    return 1 - (intersection / (union + eps) - (hull - union) / (hull + eps))

@@ -4,17 +4,19 @@ Edit `photo_region` to cut every photo alike, `view_pixels` to change how a view
 in it: boxes would not follow). The cache notices an edit of this file and decodes again.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what only reads CSVs and photos starts without torch, which takes seconds to import
+    from torch import Tensor
+
     from data import Sample
 
 MAX_PIXELS = 200_000_000
@@ -92,7 +94,7 @@ def _decode(path: str | os.PathLike, background: tuple[int, int, int]) -> Image.
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
 
 
-def read_photo(sample: "Sample") -> Image.Image:
+def read_photo(sample: Sample) -> Image.Image:
     """The photo of a sample. Raises ValueError that names the sample's row."""
     try:
         return load_photo(sample.path)
@@ -116,6 +118,8 @@ def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "s
 
     `resize`: "squash" gives up the view's shape, "letterbox" keeps it, on black.
     """
+    import torch
+
     view = photo if box is None else photo.crop(box)
     left, top, width, height = letterbox(*view.size, size) if resize == "letterbox" else (0, 0, size, size)
     image = Image.new("RGB", (size, size))
@@ -131,6 +135,10 @@ def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 
 
 # ---------------------------------------------------------------- boxes
+
+
+def box_size(box: Box) -> tuple[int, int]:
+    return box[2] - box[0], box[3] - box[1]
 
 
 def move_into(box: Box, region: Box) -> Box | None:
@@ -158,6 +166,8 @@ def crop_box(crop: Sequence[float], size: tuple[int, int]) -> Box:
 
 def placement(sizes: Sequence[tuple[int, int]], size: int, resize: str) -> Tensor:
     """Where photos of these sizes (width, height) lie in their images: left, top, width, height in 0..1, (N, 4)."""
+    import torch
+
     if resize != "letterbox":
         return torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(sizes), 1)
     return torch.tensor([letterbox(*photo, size) for photo in sizes]).view(-1, 4) / size
@@ -175,6 +185,8 @@ def to_photo(boxes: Tensor, place: Tensor) -> Tensor:
 
 def box_iou(boxes: Tensor, targets: Tensor) -> Tensor:
     """Intersection over union of each of N boxes (N, 4) with its target (N, 4); NaN where that is NaN."""
+    import torch
+
     sides = torch.minimum(boxes, targets)[:, 2:] - torch.maximum(boxes, targets)[:, :2]
     intersection = sides.clamp(min=0).prod(1)
     union = sum((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, targets)) - intersection

@@ -2,8 +2,8 @@
 
     python predict.py runs/NAME/best.pt                                 # the test split of the data it was trained on
     python predict.py runs/NAME/best.pt --data demo --split val         # repeats training's table
-    python predict.py runs/NAME/best.pt photo.jpg a_folder_of_photos --names --picture answers.png
-    python predict.py runs/NAME/best.pt --data Dataset --background keep --view full      # raw and whole
+    python predict.py runs/NAME/best.pt photo.jpg a_folder --names --picture a.png      # photos and folders
+    python predict.py runs/NAME/best.pt --background keep --view full                   # raw and whole
 
 Photos are prepared as the training photos were: where preprocess.py cleaned or cropped these, raw ones are too, on the
 fly. Writes predictions.csv beside the checkpoint: image_name and a column a label, in the organisers' format.
@@ -18,10 +18,97 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
+from typer.core import TyperCommand
+
+import cli
+from cli import NONE, OFF, as_usage_error, note, progress, say, show_scores, show_table, usage_error, write_csv
+from settings import Amp, in_run
+
+View = Literal["auto", "full", "bbox", "mask", "learned"]
+Part = Literal["train", "val", "test"]
+Background = Literal["auto", "keep", "remove"]
+in_photos, in_output = (partial(cli.option, panel) for panel in ("Photos", "Output"))
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class PredictCommand(TyperCommand):
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if ctx.params["inputs"] and (ctx.params["data"] or ctx.params["split"]):
+            flag = "--data" if ctx.params["data"] else "--split"
+            raise usage_error(flag, "give either a dataset and split, or photos and folders")
+        return rest
+
+
+@app.command(cls=PredictCommand, epilog=cli.examples(__doc__))
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.", dir_okay=False)],
+    inputs: Annotated[list[str] | None, typer.Argument(help="Photos and folders, instead of --data.")] = None,
+    data: Annotated[str | None, in_photos("A dataset, or `demo`.", show_default="the one trained on")] = None,
+    split: Annotated[Part | None, in_photos("Its split.", show_default="test, else val")] = None,
+    view: Annotated[View, in_photos("What the model sees; auto: as in validation, if possible.")] = "auto",
+    background: Annotated[Background, in_photos("auto: as in training.")] = "auto",
+    rembg_model: Annotated[str | None, in_photos("rembg's model.", show_default="as trained, u2net")] = None,
+    out: Annotated[Path | None, in_output("The CSV to write.", show_default="beside the checkpoint")] = None,
+    probs: Annotated[bool, in_output("Add the classes' probabilities.", "--probs", **OFF)] = False,
+    names: Annotated[bool, in_output("Add the classes' names.", "--names", **OFF)] = False,
+    boxes: Annotated[bool, in_output("Add the predicted boxes, in pixels of the photos.", "--boxes", **OFF)] = False,
+    picture: Annotated[Path | None, in_output("Draw the first 48 photos with their answers (.png).", **NONE)] = None,
+    batch_size: Annotated[int | None, in_run("Images at a time.", min=1, show_default="training's")] = None,
+    workers: Annotated[int | None, in_run("Loading processes.", min=0, max=256, show_default="cores, up to 8")] = None,
+    amp: Annotated[Amp | None, in_run("Mixed precision.", show_default="training's, if possible")] = None,
+    device: Annotated[str, in_run("auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    debug: cli.Debug = False,
+) -> None:
+    """Predict the labels of a dataset's split, or of photos and folders."""
+    model, saved = load_model(checkpoint)
+    with as_usage_error("--device"):
+        model.to(choose_device(device))
+    with as_usage_error("--amp"):
+        choose_amp(amp or "auto", model.mean.device)
+    saved = replace(saved, amp=amp or saved.amp, batch_size=batch_size or saved.batch_size)
+    rows, problems = image_samples(inputs) if inputs else read_rows(saved, data, split)
+    out = out or checkpoint.with_name("predictions.csv")
+    check_outputs(checkpoint, rows, out, picture)
+    view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
+    if boxes and view != "learned":
+        raise usage_error(
+            "--boxes", f"the view {view} predicts none; a model of train.py --box-head does (--view learned)"
+        )
+    prepare = start_preparing(preparation, view, saved)
+    prediction = predict_rows(model, saved, rows, view, prepare, workers)
+    problems += [problem for _, problem in sorted(prediction.problems.items())]
+    rows, prediction = drop_unread(rows, prediction)
+
+    table = predictions_table(rows, prediction, saved.classes, probs, names)
+    table |= box_columns(prediction, rows.samples) if boxes else {}
+    replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
+    write_csv(out, list(table), zip(*table.values()))
+    if inputs and len(rows.samples) <= 20:
+        show_answers(rows, prediction, saved.classes)
+    if picture:
+        from report import draw_answers
+
+        draw_answers(rows, prediction, saved.classes, prepare, picture)
+    if prediction.targets:
+        show_scores(f"{rows.csv.name} ({view})", score(prediction.logits, prediction.targets))
+    if prediction.boxes is not None and rows.has("bbox"):
+        cli.say_boxes(score_boxes(prediction.boxes, relative_boxes(rows.samples, "bbox")))
+        if prediction.targets:
+            boxed = predict_rows(model, saved, rows, "bbox", prepare, workers)
+            show_scores("the same photos, boxes given (bbox)", score(boxed.logits, boxed.targets))
+    say(f"{len(rows.samples):,} photos ({view}) predicted: {out}{replaced}")
+    if problems:
+        raise ValueError(list_problems(f"{len(problems)} could not be predicted and are left out", problems))
+
+
+if __name__ == "__main__":
+    cli.answer_early(app)  # torch takes seconds to import
+
 from PIL import Image
 
 from checkpoint import Checkpoint, load_model
-from cli import as_usage_error, note, progress, run_app, say, say_boxes, show_scores, show_table, usage_error, write_csv
 from data import (
     Classes,
     Sample,
@@ -37,7 +124,7 @@ from data import (
     splits_of,
     submission_column,
 )
-from evaluate import Prediction, predict_samples, score, score_boxes
+from evaluate import Prediction, box_columns, predict_samples, score, score_boxes
 from loading import Prepare, relative_boxes
 from model import FashionModel, choose_amp, choose_device
 from photos import Box
@@ -45,73 +132,6 @@ from preprocess import Remover, find_weights, prepare_photo
 
 DEFAULTS = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_background": False}  # preprocess.py's
 DEFAULTS |= {"crop": "none", "box_margin": 0.0}
-
-View = Literal["auto", "full", "bbox", "mask", "learned"]
-Amp = Literal["auto", "fp16", "bf16", "off"]
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command()
-def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A best.pt of train.py.", dir_okay=False)],
-    inputs: Annotated[list[str] | None, typer.Argument(help="Photos and folders, instead of --data.")] = None,
-    data: Annotated[str | None, typer.Option(help="A dataset, or `demo`.", show_default="the one trained on")] = None,
-    split: Annotated[
-        Literal["train", "val", "test"] | None, typer.Option(help="Its split.", show_default="test, else val")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The CSV to write.", show_default="beside the checkpoint")] = None,
-    view: Annotated[View, typer.Option(help="What the model sees; auto: as in validation, if possible.")] = "auto",
-    background: Annotated[Literal["auto", "keep", "remove"], typer.Option(help="auto: as in training.")] = "auto",
-    rembg_model: Annotated[str | None, typer.Option(help="rembg's model.", show_default="as trained, u2net")] = None,
-    probs: Annotated[bool, typer.Option("--probs", help="Add the classes' probabilities.")] = False,
-    names: Annotated[bool, typer.Option("--names", help="Add the classes' names.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the first 48 photos with their answers (.png).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images at a time.", min=1, show_default="training's")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Loading processes.", min=0, max=256, show_default="cores, up to 8")
-    ] = None,
-    amp: Annotated[Amp | None, typer.Option(help="Mixed precision.", show_default="training's, if possible")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Predict the labels of a dataset's split, or of photos and folders."""
-    if inputs and (data or split):
-        raise usage_error("--data" if data else "--split", "give either a dataset and split, or photos and folders")
-    model, saved = load_model(checkpoint)
-    with as_usage_error("--device"):
-        model.to(choose_device(device))
-    with as_usage_error("--amp"):
-        choose_amp(amp or "auto", model.mean.device)
-    saved = replace(saved, amp=amp or saved.amp, batch_size=batch_size or saved.batch_size)
-    rows, problems = image_samples(inputs) if inputs else read_rows(saved, data, split)
-    out = out or checkpoint.with_name("predictions.csv")
-    check_outputs(checkpoint, rows, out, picture)
-    view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
-    prepare = start_preparing(preparation, view, saved)
-    prediction = predict_rows(model, saved, rows, view, prepare, workers)
-    problems += [problem for _, problem in sorted(prediction.problems.items())]
-    rows, prediction = drop_unread(rows, prediction)
-
-    table = predictions_table(rows, prediction, saved.classes, probs, names)
-    replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
-    write_csv(out, list(table), zip(*table.values()))
-    if inputs and len(rows.samples) <= 20:
-        show_answers(rows, prediction, saved.classes)
-    if picture:
-        from report import draw_answers
-
-        draw_answers(rows, prediction, saved.classes, prepare, picture)
-    if prediction.targets:
-        show_scores(f"{rows.csv.name} ({view})", score(prediction.logits, prediction.targets))
-    if prediction.boxes is not None and rows.has("bbox"):
-        say_boxes(score_boxes(prediction.boxes, relative_boxes(rows.samples, "bbox")))
-        if prediction.targets:
-            boxed = predict_rows(model, saved, rows, "bbox", prepare, workers)
-            show_scores("the same photos, boxes given (bbox)", score(boxed.logits, boxed.targets))
-    say(f"{len(rows.samples):,} photos ({view}) predicted: {out}{replaced}")
-    if problems:
-        raise ValueError(list_problems(f"{len(problems)} could not be predicted and are left out", problems))
 
 
 def check_outputs(checkpoint: Path, rows: Split, out: Path, picture: Path | None) -> None:
@@ -293,4 +313,4 @@ def start_preparing(preparation: dict | None, view: str, saved: Checkpoint) -> P
 
 
 if __name__ == "__main__":
-    run_app(app)
+    cli.run_app(app)

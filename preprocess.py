@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 import typer
 from PIL import Image, ImageChops, ImageColor
 
-from cli import as_usage_error, atomic_write, locked, note, progress, remove_leftovers, run_app, say, usage_error
+import cli
+from cli import OFF, as_usage_error, atomic_write, locked, note, progress, remove_leftovers, run_app, say, usage_error
 from data import BOX_COLUMNS, PREPARED, Sample, check_preparation, find_dataset, list_problems, read_table, splits_of
-from loading import default_workers
 from photos import Box, clip_box, load_photo, move_into
+from settings import SHARE, in_run
 
 RESULTS = "preprocess.jsonl"
 SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {"compress_level": 1}, "BMP": {}, "TIFF": {}}
@@ -76,6 +76,8 @@ class Remover:
 
 def import_rembg():
     """The rembg module. Raises ValueError where it is not installed."""
+    import torch
+
     threads = torch.get_num_threads()
     try:
         import rembg
@@ -184,22 +186,23 @@ def local_mean(image: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return sums[..., :3] / sums[..., 3:]
 
 
+in_photos, in_garment = (partial(cli.option, panel) for panel in ("Photos", "Garment"))
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(epilog=cli.examples(__doc__))
 def preprocess(
     data: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")],
     out: Annotated[Path, typer.Argument(help="Folder of the processed dataset: a new one, or one to continue.")],
-    splits: Annotated[list[str] | None, typer.Option(help="train, val or test alone; repeats.")] = None,
-    subtask: Annotated[int, typer.Option(min=1, max=2, help="Which sub-task's CSVs to read.")] = 1,
-    rembg_model: Annotated[str, typer.Option(help="Any local model of rembg: u2net, u2netp, ...")] = "u2net",
-    background_color: Annotated[str, typer.Option(help="What the background becomes: a name or #rrggbb.")] = "black",
-    keep_background: Annotated[bool, typer.Option("--keep-background", help="Only find the garment's box.")] = False,
-    crop: Annotated[Literal["none", "bbox", "mask"], typer.Option(help="To the CSV's or the garment's box.")] = "none",
-    box_margin: Annotated[float, typer.Option(min=0, max=1, help="Margin around --crop, as a fraction of it.")] = 0.0,
-    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Photos at a time.", show_default="cores")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    splits: Annotated[list[str] | None, in_photos("train, val or test alone; repeats.", show_default="all")] = None,
+    subtask: Annotated[int, in_photos("Which sub-task's CSVs to read.", min=1, max=2)] = 1,
+    rembg_model: Annotated[str, in_garment("Any local model of rembg: u2net, u2netp, ...")] = "u2net",
+    background_color: Annotated[str, in_garment("What the background becomes: a name or #rrggbb.")] = "black",
+    keep_background: Annotated[bool, in_garment("Only find the garment's box.", "--keep-background", **OFF)] = False,
+    crop: Annotated[Literal["none", "bbox", "mask"], in_garment("To the CSV's or the garment's box.")] = "none",
+    box_margin: Annotated[float, in_garment("Margin around --crop, as a fraction of it.", **SHARE)] = 0.0,
+    workers: Annotated[int | None, in_run("Photos at a time.", min=1, max=256, show_default="cores, up to 8")] = None,
+    debug: cli.Debug = False,
 ) -> None:
     """Write a copy of a dataset with backgrounds removed, garments found, and photos cropped if asked."""
     root = find_dataset(data, subtask)
@@ -220,7 +223,7 @@ def preprocess(
             record["unfinished"] = sorted({*tables, *record["unfinished"]})
             update(out / PREPARED, json.dumps(record, indent=2, sort_keys=True))
             make = partial(make_photo, out, record["preparation"], remover)
-            problems += make_photos(out, todo, results, make, default_workers(workers))
+            problems += make_photos(out, todo, results, make, workers)
         for name, (header, rows) in tables.items():
             changed |= update(out / name, csv_text(header, rows, results))
         record["unfinished"] = [name for name in record["unfinished"] if name not in tables]
@@ -294,8 +297,11 @@ def start_remover(out: Path, record: dict) -> Remover:
     return Remover(preparation["rembg_model"])
 
 
-def make_photos(out: Path, todo: dict, results: dict, make: partial, workers: int) -> list[str]:
+def make_photos(out: Path, todo: dict, results: dict, make: partial, workers: int | None) -> list[str]:
     """Make the photos of `todo` and enter them into `results`, both by file; returns what is wrong with the others."""
+    from loading import default_workers
+
+    workers = default_workers(workers)
     say(f"{len(todo):,} photos to do, {len(results):,} done before, {workers} at a time")
     problems = []
     pool = ThreadPoolExecutor(workers)  # Pillow, NumPy and ONNX Runtime release the GIL

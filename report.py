@@ -10,17 +10,41 @@ import os
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
+import cli
+from cli import atomic_write, note, say
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(epilog=cli.examples(__doc__))
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="A run's folder, runs/NAME; several: curves over each other.")],
+    debug: cli.Debug = False,
+) -> None:
+    """Draw the pictures of a run into its folder, or the curves of several runs into that of the first."""
+    if len(runs) == 1:
+        draw_pictures(runs[0])
+        return
+    with drawing():
+        save(curves([read_run(folder) for folder in runs]), runs[0] / "compare.png")
+    say(f"files: {runs[0]}/compare.png")
+
+
+if __name__ == "__main__":
+    cli.answer_early(app)  # torch takes seconds to import
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which need not be installed here; no backend draws these pictures
 
@@ -34,22 +58,20 @@ from torch import Tensor
 
 from augment import cutmix
 from checkpoint import Checkpoint, load_model, read
-from cli import atomic_write, note, run_app, say
 from data import BOX, Classes, Split, class_names, find_dataset, read_splits
 from evaluate import Prediction, score
-from loading import EpochSampler, TrainPhotos, derive_seed, relative_boxes
+from loading import EpochSampler, TrainPhotos, derive_seed
 from model import FashionModel
 from photos import Box, crop_box, load_photo, placement, to_image, view_pixels
 from settings import Settings, read_settings, restart_epochs
 
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
+BOX_NAMES = {"bbox": "given box", "learned": "predicted box"}
 BOX_STYLES = {"bbox": ("#ff7f0e", "-"), "mask": ("#1f77ff", "--"), "learned": ("#e0007a", "-.")}
 RIGHT, WRONG, FAINT = "#1a7f37", "#c62828", "#666666"
 SIDE, LETTERS = 1.7, 24  # of an image in a grid: inches, and the letters of a line of text above or below it
 
 Heats = dict[str, tuple[Tensor, Tensor]]  # {label: (heat float32 (N, S, S) in 0..1, logits (N, classes))}
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass
@@ -69,20 +91,6 @@ class Answers:
     predicted: dict[str, Tensor]
     confidence: dict[str, Tensor]  # the probability of the predicted class
     learned: list[dict[str, Box]]  # {"learned": box}, {} without a box head
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="A run's folder, runs/NAME; several: curves over each other.")],
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """Draw the pictures of a run into its folder, or the curves of several runs into that of the first."""
-    if len(runs) == 1:
-        draw_pictures(runs[0])
-        return
-    with drawing():
-        save(curves([read_run(folder) for folder in runs]), runs[0] / "compare.png")
-    say(f"files: {runs[0]}/compare.png")
 
 
 def draw_pictures(folder: Path, photos: TrainPhotos | None = None, val_split: Split | None = None) -> None:
@@ -287,10 +295,15 @@ def mistakes(answers: Answers, split: Split) -> Figure:
                 captions = [f"is {truth}", f"said {predicted} {confidence:.2f}"]
                 draw_photo(ax, load_photo(sample.path), sample.name, captions, WRONG, boxes)
                 kinds |= boxes
-        lines = [Line2D([], [], color=BOX_STYLES[kind][0], ls=BOX_STYLES[kind][1]) for kind in kinds]
-        texts = [f"{kind.replace('bbox', 'given')} box" for kind in kinds]
-        figure.legend(lines, texts, loc="outside lower center", ncols=3, frameon=False)
+        draw_legend(figure, kinds)
     return figure
+
+
+def draw_legend(figure: Figure, kinds: Iterable[str]) -> None:
+    """Say which box is which, below."""
+    lines = [Line2D([], [], color=BOX_STYLES[kind][0], ls=BOX_STYLES[kind][1]) for kind in kinds]
+    texts = [BOX_NAMES.get(kind, f"{kind} box") for kind in kinds]
+    figure.legend(lines, texts, loc="outside lower center", ncols=3, frameon=False)
 
 
 def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
@@ -322,10 +335,10 @@ def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
 
 
 def draw_answers(rows: Split, prediction: Prediction, classes: Classes, prepare: Callable | None, path: Path) -> None:
-    """A sheet of the first 48 photos with their answers and probabilities, and the box where the model looked."""
+    """A sheet of the first 48 photos with their answers and probabilities, and their boxes."""
     samples = rows.samples[:48]
     n_columns = min(8, len(samples))
-    n_rows = math.ceil(len(samples) / n_columns)
+    n_rows, kinds = math.ceil(len(samples) / n_columns), {}
     with drawing():
         with grid(f"Predictions: {', '.join(classes)}", n_rows, n_columns) as (figure, axes):
             for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
@@ -338,6 +351,8 @@ def draw_answers(rows: Split, prediction: Prediction, classes: Classes, prepare:
                 if prediction.boxes is not None:
                     boxes["learned"] = crop_box(prediction.boxes[i].tolist(), photo.size)
                 draw_photo(ax, photo, sample.name, captions, "black", boxes)
+                kinds |= boxes
+            draw_legend(figure, kinds)
         save(figure, path)
 
 
@@ -391,33 +406,38 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     samples = [split.samples[i] for i in chosen]
     photos = [load_photo(sample.path) for sample in samples]
     images = torch.stack([view_pixels(photo, None, size, resize) for photo in photos])
-    given, mask = relative_boxes(samples, "bbox"), relative_boxes(samples, "mask")
-    place = placement([sample.size for sample in samples], size, resize)
-    boxes = (to_image(torch.where(given.isnan(), mask, given), place) * size).round()
-    boxes = [tuple(box.int().tolist()) if box.isfinite().all() else None for box in boxes]
+    learned = [(answers.learned[i] if answers else {}) for i in chosen]
+    boxes = [boxes_in_image(sample.boxes | box, sample.size, size, resize) for sample, box in zip(samples, learned)]
     heats = heat_maps(model, images)
-    if inside := heat_inside(heats, boxes):
+    if inside := heat_inside(heats, [box.get("bbox", box.get("mask")) for box in boxes]):
         heat = f"{inside[0]:.2f} of it, where chance would give {inside[1]:.2f}"
         say(f"heat inside the garment's box: {heat} (whole validation photos)")
     eighth = slice(None, None, math.ceil(len(chosen) / 8))
     heats = {label: (heat[eighth], logits[eighth]) for label, (heat, logits) in heats.items()}
-    title = "Where the model looks (Grad-CAM): red is most, blue least; the frame is the given box"
+    title = "Where the model looks (Grad-CAM): red is most, blue least"
     n_rows = 1 + len(model.classes)
     with grid(title, n_rows if view == "full" else 2 * n_rows, 8) as (figure, axes):
         axes[-n_rows, 0].set_ylabel("whole photos")
         draw_heats(axes[-n_rows:], images[eighth], heats, samples[eighth], boxes[eighth], model.classes)
         if view != "full":
-            learned = answers.learned if answers else [{}] * len(split.samples)
-            crops = [(split.samples[i].boxes | learned[i]).get(view) for i in chosen[eighth]]
+            crops = [(sample.boxes | box).get(view) for sample, box in zip(samples[eighth], learned[eighth])]
             pairs = zip(photos[eighth], crops)
             images = torch.stack([view_pixels(photo, crop, size, resize) for photo, crop in pairs])
             axes[0, 0].set_ylabel(f"validation's view:\n{view}")
-            draw_heats(axes, images, heat_maps(model, images), samples[eighth], [None] * 8, model.classes)
+            draw_heats(axes, images, heat_maps(model, images), samples[eighth], [{}] * 8, model.classes)
+        draw_legend(figure, dict.fromkeys(kind for kinds in boxes[eighth] for kind in kinds))
     return figure
 
 
+def boxes_in_image(boxes: dict[str, Box], photo: tuple[int, int], size: int, resize: str) -> dict[str, Box]:
+    """Boxes in pixels of a whole photo in pixels of its image."""
+    relative = torch.tensor([*boxes.values()]).view(-1, 4) / torch.tensor(photo * 2)
+    moved = (to_image(relative, placement([photo], size, resize)) * size).round().int()
+    return dict(zip(boxes, map(tuple, moved.tolist())))
+
+
 def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, boxes: list, classes: Classes) -> None:
-    """Draw images (N, 3, S, S) of samples into the first row of axes, and each label's heat into the next ones."""
+    """Draw images (N, 3, S, S) of samples into the first row of axes, each label's heat and the boxes into the next."""
     images = images.permute(0, 2, 3, 1).numpy()
     for ax, image, sample in zip(axes[0], images, samples):
         draw_image(ax, image, sample.name, [], "black", {})
@@ -435,7 +455,7 @@ def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, bo
             alpha = (0.75 * strength**0.7)[..., None]
             gray, hue = images[n].mean(-1, keepdims=True), 255 * colormaps["turbo"](strength)[..., :3]
             mixed = (gray * (1 - alpha) + hue * alpha).round().astype(np.uint8)
-            draw_image(ax, mixed, "", captions, color, {"bbox": box} if box else {})
+            draw_image(ax, mixed, "", captions, color, box)
 
 
 def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | None:
@@ -451,4 +471,4 @@ def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | 
 
 
 if __name__ == "__main__":
-    run_app(app)
+    cli.run_app(app)

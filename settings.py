@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer.core import TyperCommand
 
-from cli import atomic_write, note, usage_error
+from cli import NONE, OFF, atomic_write, note, option, usage_error
 
 if TYPE_CHECKING:
     from data import Split
@@ -29,15 +30,9 @@ CHANGEABLE = {"resume", "workers", "debug", "data", "teacher", "epochs", "save_e
 WITHDRAWN = {"box_weight": 1.0, "box_jitter": 0.0, "distill_temperature": 4.0, "cache_dir": None, "no_cache": False}
 
 
-def option(panel: str, help: str, *names: str, **more: Any) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
 in_data, in_model, in_loss = (partial(option, panel) for panel in ("Data", "Model", "Loss"))
 in_optim, in_run = (partial(option, panel) for panel in ("Optimisation", "Run"))
 SHARE = {"min": 0, "max": 1}
-OFF = {"show_default": "off"}
-NONE = {"show_default": "none"}
 RESIZE_HELP = "How a view becomes square: squashed, in shape on black, or (training) a random part of it."
 ACCUM_HELP = """Micro-batches a step, for less memory. Each one's mean loss counts by its images: with class weights or
 a box head the step differs slightly."""
@@ -134,11 +129,8 @@ def flag_of(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def checked_settings(settings: Settings) -> Settings:
-    """The settings with whole paths, so that config.json holds from any folder.
-
-    Prints notes. Raises BadParameter for what Typer's bounds do not cover.
-    """
+def check_settings(settings: Settings) -> None:
+    """Raises BadParameter for what Typer's bounds do not cover."""
     for key, value in vars(settings).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise usage_error(flag_of(key), f"{value} is not a finite number")
@@ -158,6 +150,11 @@ def checked_settings(settings: Settings) -> Settings:
         raise usage_error("--box-head", "it learns from uncropped photos, of which --crop-prob 1 has none; 0.7 has")
     if settings.grad_accum > settings.batch_size:
         raise usage_error("--grad-accum", f"{settings.grad_accum} micro-batches of a batch of {settings.batch_size}")
+
+
+def checked_settings(settings: Settings) -> Settings:
+    """The settings with whole paths, so that config.json holds from any folder. Checks them, and prints notes."""
+    check_settings(settings)
     print_notes(settings)
     paths = {"data": tuple(data if data == "demo" else os.path.abspath(data) for data in settings.data)}
     for key in ("weights", "teacher", "cache"):
@@ -197,10 +194,23 @@ def print_notes(settings: Settings) -> None:
             note(f"the learning rate is lowest after {end} epochs, not at the end; --t-0 {settings.epochs} ends there")
     if not settings.pretrained and not settings.weights and settings.lr < 1e-4:
         note(f"--lr {settings.lr:g} is for pretrained weights: from scratch 1e-3 to 4e-3 are usual")
-    elif settings.box_head and settings.lr < 2e-5:
-        note(f"--lr {settings.lr:g} hardly moves the new box head; 5e-5 does")
     if settings.subtask == 2 and (settings.pretrained or settings.weights):
         note("the rules of sub-task 2 admit no pretrained models: an entry needs --no-pretrained and raw photos")
+
+
+class SettingsCommand(TyperCommand):
+    """A command line whose options are the settings; a resumed run has the interrupted one's."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if not ctx.params["resume"]:
+            check_settings(super().invoke(ctx))
+        return rest
+
+    def invoke(self, ctx: typer.Context) -> Settings:
+        settings = super().invoke(ctx)
+        given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+        return resumed_settings(settings, given) if settings.resume else settings
 
 
 # ---------------------------------------------------------------- the schedule

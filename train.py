@@ -1,7 +1,8 @@
 """Train a classifier of garment attributes: one backbone, a linear head a label.
 
-    python train.py --data demo --no-pretrained --model test_resnet --image-size 64 --augment none --box-head \\
-        --crop-prob 0.7 --epochs 8 --t-0 8 --lr 4e-3 --batch-size 32 --threads 1      # the built-in set
+    python train.py --data demo --no-pretrained --model test_resnet \\
+        --image-size 64 --augment none --box-head --crop-prob 0.7 \\
+        --epochs 8 --t-0 8 --lr 4e-3 --batch-size 32 --threads 1    # the built-in set
     python train.py --loss focal --crop-prob 0.7                    # the organisers' Dataset/, the notes' settings
     python train.py --resume runs/NAME                              # continue, or go on with more --epochs
 
@@ -17,27 +18,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import typer
+
+import cli
+from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
+from settings import Settings, SettingsCommand, checked_settings, choose_view, data_fingerprint, learning_rate
+
+
+class TrainCommand(SettingsCommand):
+    def invoke(self, ctx: typer.Context) -> None:
+        train(super().invoke(ctx))
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command(cls=TrainCommand, epilog=cli.examples(__doc__))(Settings)
+
+if __name__ == "__main__":
+    cli.answer_early(app)  # torch takes seconds to import
+
 import torch
 import torch.distributed as dist
-import typer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
-from typer.core import TyperCommand
 
 import checkpoint as checkpoints
-import cli
 import evaluate
 import loading
 from augment import check_cutmix, cutmix
 from checkpoint import Checkpoint
-from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
 from data import Split, find_dataset, note_doubts, read_preparation, read_splits
 from evaluate import Prediction, rank, world_size
 from loading import EvalPhotos, TrainPhotos, derive_seed
 from losses import MultiHeadLoss
 from model import FashionModel, build_model, choose_amp, choose_device, parameter_groups, set_deterministic, update_ema
-from settings import Settings, checked_settings, choose_view, data_fingerprint, learning_rate, resumed_settings
 
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column, sign
 CHECK_EVERY = 20  # steps between two checks of the losses, each of which waits for the device
@@ -107,7 +121,7 @@ def train(settings: Settings) -> None:
     model = new_model(settings, train_split)
     checkpoint = checkpoints.new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
     checkpoints.check_budget(checkpoint, model, settings)
-    criterion = MultiHeadLoss(settings, train_split)
+    criterion = MultiHeadLoss(settings, train_split, device)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None
     train_loader, val_loader = make_loaders(settings, model, train_split, val_split, view)
 
@@ -118,12 +132,15 @@ def train(settings: Settings) -> None:
         say(f"{folder} is finished after {state.epoch} epochs; nothing was changed")
         return
     run = Run(folder, checkpoint, evaluate.parallel(model), val_split, amp_dtype)
+    first = state.epoch + 1
     with checkpoints.opened(settings, state, run, fingerprint):
         while not finished(settings, state):
             loss = train_one_epoch(settings, state, train_loader, criterion, teacher, run)
             weights = checkpoints.exported_weights(state.ema or model, settings.export_dtype)
             prediction = None if settings.fit_all else validate(settings, state, weights, val_loader, run)
             finish_epoch(settings, state, loss, weights, prediction, criterion, run)
+            if state.epoch == first:
+                cli.say_time_left(state.metrics[-1]["seconds"] * (settings.epochs - first), settings.epochs)
     if dist.is_initialized():
         dist.destroy_process_group()
     if not console.quiet:
@@ -164,6 +181,8 @@ def train_one_epoch(
             recent.append((len(images), evaluate.mean_over_processes(step_losses)))
             bar.advance(len(images) * world_size())
             after_step(settings, state, recent, run)
+            if sampler.epoch == 1 and state.step == 3 and device.type == "cpu":
+                cli.warn_of_days((time.monotonic() - run.epoch_start) / 3 * sampler.steps * settings.epochs)
     add_losses(state, recent)
     return state.loss_sum / sampler.part_images
 
@@ -365,7 +384,7 @@ def make_loaders(
 
 
 def new_state(settings: Settings, model: FashionModel) -> TrainState:
-    device, groups = model.mean.device, parameter_groups(model, settings.layer_decay)
+    device, groups = model.mean.device, parameter_groups(model, settings.lr, settings.layer_decay)
     options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": device.type in ("cpu", "cuda")}
     optimizer = torch.optim.AdamW(groups, **options)
     # for another schedule edit settings.restart_epochs too, which notes and pictures read; one cosine is --t-0 EPOCHS
@@ -377,23 +396,6 @@ def new_state(settings: Settings, model: FashionModel) -> TrainState:
 def finished(settings: Settings, state: TrainState) -> bool:
     return state.epoch >= settings.epochs or state.epoch - state.best_epoch >= settings.patience
 
-
-# ---------------------------------------------------------------- python train.py
-
-
-class TrainCommand(TyperCommand):
-    """The command line as `Settings`; a resumed run has the interrupted one's."""
-
-    def invoke(self, ctx: typer.Context) -> None:
-        settings = super().invoke(ctx)
-        if settings.resume:
-            given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
-            settings = resumed_settings(settings, given)
-        train(settings)
-
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(cls=TrainCommand)(Settings)
 
 if __name__ == "__main__":
     cli.run_app(app)

@@ -13,6 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
+import cli
+
+cli.set_up_libraries()  # as the scripts do
+
 import skimage.data
 import torch
 from PIL import Image

@@ -11,8 +11,8 @@ of two.
 
 Starts train.py and predict.py as a user would, in the folder GAP, which keeps runs, predictions and what they printed.
 What is finished there is not done again; a run that was interrupted goes on. All runs share the flags after `--`:
-another set of flags needs another folder. The demo's test photos have no boxes, so the quality of the boxes found is
-that of the validation photos.
+another set of flags needs another folder. The test photos have no boxes, so the IoU is that of the validation photos,
+but where --test-boxes names a CSV that holds them.
 """
 
 import csv
@@ -73,6 +73,9 @@ def main(
     ] = tuple(RUNS),
     seed: Annotated[list[int], typer.Option(help="Repeats.")] = (0, 1, 2),
     workers: Annotated[int, typer.Option(help="Processes that decode photos.")] = 1,
+    test_boxes: Annotated[
+        Path | None, typer.Option(help="The test photos' boxes: a CSV of image_name, xmin, ymin, xmax, ymax.")
+    ] = None,
     order: Annotated[tuple[Path, Path] | None, typer.Option(help="A best.pt with a box head, DATA cleaned.")] = None,
     photographs: Annotated[tuple[Path, Path] | None, typer.Option(help="Such a best.pt, the picture to draw.")] = None,
 ) -> None:
@@ -101,6 +104,11 @@ def main(
         log = predictions(gap, "learned", one_seed, "val", "learned").with_suffix(".log")
         for line in re.findall("predicted boxes: .*", log.read_text() if log.exists() else ""):
             say(f"seed {one_seed}, validation: {line}")
+        written = predictions(gap, "learned", one_seed, "test", "learned")
+        if test_boxes and written.exists():
+            iou = iou_with(test_boxes, written)
+            share = (iou > 0.8).float().mean()
+            say(f"seed {one_seed}, test: mean IoU {iou.mean():.3f}, {share:.1%} above 0.8")
 
 
 def train_and_predict(
@@ -122,6 +130,7 @@ def train_and_predict(
     for split, view in missing:
         out, dataset = predictions(gap, name, seed, split, view), masks if "mask" in (name, view) else data
         rows = ("--data", dataset, "--split", split, "--view", view, "--out", out)
+        rows += ("--boxes",) if view == "learned" else ()
         start(gap, out.with_suffix(".log"), "predict", folder / "best.pt", *rows, *more)
 
 
@@ -161,6 +170,17 @@ def top1(file: Path, truth: Split) -> float:
         for label, names in truth.classes.items():
             right.append(row[submission_column(label)] == names[sample.labels[label]])
     return mean(right)
+
+
+def iou_with(given: Path, predicted: Path) -> Tensor:
+    """The IoU of each photo's given and predicted box."""
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    boxes = []
+    for file, columns in ((given, sides), (predicted, [f"Learned_{side}" for side in sides])):
+        with file.open(newline="", encoding="utf-8-sig") as f:
+            rows = sorted(csv.DictReader(f), key=lambda row: row["image_name"])
+        boxes.append(torch.tensor([[float(row[column]) for column in columns] for row in rows]))
+    return box_iou(*boxes)
 
 
 def compare_orders(checkpoint: Path, roots: dict[str, Path]) -> None:

@@ -14,10 +14,10 @@ import loading
 from checkpoint import load_model, read
 from data import BOX, read_split
 from evaluate import BOX_MARGIN, FIRST_LOOK_WEIGHT, grow_boxes, join_looks, predict_split, score, score_boxes
-from loading import EvalPhotos, TrainPhotos, make_eval_loader, read_photo, relative_boxes
+from loading import EvalPhotos, TrainPhotos, loose_crop, make_eval_loader, part_around, read_photo, relative_boxes
 from losses import box_loss
 from model import POSITIONS, box_from_logits, build_model
-from photos import box_iou, crop_box, load_photo, placement, to_image, view_pixels
+from photos import box_iou, box_size, crop_box, load_photo, placement, to_image, view_pixels
 from predict import predict_rows
 from settings import Settings
 
@@ -91,42 +91,55 @@ def test_a_crop_lies_in_the_photo_and_holds_a_pixel(sides, width, height):
     assert top <= ymin * height + 0.5 and bottom >= ymax * height - 0.5
 
 
-def test_whole_photos_carry_their_box_and_cropped_ones_none(drawn):
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_training_images_carry_the_box_of_what_they_show(drawn, monkeypatch, resize):
+    """A photo that is black but for its garment's box: loose crops, whole photos and parts show it where it is said."""
     samples = read_split(drawn, "train").samples
-    settings = Settings(crop_prob=0.5, augment="none", seed=3)
-    photos = TrainPhotos(samples, 64, Settings(crop_prob=0.5, augment="none", seed=3, box_head=True))
-    plain = TrainPhotos(samples, 64, settings)
-    truth, whole = relative_boxes(samples, "bbox"), 0
+    monkeypatch.setattr(loading, "read_photo", painted)
+    settings = Settings(crop_prob=0.5, augment="none", resize=resize, seed=3, box_head=True)
+    photos, shares = TrainPhotos(samples, 128, settings), {"bbox": [], "full": []}
     for i in range(len(samples)):
-        image, targets = photos[1, i]
-        box = targets.pop(BOX)
-        assert torch.equal(image, plain[1, i][0]) and targets == plain[1, i][1]
-        if box.isfinite().all():
-            whole += 1
-            torch.testing.assert_close(box, truth[i], atol=1e-5, rtol=0)
-        seen = EvalPhotos(samples, 64, "full" if box.isfinite().all() else "bbox")
-        assert torch.equal(image, seen[i, None][0])
-    assert 8 < whole < 32
-    assert BOX not in EvalPhotos(samples, 64, "full")[0, None][1]  # validation
+        image, targets, view = photos.draw(1, i)
+        box = targets[BOX]
+        torch.testing.assert_close(coloured(image), box, atol=0.02, rtol=0)
+        shares[view].append((box[2:] - box[:2]).prod().item())
+    crops, others = shares["bbox"], shares["full"]
+    assert 8 < len(crops) < 32 and len({*crops}) > 4 and len({*others}) > 4
+    assert sum(crops) / len(crops) > 1.3 * sum(others) / len(others)
+
+
+def test_a_loose_crop_and_a_part_lie_in_the_photo():
+    torch.manual_seed(0)
+    box, photo = (10, 20, 50, 90), (60, 100)
+    crops, parts = ([draw(box, photo) for _ in range(400)] for draw in (loose_crop, part_around))
+    low, high = zip(*((min(sides), max(sides)) for sides in zip(*crops)))
+    assert low == (0, 0, 46, 83) and high == (14, 27, 60, 100)  # within a tenth of the sides in, and the photo
+    assert 150 < parts.count((0, 0, *photo)) < 250
+    assert all(a <= b for part in parts for a, b in zip(part[:2] + box[2:], box[:2] + part[2:]))
+    assert all(part[0] >= 0 and part[1] >= 0 and part[2] <= 60 and part[3] <= 100 for part in parts)
+
+
+def painted(sample) -> Image.Image:
+    photo = Image.new("RGB", sample.size)
+    photo.paste((0, 0, 255), sample.boxes["bbox"])
+    return photo
+
+
+def coloured(image: torch.Tensor) -> torch.Tensor:
+    """The box of what is not grey, in 0..1."""
+    ys, xs = (image.amax(0) - image.amin(0) > 60).nonzero().T
+    return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / image.shape[-1]
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
 def test_boxes_follow_basic_augmentation(drawn, monkeypatch, resize):
     """A photo that is black but for its garment's box: the box of the augmented image is where the colour is."""
     samples = read_split(drawn, "train").samples[:1]
-
-    def painted(sample):
-        photo = Image.new("RGB", sample.size)
-        photo.paste((0, 0, 255), sample.boxes["bbox"])
-        return photo
-
     monkeypatch.setattr(loading, "read_photo", painted)
     photos, off = TrainPhotos(samples, 128, Settings(crop_prob=0.0, resize=resize, seed=1, box_head=True)), []
     for epoch in range(60):
         image, targets = photos[epoch, 0]
-        ys, xs = (image.amax(0) - image.amin(0) > 60).nonzero().T  # colours may be turned, black stays without any
-        found = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 128
-        off.append((found - targets[BOX]).abs().max().item())
+        off.append((coloured(image) - targets[BOX]).abs().max().item())  # colours may be turned, black stays black
     # mirrored copies at the border and holes change what is found, now and then
     assert sorted(off)[45] < 0.03
 
@@ -154,27 +167,34 @@ def test_looks_are_joined():
 
 
 class Pointing(torch.nn.Module):
-    """In the place of a model: its box logits are sure of the given boxes, photo after photo; keeps what it sees."""
+    """In the place of a model: its box logits are sure of the given boxes, image after image; keeps what it sees."""
 
     def __init__(self, boxes: torch.Tensor):
         super().__init__()
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.classes = {"Daily": ("0", "1", "2")}
-        self.boxes, self.seen = boxes, {True: [], False: []}
+        self.boxes, self.seen = boxes, []
 
-    def forward(self, images: torch.Tensor, labels_only: bool = False) -> dict[str, torch.Tensor]:
-        start = sum(len(part) for part in self.seen[labels_only])
-        self.seen[labels_only].append(images)
-        outputs = {"Daily": images.float().mean((2, 3))}
-        return outputs if labels_only else outputs | {BOX: pointing_at(self.boxes[start : start + len(images)])}
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        start = sum(len(part) for part in self.seen)
+        self.seen.append(images)
+        boxes = pointing_at(self.boxes[start : start + len(images)])
+        return {"Daily": images.float().mean((2, 3)), BOX: boxes}
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
 def test_what_two_looks_see(drawn, resize):
-    """The second look sees the predicted box, grown, of the photo, wherever the photo lies in the first one's image."""
+    """The second look sees the first one's box, grown, of the photo, and mends it."""
     samples = read_split(drawn, "val").samples
     truth = relative_boxes(samples, "bbox")
-    model = Pointing(to_image(truth, placement([sample.size for sample in samples], 64, resize)))
+    sizes = [sample.size for sample in samples]
+    crops = [crop_box(box, size) for box, size in zip(grow_boxes(truth).tolist(), sizes)]
+    half = torch.tensor([[0.0, 0.0, 0.5, 1.0]]).repeat(len(samples), 1)  # of what the second look sees
+    looks = (
+        to_image(truth, placement(sizes, 64, resize)),
+        to_image(half, placement([*map(box_size, crops)], 64, resize)),
+    )
+    model = Pointing(torch.cat(looks))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread predicts: photo after photo
     try:
@@ -182,12 +202,15 @@ def test_what_two_looks_see(drawn, resize):
         prediction = predict_split(model, loader, "learned")
     finally:
         torch.set_num_threads(threads)
-    assert box_iou(prediction.boxes, truth).min() > 0.9 and prediction.problems == {}
-    first, second = (torch.cat(model.seen[labels_only]) for labels_only in (False, True))
-    for i, (sample, box) in enumerate(zip(samples, grow_boxes(prediction.boxes).tolist())):
+    expected = [(crop[0], crop[1], (crop[0] + crop[2]) / 2, crop[3]) for crop in crops]
+    assert box_iou(prediction.boxes, torch.tensor(expected) / torch.tensor(sizes).repeat(1, 2)).min() > 0.9
+    assert prediction.problems == {}
+    first, second = torch.cat(model.seen).split(len(samples))
+    for i, (sample, crop) in enumerate(zip(samples, crops)):
         photo = load_photo(sample.path)
         assert torch.equal(first[i], view_pixels(photo, None, 64, resize))
-        assert torch.equal(second[i], view_pixels(photo, crop_box(box, photo.size), 64, resize))
+        seen = view_pixels(photo, crop, 64, resize)
+        assert (second[i].float() - seen.float()).abs().mean() < 8  # the distribution over positions is not exact
     looks = ({"Daily": images.float().mean((2, 3))} for images in (first, second))
     torch.testing.assert_close(prediction.logits["Daily"], join_looks(*looks)["Daily"])
 
@@ -273,12 +296,6 @@ def test_what_cannot_go_together_is_refused(run, drawn, flags, message):
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
 
 
-@pytest.mark.parametrize(("lr", "said"), [(5e-6, True), (5e-5, False)])
-def test_a_rate_that_hardly_moves_a_new_head_is_said(run, drawn, lr, said):
-    done = run("train", "--data", drawn, *TINY, "--box-head", "--crop-prob", 0.5, "--lr", lr, "--weights", "none.pth")
-    assert done.code == 2 and "none.pth" in done.err and ("hardly moves the new box head" in done.out) == said
-
-
 def test_without_boxes_there_is_no_head(run, drawn, tmp_path):
     shutil.copytree(drawn, tmp_path / "Bare")
     for split in ("train", "val"):
@@ -287,6 +304,19 @@ def test_without_boxes_there_is_no_head(run, drawn, tmp_path):
         path.write_text("".join(",".join([cells[0], *cells[5:]]) + "\n" for cells in lines))
     done = run("train", "--data", "Bare", *TINY, *HEAD)
     assert done.code == 2 and "boxes" in done.err
+
+
+def test_the_predicted_boxes_are_written_when_asked(run, drawn):
+    assert run("train", "--data", drawn, *TINY, *HEAD, "--amp", "off", "--name", "a").code == 0
+    done = run("predict", "runs/a/best.pt", "--split", "val", "--amp", "off", "--boxes", "--out", "p.csv")
+    assert done.code == 0, done.err
+    columns = [f"Learned_{side}" for side in SIDES]
+    boxes = [
+        [[row[column] for column in columns] for row in rows(file)] for file in ("p.csv", "runs/a/val_predictions.csv")
+    ]
+    assert boxes[0] == boxes[1]
+    refused = run("predict", "runs/a/best.pt", "--split", "val", "--boxes", "--view", "full")
+    assert refused.code == 2 and "--boxes" in refused.err and "--box-head" in refused.err
 
 
 def test_a_first_look_alone_is_the_view_full(run, drawn):
@@ -315,7 +345,7 @@ def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
     model.box_head.register_forward_hook(lambda head, maps, found: boxes.extend(found))
     plain = predict_rows(model, saved, split, "learned", workers=0)
     predict_rows(model, saved, split, "full", workers=0)
-    assert len(boxes) == len(split.samples)
+    assert len(boxes) == 2 * len(split.samples)  # each of two looks; none of one
     prediction = predict_rows(model, saved, split, "learned", prepare, workers=0)
     assert len(prepared) == len(split.samples)
     assert all(torch.equal(plain.logits[key], prediction.logits[key]) for key in plain.logits)

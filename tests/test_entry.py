@@ -130,8 +130,11 @@ def send_in(entry: Path, place: Path, data: Path, how: str) -> dict:
     return json.loads((place / "aifactory" / "answer.json").read_text())
 
 
-@pytest.mark.parametrize("how", ["a plain script", pytest.param("cells", marks=pytest.mark.slow)])
-def test_an_entry_answers_as_predict_does(run, raw, drawn, untried, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "export_dtype"), [("a plain script", "int8"), pytest.param("cells", "fp32", marks=pytest.mark.slow)]
+)
+def test_an_entry_answers_as_predict_does(run, drawn, untried, tmp_path, how, export_dtype):
+    train(run, drawn, "--val-view", "full", "--export-dtype", export_dtype)
     done = run("entry", "runs/a/best.pt", "Entry")
     assert done.code == 0 and "MB of at most 25 MB" in done.out and "20 ms an image" in done.out, done.err
     entry = tmp_path / "Entry"
@@ -268,7 +271,7 @@ def test_an_entry_over_the_budget_is_written(run, raw, untried, monkeypatch):
     monkeypatch.setattr(entry_script, "MAX_MB", 1)
     done = run("entry", "runs/a/best.pt", "Entry", "--data", "demo")
     assert "8 photos of the demo set" in done.out
-    assert done.code == 1 and "over the 1 MB" in done.err and "--export-dtype fp16" in done.err
+    assert done.code == 1 and "over the 1 MB" in done.err and "--export-dtype int8" in done.err
     assert {p.name for p in Path().iterdir()} == {"runs", "Entry"}
 
 

@@ -23,6 +23,8 @@ from hypothesis import given, settings, strategies as st
 
 import experiments
 import train
+from checkpoint import megabytes, new_checkpoint
+from data import Split
 from experiments import (
     BASE,
     NAMED,
@@ -35,6 +37,8 @@ from experiments import (
     per_garment,
     words_of,
 )
+from model import build_model, parameter_groups
+from settings import Settings
 
 # ---------------------------------------------------------------- the rows
 
@@ -140,8 +144,24 @@ def test_modern_is_ours():
     ) == (5e-5, 0.9, 5, 0.996, 0.1, True)
 
 
+def test_wide_is_modern_on_raw_photos_with_another_backbone_in_int8():
+    modern, wide = (parsed(words_of(merge_flags(NAMED[name], {}))) for name in ("modern", "wide"))
+    assert {key for key in wide if wide[key] != modern[key]} == {"model", "export_dtype"}
+    assert wide["export_dtype"] == "int8" and NAMED["wide"].data == "raw"
+
+
+@pytest.mark.slow
+def test_wide_fits_without_a_remover():
+    flags = Settings(**parsed(words_of(merge_flags(NAMED["wide"], {}))))
+    classes = {"Daily": tuple("012345"), "Gender": tuple("01234"), "Embellishment": tuple("012")}
+    model = build_model(flags.model, classes, drop_path=flags.drop_path, box_head=True)
+    assert len(parameter_groups(model, flags.layer_decay)) > 10
+    best = new_checkpoint(flags, model, Split(Path(), [], classes, (), ""), "learned", None)
+    assert 25 - 4.57 < megabytes(best) <= 25  # u2netp has no room beside it
+
+
 def test_every_row_is_there_once_and_listed(run):
-    assert [row.name for row in ROWS] == [*(line.split()[0] for line in NOTES), "modern"]
+    assert [row.name for row in ROWS] == [*(line.split()[0] for line in NOTES), "modern", "wide"]
     done = run("experiments", "list")
     assert done.code == 0
     for row in ROWS:
@@ -292,7 +312,7 @@ def test_commands_share_their_seeds_and_take_the_rows_data(run, stub):
     for name in ("Raw", "Clean"):
         (Path(name)).mkdir()
     done = run("experiments", "run", "all", "--data", "Raw", "--clean-data", "Clean", "--seeds", 2)
-    assert done.code == 0 and len(stub.commands) == 42
+    assert done.code == 0 and len(stub.commands) == 44
     seeds, data = {}, {}
     for command in stub.commands:
         words = parse_flags(command[2:])

@@ -26,10 +26,9 @@ from test_train_predict import same_run
 import data
 import loading
 import photos
-from data import BOX
 from experiments import content_of
 from loading import EpochSampler, EvalPhotos, TrainPhotos, add_decoded, make_eval_loader, make_loader
-from photos import box_iou, letterbox, load_photo, placement, to_image, to_photo, view_pixels
+from photos import letterbox, load_photo, placement, to_image, to_photo, view_pixels
 from settings import Settings
 
 TRAIN = "Fashion-How24_sub1_train.csv"
@@ -231,24 +230,6 @@ def test_boxes_go_into_the_image_and_back(sizes, resize, sides):
         torch.testing.assert_close(inside, boxes)
     outside = torch.tensor([[-1.0, -1.0, 2.0, 2.0]]).repeat(len(sizes), 1)
     assert to_photo(outside, place).tolist() == [[0, 0, 1, 1]] * len(sizes)  # black belongs to no photo
-
-
-def test_boxes_move_with_the_letterbox(drawn):
-    """A photo that is black but for its garment's box: the box that comes with the image is where the colour is."""
-    samples = data.read_split(drawn, "train").samples[:8]
-    settings = Settings(crop_prob=0.0, augment="none", resize="letterbox", box_head=True)
-    dataset = TrainPhotos(samples, 128, settings)
-    for i, sample in enumerate(samples):
-        photo = Image.new("RGB", sample.size)
-        photo.paste((0, 0, 255), sample.boxes["bbox"])
-        image = view_pixels(photo, None, 128, "letterbox")
-        ys, xs = (image[2] > 127).nonzero().T
-        found = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 128
-        _, targets, view = dataset.draw(1, i)
-        assert view == "full" and (found - targets[BOX]).abs().max() < 0.012
-    place = placement([sample.size for sample in samples], 128, "letterbox")
-    boxes = to_photo(torch.stack([dataset[1, i][1][BOX] for i in range(len(samples))]), place)
-    assert box_iou(boxes, loading.relative_boxes(samples, "bbox")).min() > 0.999
 
 
 # ---------------------------------------------------------------- the cache: the same pixels

@@ -15,7 +15,7 @@ import losses
 import train as train_script
 from checkpoint import read
 from loading import EvalPhotos, TrainPhotos
-from model import FashionModel, build_model, parameter_groups, update_ema
+from model import BOX_HEAD_LR, FashionModel, build_model, parameter_groups, update_ema
 
 PLAIN = [*TINY, "--augment", "none", "--amp", "off", "--patience", 99, "--threads", 1]  # 40 photos, so 3 steps an epoch
 STILL = ["--epochs", 1, "--lr", 1e-12, "--eta-min", 0]  # nothing is learned: every step sees the first weights
@@ -102,15 +102,25 @@ def test_every_group_has_its_rate_at_every_step(go, steps):
 
 def test_layers_decay_from_the_heads_down_and_none_is_left_out():
     net = build_model("test_vit", CLASSES, 32)
-    scale = {id(p): group["lr_scale"] for group in parameter_groups(net, 0.5) for p in group["params"]}
+    scale = {id(p): group["lr_scale"] for group in parameter_groups(net, 1e-3, 0.5) for p in group["params"]}
     of = {name: scale[id(p)] for name, p in net.named_parameters()}
-    assert len(scale) == len(of) == sum(len(group["params"]) for group in parameter_groups(net, 0.5))
+    assert len(scale) == len(of) == sum(len(group["params"]) for group in parameter_groups(net, 1e-3, 0.5))
     assert of["heads.0.weight"] == of["heads.2.bias"] == 1
     rising = ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.5.attn.qkv")
     first, low, high = (of[f"backbone.{name}.weight"] for name in rising)
     assert first < low < high <= 1
-    (group,) = parameter_groups(net)
+    (group,) = parameter_groups(net, 1e-3)
     assert [id(p) for p in group["params"]] == [id(p) for p in net.parameters()] and group["lr_scale"] == 1
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+@pytest.mark.parametrize(("lr", "scale"), [(BOX_HEAD_LR / 500, 500), (2 * BOX_HEAD_LR, 1)])
+def test_a_new_box_head_learns_at_its_own_rate(lr, scale, decay):
+    net = build_model("test_efficientnet", CLASSES, 32, box_head=True)
+    *others, group = parameter_groups(net, lr, decay)
+    assert {id(p) for p in group["params"]} == {id(p) for p in net.box_head.parameters()}
+    assert group["lr_scale"] == pytest.approx(scale) and all(other["lr_scale"] <= 1 for other in others)
+    assert sum(len(of["params"]) for of in [group, *others]) == len([*net.parameters()])
 
 
 # ---------------------------------------------------------------- the average

@@ -154,7 +154,7 @@ def test_mistakes_are_the_surest_errors(pictured, drawn):
     answers.learned = [{"learned": (5, 5, 60, 70)}] * len(written)
     split = data.read_split(drawn, "val", CLASSES)
     texts = [t.get_text() for t in report.mistakes(answers, split).findobj(Text)]
-    assert "given box" in texts and "learned box" in texts and "mask box" not in texts
+    assert "given box" in texts and "predicted box" in texts and "mask box" not in texts
     answers.names = answers.names[::-1]
     with pytest.raises(ValueError, match="does not hold the photos"):
         report.mistakes(answers, split)

@@ -41,13 +41,13 @@ def written(folder: Path, settings: dict) -> Path:
 def test_parsed_settings_equal_built_ones():
     assert parsed() == Settings()
     flags = ["--data", "a", "--data", "b", "--cutmix", "Daily", "--cutmix", "Gender", "--lr", "1e-3", "--no-pretrained"]
-    flags += ["--box-head", "--crop-prob", 0.7, "--image-size", 96, "--weights", "w.pt", "--teacher", "t.pt"]
+    flags += ["--class-weights", "--crop-prob", 0.7, "--image-size", 96, "--weights", "w.pt", "--teacher", "t.pt"]
     built = Settings(
         data=["a", "b"],
         cutmix=["Daily", "Gender"],
         lr=1e-3,
         pretrained=False,
-        box_head=True,
+        class_weights=True,
         crop_prob=0.7,
         image_size=96,
         weights=Path("w.pt"),
@@ -207,7 +207,6 @@ def test_the_defaults_and_the_notes_settings_pass(capsys):
         ({"fit_all": True}, "it measures nothing"),
         ({"fit_all": True, "epochs": 50}, "lowest after 90 epochs, not at the end; --t-0 50 ends there"),
         ({"pretrained": False}, "--lr 5e-06 is for pretrained weights"),
-        ({"box_head": True, "crop_prob": 0.7}, "hardly moves the new box head"),
         ({"subtask": 2}, "sub-task 2 admit no pretrained models"),
     ],
 )

@@ -441,10 +441,12 @@ def test_threads_subtask_and_monitor(run, drawn, tmp_path):
 
 
 def test_early_stopping(run, drawn, tmp_path):
-    flags = ["--epochs", "30", "--lr", "1e-12", "--eta-min", "0", "--patience", "2", "--name", "e"]
+    flags = ["--epochs", "10000000", "--lr", "1e-12", "--eta-min", "0", "--patience", "2", "--name", "e"]
     done = run("train", "--data", drawn, *TINY, *flags)
     assert done.code == 0, done.err
     assert "stopped early" in done.out and len(metrics(tmp_path / "runs" / "e")) == 3
+    assert re.search(r"note: about \d+ days on this CPU", done.out)
+    assert len(re.findall(r"about \d+ days to epoch 10000000; Ctrl-C and --resume", done.out)) == 1
 
 
 def test_help_has_panels_and_defaults(run, monkeypatch):
