@@ -273,21 +273,21 @@ def confusion(answers: Answers, classes: Classes) -> Figure:
     return figure
 
 
-def surest_errors(answers: Answers, label: str) -> list[tuple[int, float]]:
-    """(index, probability of the prediction) of the photos whose `label` is predicted wrong, the surest first."""
+def most_confident_errors(answers: Answers, label: str) -> list[tuple[int, float]]:
+    """(index, probability of the prediction) of the photos with a wrong `label`, the most confident first."""
     wrong = (answers.predicted[label] != answers.truth[label]) & (answers.truth[label] >= 0)
     errors = [(i, answers.confidence[label][i].item()) for i in wrong.nonzero().flatten().tolist()]
     return sorted(errors, key=lambda error: -error[1])
 
 
 def mistakes(answers: Answers, split: Split) -> Figure:
-    """The surest errors of each label: the photo with its boxes, truth and prediction."""
+    """The most confident errors of each label: the photo with its boxes, truth and prediction."""
     if answers.names != [sample.name for sample in split.samples]:
         raise ValueError(f"val_predictions.csv does not hold the photos of {split.csv}; were the data changed since?")
     n_labels, kinds = len(answers.truth), {}
-    with grid("The surest errors of validation", n_labels * max(1, 3 // n_labels), 6) as (figure, axes):
+    with grid("The most confident errors of validation", n_labels * max(1, 3 // n_labels), 6) as (figure, axes):
         for row, label in zip(axes.reshape(n_labels, -1), answers.truth):
-            names, errors = class_names(label, split.classes[label]), surest_errors(answers, label)
+            names, errors = class_names(label, split.classes[label]), most_confident_errors(answers, label)
             row[0].set_ylabel(wrapped(f"{label}: {len(errors):,} of {len(answers.names):,} wrong"))
             for ax, (i, confidence) in zip(row, errors):
                 sample, boxes = split.samples[i], split.samples[i].boxes | answers.learned[i]

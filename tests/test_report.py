@@ -136,19 +136,19 @@ def test_the_view_named_is_the_view_seen(drawn):
         assert torch.equal(photos[2, i][0], loading.EvalPhotos(samples, 32, view)[i, None][0])
 
 
-def test_mistakes_are_the_surest_errors(pictured, drawn):
+def test_mistakes_are_the_most_confident_errors(pictured, drawn):
     answers = report.read_answers(pictured.folder / "val_predictions.csv", CLASSES)
     written = rows(pictured.folder / "val_predictions.csv")
     for label in CLASSES:
-        errors = report.surest_errors(answers, label)
+        errors = report.most_confident_errors(answers, label)
         assert [sure for _, sure in errors] == sorted((sure for _, sure in errors), reverse=True)
         wrong = {i for i, row in enumerate(written) if row[label] != row[f"{label}_predicted"]}
         assert wrong and {i for i, _ in errors} == wrong
         for i, sure in errors:
             assert sure == pytest.approx(max(float(written[i][f"{label}_p{c}"]) for c in CLASSES[label]))
-    unknown = report.surest_errors(answers, "Daily")[0][0]
+    unknown = report.most_confident_errors(answers, "Daily")[0][0]
     answers.truth["Daily"][unknown] = -1
-    assert unknown not in dict(report.surest_errors(answers, "Daily"))
+    assert unknown not in dict(report.most_confident_errors(answers, "Daily"))
     counts = [text.get_text() for text in report.confusion(answers, CLASSES).axes[0].texts]
     assert sum(int(text.split("\n")[0]) for text in counts) == len(written) - 1
     answers.learned = [{"learned": (5, 5, 60, 70)}] * len(written)
