@@ -155,7 +155,7 @@ def test_wide_fits_without_a_remover():
     flags = Settings(**parsed(words_of(merge_flags(NAMED["wide"], {}))))
     classes = {"Daily": tuple("012345"), "Gender": tuple("01234"), "Embellishment": tuple("012")}
     model = build_model(flags.model, classes, drop_path=flags.drop_path, box_head=True)
-    assert len(parameter_groups(model, flags.layer_decay)) > 10
+    assert len(parameter_groups(model, flags.lr, flags.layer_decay)) > 10
     best = new_checkpoint(flags, model, Split(Path(), [], classes, (), ""), "learned", None)
     assert 25 - 4.57 < megabytes(best) <= 25  # u2netp has no room beside it
 
