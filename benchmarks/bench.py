@@ -2,12 +2,14 @@
 
 import csv
 import itertools
+import math
 import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -68,7 +70,8 @@ class Training:
 
     def __init__(self, settings: Settings, model: FashionModel, teacher: nn.Module | None = None):
         split = Split(Path(), [], model.classes, (), "")
-        self.settings, self.teacher, self.state = settings, teacher, new_state(settings, model)
+        self.settings = replace(settings, save_every=math.inf)  # there is no folder to save into
+        self.teacher, self.state = teacher, new_state(settings, model)
         self.criterion = MultiHeadLoss(settings, split)
         self.run = Run(Path(), None, model, split, choose_amp(settings.amp, model.mean.device))
 
