@@ -23,7 +23,7 @@ from data import BOX
 
 POSITIONS = 40  # along each side of the image, among which the box head places the sides of the box
 BOX_WIDTH = 64  # channels of the box head
-BOX_HEAD_LR = 2.5e-3  # at least
+BOX_HEAD_LR = 2.5e-3  # the least learning rate of the box head
 FINEST = 16  # positions along a side that the box head's finest feature map should have
 
 
@@ -239,16 +239,16 @@ def parameter_groups(model: FashionModel, lr: float, layer_decay: float = 1.0) -
     Depth is 0 for the heads and for what timm counts as the backbone's last layer (its final norm, where it has one).
     The box head, which no pretrained weights fit, learns at BOX_HEAD_LR where `lr` is lower.
     """
-    new, box_head = [], [] if model.box_head is None else [*model.box_head.parameters()]
-    if box_head:
-        new = [{"params": box_head, "lr_scale": max(1.0, BOX_HEAD_LR / lr)}]
-    if layer_decay == 1:
-        rest = [parameter for name, parameter in model.named_parameters() if not name.startswith("box_head.")]
-        return [{"params": rest, "lr_scale": 1.0}, *new]
-    groups = timm.optim.param_groups_layer_decay(model.backbone, layer_decay=layer_decay)
-    for group in groups:
-        del group["weight_decay"]  # timm's, none for biases and norms: it is another setting
-    return [{"params": [*model.heads.parameters()], "lr_scale": 1.0}, *groups, *new]
+    apart = ("box_head.",) if layer_decay == 1 else ("box_head.", "backbone.")
+    rest = [parameter for name, parameter in model.named_parameters() if not name.startswith(apart)]
+    groups = [{"params": rest, "lr_scale": 1.0}]
+    if layer_decay != 1:
+        groups += timm.optim.param_groups_layer_decay(model.backbone, layer_decay=layer_decay)
+        for group in groups:
+            group.pop("weight_decay", None)  # timm's, none for biases and norms: it is another setting
+    if model.box_head is not None:
+        groups.append({"params": [*model.box_head.parameters()], "lr_scale": max(1.0, BOX_HEAD_LR / lr)})
+    return groups
 
 
 @torch.no_grad()

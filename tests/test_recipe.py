@@ -114,6 +114,13 @@ def test_layers_decay_from_the_heads_down_and_none_is_left_out():
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_a_module_of_ones_own_learns(decay):
+    net = build_model("test_efficientnet", CLASSES, 32, box_head=True)
+    net.neck = torch.nn.Linear(4, 4)
+    assert sum(len(group["params"]) for group in parameter_groups(net, 1e-3, decay)) == len([*net.parameters()])
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize(("lr", "scale"), [(BOX_HEAD_LR / 500, 500), (2 * BOX_HEAD_LR, 1)])
 def test_a_new_box_head_learns_at_its_own_rate(lr, scale, decay):
     net = build_model("test_efficientnet", CLASSES, 32, box_head=True)
