@@ -174,9 +174,9 @@ def run_app(app: typer.Typer) -> None:
 def answer_early(app: typer.Typer) -> None:
     """Answer --help and misuse before torch is imported, which takes seconds. What torch finds as it loads is set."""
     set_up_libraries()
-    command = typer.main.get_command(app)
-    command.invoke = lambda context: context  # the command line is parsed, and not yet run
-    if _run(command) == 0:  # --help was printed
+    parser = typer.main.get_command(app)
+    parser.invoke = lambda context: context  # the command line is parsed, and not yet run
+    if _run(parser) == 0:  # --help was printed
         raise SystemExit(0)
 
 

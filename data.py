@@ -30,7 +30,7 @@ import numpy as np
 import typer
 
 from cli import OFF, Debug, command, examples, note, progress, run_app, say, show_table
-from photos import SUFFIXES, Box, clip_box, load_photo, move_into, open_image, photo_region, upright_size
+from photos import SUFFIXES, Box, box_size, clip_box, load_photo, move_into, open_image, photo_region, upright_size
 
 SPLITS = ("train", "val", "test")
 FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -288,7 +288,7 @@ def check_header(sample: Sample) -> Sample | ValueError:
         return ValueError(str(error) if sample.where == sample.path else f"{sample.where}: {error}")
     region = photo_region(width, height)
     moved = {view: move_into(box, region) for view, box in clipped.items()}
-    size = (region[2] - region[0], region[3] - region[1])
+    size = box_size(region)
     return replace(sample, boxes={view: box for view, box in moved.items() if box}, size=size)
 
 

@@ -137,7 +137,8 @@ def boxes_in_photos(boxes: Tensor, crops: Tensor, dataset: EvalPhotos, part: ran
     sizes = [dataset.samples[i].size for i in part]
     regions = [crop_box(crop, size) for crop, size in zip(crops.tolist(), sizes)]
     boxes = to_photo(boxes, placement([box_size(region) for region in regions], dataset.size, dataset.resize))
-    return to_image(boxes, (torch.tensor([[*r[:2], *box_size(r)] for r in regions]) / torch.tensor(sizes).repeat(1, 2)))
+    place = torch.tensor([[*region[:2], *box_size(region)] for region in regions]) / torch.tensor(sizes).repeat(1, 2)
+    return to_image(boxes, place)
 
 
 def grow_boxes(boxes: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ import photos
 from augment import augmentation
 from cli import STOP_SIGNALS, note, progress, say, user_cache
 from data import BOX, Sample, list_problems
-from photos import Box, box_size, crop_box, move_into, placement, read_photo, to_image, view_pixels
+from photos import Box, box_size, boxes_in_image, crop_box, move_into, read_photo, view_pixels
 from settings import Settings
 
 # What training with a box head sees, so that the head learns from every photo and knows garments at every scale:
@@ -122,9 +122,8 @@ class TrainPhotos(Dataset):
         if box is None:
             return self.augment(self.read(index, "full")), torch.full((4,), math.nan)
         region = loose_crop(box, sample.size) if view == self.view else part_around(box, sample.size)
-        image, size = view_pixels(read_photo(sample), region, self.size, self.resize), box_size(region)
-        relative = torch.tensor([move_into(box, region)]) / torch.tensor(size * 2)
-        target = to_image(relative, placement([size], self.size, self.resize)) * self.size
+        image = view_pixels(read_photo(sample), region, self.size, self.resize)
+        target = boxes_in_image([move_into(box, region)], box_size(region), self.size, self.resize)
         boxes = BoundingBoxes(target, format="XYXY", canvas_size=(self.size, self.size))
         image, (found,) = self.augment(image, boxes)
         return image, torch.where((found[2:] - found[:2]).amin() > 0, found.as_subclass(Tensor) / self.size, math.nan)

@@ -7,7 +7,7 @@ in it: boxes would not follow). The cache notices an edit of this file and decod
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -176,6 +176,14 @@ def placement(sizes: Sequence[tuple[int, int]], size: int, resize: str) -> Tenso
 def to_image(boxes: Tensor, place: Tensor) -> Tensor:
     """Boxes (N, 4) in 0..1 of each photo as boxes in 0..1 of the image that shows it; `place`: see `placement`."""
     return boxes * place[:, 2:].repeat(1, 2) + place[:, :2].repeat(1, 2)
+
+
+def boxes_in_image(boxes: Collection[Box], view: tuple[int, int], size: int, resize: str) -> Tensor:
+    """Boxes in pixels of a view of this width and height, in pixels of its image, float32 (N, 4)."""
+    import torch
+
+    relative = torch.tensor([*boxes]).view(-1, 4) / torch.tensor(view * 2)
+    return to_image(relative, placement([view], size, resize)) * size
 
 
 def to_photo(boxes: Tensor, place: Tensor) -> Tensor:

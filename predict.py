@@ -73,9 +73,8 @@ def predict(
     check_outputs(checkpoint, rows, out, picture)
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     if boxes and view != "learned":
-        raise usage_error(
-            "--boxes", f"the view {view} predicts none; a model of train.py --box-head does (--view learned)"
-        )
+        remedy = "a model of train.py --box-head does (--view learned)"
+        raise usage_error("--boxes", f"the view {view} predicts none; {remedy}")
     prepare = start_preparing(preparation, view, saved)
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]

@@ -62,7 +62,7 @@ from data import BOX, Classes, Split, class_names, find_dataset, read_splits
 from evaluate import Prediction, score
 from loading import EpochSampler, TrainPhotos, derive_seed
 from model import FashionModel
-from photos import Box, crop_box, load_photo, placement, to_image, view_pixels
+from photos import Box, boxes_in_image, crop_box, load_photo, view_pixels
 from settings import Settings, read_settings, restart_epochs
 
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
@@ -407,7 +407,11 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     photos = [load_photo(sample.path) for sample in samples]
     images = torch.stack([view_pixels(photo, None, size, resize) for photo in photos])
     learned = [(answers.learned[i] if answers else {}) for i in chosen]
-    boxes = [boxes_in_image(sample.boxes | box, sample.size, size, resize) for sample, box in zip(samples, learned)]
+    boxes = []
+    for sample, box in zip(samples, learned):
+        known = sample.boxes | box
+        moved = boxes_in_image(known.values(), sample.size, size, resize).round().int()
+        boxes.append(dict(zip(known, map(tuple, moved.tolist()))))
     heats = heat_maps(model, images)
     if inside := heat_inside(heats, [box.get("bbox", box.get("mask")) for box in boxes]):
         heat = f"{inside[0]:.2f} of it, where chance would give {inside[1]:.2f}"
@@ -427,13 +431,6 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
             draw_heats(axes, images, heat_maps(model, images), samples[eighth], [{}] * 8, model.classes)
         draw_legend(figure, dict.fromkeys(kind for kinds in boxes[eighth] for kind in kinds))
     return figure
-
-
-def boxes_in_image(boxes: dict[str, Box], photo: tuple[int, int], size: int, resize: str) -> dict[str, Box]:
-    """Boxes in pixels of a whole photo in pixels of its image."""
-    relative = torch.tensor([*boxes.values()]).view(-1, 4) / torch.tensor(photo * 2)
-    moved = (to_image(relative, placement([photo], size, resize)) * size).round().int()
-    return dict(zip(boxes, map(tuple, moved.tolist())))
 
 
 def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, boxes: list, classes: Classes) -> None:

@@ -1,7 +1,7 @@
 """Training alone on the machine, beside a busy process, and beside a second training: what suits OpenMP's threads then.
 
-    python benchmarks/neighbours.py                          # all of it: an hour on two cores
-    python benchmarks/neighbours.py --network small --steps 3 --rounds 1     # to try it: 4 minutes
+    python benchmarks/neighbours.py                                        # long
+    python benchmarks/neighbours.py --network small --steps 3 --rounds 1     # to try it
 
 A waiting thread of OpenMP spins; where another program has its core, the thread that it waits for does not get on. Each
 rate is of a process of its own that trains as train.py does, from photos in a warm cache; the second training is one

@@ -1,6 +1,6 @@
 """The size of best.pt in each precision beside the 25 MB of an entry, and with --time what an image takes on this CPU.
 
-    python benchmarks/sizes.py --time                             # 10 minutes on 2 cores; without --time one
+    python benchmarks/sizes.py --time
     python benchmarks/sizes.py test_resnet tiny_vit_5m_224        # other backbones of timm
 
 The weights are random: neither bytes nor times depend on them. Every model has a box head, and sees images of the size

@@ -11,6 +11,7 @@ from PIL import Image
 from test_train_predict import rows
 
 import loading
+from benchmarks.gap import iou_with
 from checkpoint import load_model, read
 from data import BOX, read_split
 from evaluate import BOX_MARGIN, FIRST_LOOK_WEIGHT, grow_boxes, join_looks, predict_split, score, score_boxes
@@ -318,6 +319,13 @@ def test_the_predicted_boxes_are_written_when_asked(run, drawn):
     assert boxes[0] == boxes[1]
     refused = run("predict", "runs/a/best.pt", "--split", "val", "--boxes", "--view", "full")
     assert refused.code == 2 and "--boxes" in refused.err and "--box-head" in refused.err
+
+
+def test_the_benchmark_scores_written_boxes_by_photo(tmp_path):
+    (tmp_path / "given.csv").write_text("image_name,xmin,ymin,xmax,ymax\na.jpg,0,0,10,10\nb.jpg,0,0,10,20\n")
+    columns = ",".join(f"Learned_{side}" for side in SIDES)
+    (tmp_path / "found.csv").write_text(f"image_name,daily,{columns}\nb.jpg,1,0,0,10,10\na.jpg,1,0,0,10,10\n")
+    assert iou_with(tmp_path / "given.csv", tmp_path / "found.csv").tolist() == [1, 0.5]
 
 
 def test_a_first_look_alone_is_the_view_full(run, drawn):
