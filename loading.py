@@ -73,8 +73,8 @@ class TrainPhotos(Dataset):
         boxed = any(settings.train_view in sample.boxes for sample in samples)
         self.view = settings.train_view if boxed else "full"
         self.box_head = settings.box_head
-        shares = {self.view: self.crop_prob, "full": 1 - self.crop_prob}
-        self.views = () if self.box_head else {view for view, share in shares.items() if share}  # to decode once
+        shares = ((self.view, self.crop_prob), ("full", 1 - self.crop_prob))
+        self.views = () if self.box_head else {view for view, share in shares if share}  # to decode once
         self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
