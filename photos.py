@@ -30,9 +30,6 @@ TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(T
 Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels of the upright photo; the ends are exclusive
 
 
-# ---------------------------------------------------------------- reading
-
-
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image without decoding it. Raises ValueError where it is no image, or larger than MAX_PIXELS."""
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
@@ -110,9 +107,6 @@ def _grey16_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Imag
     return rgb
 
 
-# ---------------------------------------------------------------- pixels
-
-
 def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "squash") -> Tensor:
     """A view of a photo, `box` or all of it (None), as uint8 (3, size, size).
 
@@ -132,9 +126,6 @@ def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     scale = size / max(width, height)
     inner = [max(1, round(scale * side)) for side in (width, height)]
     return (size - inner[0]) // 2, (size - inner[1]) // 2, *inner
-
-
-# ---------------------------------------------------------------- boxes
 
 
 def box_size(box: Box) -> tuple[int, int]:
@@ -168,9 +159,8 @@ def placement(sizes: Sequence[tuple[int, int]], size: int, resize: str) -> Tenso
     """Where photos of these sizes (width, height) lie in their images: left, top, width, height in 0..1, (N, 4)."""
     import torch
 
-    if resize != "letterbox":
-        return torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(sizes), 1)
-    return torch.tensor([letterbox(*photo, size) for photo in sizes]).view(-1, 4) / size
+    places = [letterbox(*photo, size) if resize == "letterbox" else (0, 0, size, size) for photo in sizes]
+    return torch.tensor(places).view(-1, 4) / size
 
 
 def to_image(boxes: Tensor, place: Tensor) -> Tensor:
