@@ -18,9 +18,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.pool import Pool, ThreadPool
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -31,11 +31,11 @@ import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from cli import OFF, Debug, examples, progress as progress_bar, run_app, say, usage_error, user_cache, write_csv
+from data import BOX_COLUMNS, SPLITS, csv_name
+from photos import Box
 
 DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400
-SPLITS = ("train", "val", "test")
-BOX_COLUMNS = ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax")
 LABEL_FREQUENCIES = {  # of each class, in the order of data.py's CLASS_NAMES
     "Daily": (0.14, 0.28, 0.20, 0.10, 0.12, 0.16),
     "Gender": (0.18, 0.30, 0.26, 0.15, 0.11),
@@ -63,8 +63,6 @@ SILHOUETTES = (
 Point = tuple[float, float]
 Place = Callable[[Point], Point]  # to the place of a garment's point, from the upper left corner of its bounds
 Colour = tuple[int, int, int]
-Box = tuple[int, int, int, int]
-Progress = Callable[[int], object]
 
 
 class Kind(NamedTuple):
@@ -101,7 +99,7 @@ def draw(
     test: int = TEST,
     seed: int = 0,
     processes: int | None = None,
-    progress: Progress = lambda photos: None,
+    progress: Callable[[int], object] = lambda photos: None,
     kind: Kind = PLAIN_SET,
 ) -> None:
     """Draw `train`, `val` and `test` photos into the folder `out`: all or, after an error, nothing.
@@ -113,16 +111,28 @@ def draw(
         raise FileExistsError(f"{out} exists and is not an empty folder")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary, make_pool(processes) as pool:
         unfinished = Path(temporary, "demo")
         for split, photos in zip(SPLITS, (train, val, test)):
             for name in FOLDERS:
                 (unfinished / split / name).parent.mkdir(parents=True)
-            columns = ["image_name", *(BOX_COLUMNS if split != "test" else ()), *LABEL_FREQUENCIES]
             draw_one = partial(draw_photo, unfinished / split, seed, split, kind)
-            rows = draw_all(draw_one, photos, processes, progress)
-            write_csv(unfinished / f"Fashion-How24_sub1_{split}.csv", columns, rows)
+            rows = []
+            for row in pool.imap(draw_one, range(photos), chunksize=16):
+                rows.append(row)
+                progress(1)
+            columns = ["image_name", *(BOX_COLUMNS["bbox"] if split != "test" else ()), *LABEL_FREQUENCIES]
+            write_csv(unfinished / csv_name(split), columns, rows)
         os.rename(unfinished, out)
+
+
+def make_pool(processes: int | None) -> Pool:
+    """A pool of processes, or one thread where one is enough."""
+    if processes == 1:
+        return ThreadPool(1)
+    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    return context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def cached() -> Path:
@@ -134,26 +144,8 @@ def cached() -> Path:
                 draw(out, progress=bar.advance)
         except OSError as error:
             if not out.exists():  # unless another process has finished it meanwhile
-                remedy = "XDG_CACHE_HOME=DIR names another place"
-                raise OSError(f"the demo set cannot be drawn ({error}); {remedy}") from None
+                raise OSError(f"the demo set cannot be drawn ({error}); XDG_CACHE_HOME=DIR names a place") from None
     return out
-
-
-def draw_all(draw_one: Callable[[int], list], photos: int, processes: int | None, progress: Progress) -> Iterator[list]:
-    """Yield `draw_one(i)`, a row of the CSV, for each photo in order."""
-    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    workers = nullcontext()
-    if processes != 1:
-        workers = context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with workers as pool:
-        rows = pool.imap(draw_one, range(photos), chunksize=16) if pool else map(draw_one, range(photos))
-        for row in rows:
-            progress(1)
-            yield row
-
-
-# Garments
 
 
 def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> list:
@@ -243,9 +235,6 @@ def inside(point: Point, outline: list[Point]) -> bool:
         if (ay > y) != (by > y) and x < ax + (y - ay) / (by - ay) * (bx - ax):
             result = not result
     return result
-
-
-# Photos
 
 
 def paint_photo(rng: Random, garment: Garment, kind: Kind) -> tuple[Image.Image, Box, Image.Image]:
@@ -414,8 +403,6 @@ def paint_object(rng: Random, scene: Image.Image, tint: Callable[[float], Colour
             else:
                 pen.ellipse((x + k * step - 2, y + k * step - 2, x + k * step + 1, y + k * step + 1), colour)
 
-
-# Command line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -35,7 +35,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def box_of(row: dict[str, str]) -> tuple[int, ...]:
-    return tuple(int(row[column]) for column in demo.BOX_COLUMNS)
+    return tuple(int(row[column]) for column in demo.BOX_COLUMNS["bbox"])
 
 
 def pictures(folder: Path, split: str, boxed: bool) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_layout_kinds_and_boxes(which, n, request, tmp_path):
     some = request.getfixturevalue(which)
     demo.draw(tmp_path / "demo", 3, 3, 60, processes=1)
     assert list(rows(tmp_path / "demo", "test")[0]) == ["image_name", *demo.LABEL_FREQUENCIES]
-    assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS, *demo.LABEL_FREQUENCIES]
+    assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS["bbox"], *demo.LABEL_FREQUENCIES]
     kinds, garments = set(), {}
     for split in ("train", "val"):
         for row in rows(some, split):
