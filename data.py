@@ -81,13 +81,7 @@ class Split:
         return view == "full" or any(view in sample.boxes for sample in self.samples)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A split's rows as they are written: cells, and the sample or what is wrong with it. No photo is opened."""
-
-    csv: Path
-    header: list[str]
-    rows: list[tuple[list[str], Sample | ValueError]]
+Rows = list[tuple[list[str], Sample | ValueError]]  # the cells of each row, and its sample or what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -153,22 +147,25 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN))
 
 
-def read_preparation(root: Path) -> dict | None:
-    """What preprocess.py did to this dataset's photos, or None. Raises ValueError where it is damaged or unfinished."""
+def record_of(root: Path) -> dict | None:
+    """The content of preprocess.json; None where there is none. Raises ValueError where it is damaged."""
     path = root / PREPARED
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         check_preparation(record["preparation"])
-        unfinished = record["unfinished"]
+        return record | {"unfinished": list(record["unfinished"])}
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise ValueError(
-            f"{path} is damaged or of another version; make the dataset again with preprocess.py"
-        ) from None
-    if unfinished:
+        raise ValueError(f"{path} is damaged or of another version; delete {root} and make it again") from None
+
+
+def read_preparation(root: Path) -> dict | None:
+    """What preprocess.py did to this dataset's photos, or None. Raises ValueError where it is damaged or unfinished."""
+    record = record_of(root)
+    if record and record["unfinished"]:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
-    return record["preparation"]
+    return record and record["preparation"]
 
 
 def check_preparation(preparation: dict) -> None:
@@ -244,10 +241,13 @@ def join_splits(splits: Sequence[Split]) -> Split:
     return Split(last.csv, samples, last.classes, last.labelled, fingerprint, sum(split.clipped for split in splits))
 
 
-def read_table(root: Path, split: str, classes: Classes, subtask: int = 1) -> Table:
-    """A split's rows, each by itself; {} as `classes` reads no labels. Raises FileNotFoundError, ValueError."""
+def read_table(root: Path, split: str, classes: Classes, subtask: int = 1) -> tuple[list[str], Rows]:
+    """A split's columns and rows. No photo is opened; {} as `classes` reads no labels.
+
+    Raises FileNotFoundError without the split, ValueError where it is no table.
+    """
     source = _read_source(root, split, subtask)
-    return Table(root / csv_name(split, subtask), source.header, _read_rows(source, classes))
+    return source.header, _read_rows(source, classes)
 
 
 def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
@@ -282,14 +282,12 @@ def check_header(sample: Sample) -> Sample | ValueError:
     """The sample with its size and its boxes clipped to the photo, or what is wrong with it. Decodes nothing."""
     try:
         with open_image(sample.path) as image:
-            width, height = upright_size(image)
-        clipped = {view: clip_box(box, width, height) for view, box in sample.boxes.items()}
+            size = upright_size(image)
+        region = photo_region(*size)
+        boxes = {view: move_into(clip_box(box, *size), region) for view, box in sample.boxes.items()}
     except ValueError as error:
         return ValueError(str(error) if sample.where == sample.path else f"{sample.where}: {error}")
-    region = photo_region(width, height)
-    moved = {view: move_into(box, region) for view, box in clipped.items()}
-    size = box_size(region)
-    return replace(sample, boxes={view: box for view, box in moved.items() if box}, size=size)
+    return replace(sample, boxes={view: box for view, box in boxes.items() if box}, size=box_size(region))
 
 
 def _to_split(source: _Source, classes: Classes, problems: list[str] | None = None) -> Split:
@@ -383,10 +381,8 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
     sep_line = re.match(r'"?sep=(.)', text, re.IGNORECASE)  # written for Excel
     delimiter = sep_line[1] if sep_line else max(",;\t", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-    rows = []
     try:
-        for cells in reader:
-            rows.append((reader.line_num, [cell.strip() for cell in cells]))
+        rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
     rows = [(line, cells) for line, cells in rows[1 if sep_line else 0 :] if any(cells)]
@@ -533,14 +529,14 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
     return indices
 
 
-def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sample | ValueError]]:
+def _read_rows(source: _Source, classes: Classes) -> Rows:
     """The rows of a split with their samples; of held-out validation, the part that is this split's."""
     for label in classes:
         if label not in source.labels and source.split != "test":
             raise ValueError(f"{source.csv}: no column {label}, a label of training; are both spelt alike?")
     indices = {label: _class_indices(source, label, classes[label]) for label in classes if label in source.labels}
     spellings: dict[str, list[str]] = {}
-    rows: list[tuple[list[str], Sample | ValueError]] = []
+    rows: Rows = []
     for where, cells in source.lines:
         try:
             rows.append((cells, _parse_row(source, where, cells, indices, spellings)))
@@ -667,7 +663,7 @@ def note_doubts(train: Split, val: Split) -> None:
         note(f"{doubt.splitlines()[0]} (python data.py names them)")
 
 
-def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | ValueError]]) -> set[int]:
+def _choose_validation(source: _Source, rows: Rows) -> set[int]:
     """The indices of the rows to hold out: a tenth of each class, by a hash of the path below the dataset.
 
     Photos of the same bytes and of one garment stay together, and half of each class or more stays in training.

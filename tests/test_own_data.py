@@ -72,7 +72,7 @@ def test_csvs_of_spreadsheets(dataset, kind, capfd):
     split = read_split(dataset, "train")
     assert [sample.name for sample in split.samples] == list(NAMES) and labels_of(split) == [1, 1, 2, 0]
     assert split.samples[2].boxes["bbox"] == (10, 12, 200, 240) and list(split.classes) == HEADER.split(",")[5:]
-    assert read_table(dataset, "train", {}).header == HEADER.split(",")
+    assert read_table(dataset, "train", {})[0] == HEADER.split(",")
     assert "note" not in capfd.readouterr().out
 
 
@@ -265,9 +265,9 @@ def test_class_folders(tmp_path, val):
     assert labels_of(val_split, "class") == [0, 0, 1, 1, 1]
     test = read_split(tmp_path, "test", train.classes)
     assert test.labelled == ("class",) and len(test.samples) == 5
-    table = read_table(tmp_path, "train", {})
-    assert table.csv == tmp_path / "Fashion-How24_sub1_train.csv" and table.header == ["image_name", "class"]
-    assert table.rows[0][0] == ["dress/0.png", "dress"] and table.rows[0][1].name == "dress/0.png"
+    header, rows = read_table(tmp_path, "train", {})
+    assert header == ["image_name", "class"]
+    assert rows[0][0] == ["dress/0.png", "dress"] and rows[0][1].name == "dress/0.png"
 
 
 def test_a_flat_test_folder_has_no_labels(tmp_path):
@@ -275,7 +275,7 @@ def test_a_flat_test_folder_has_no_labels(tmp_path):
     photo(tmp_path / "test" / "a.png")
     test = read_split(tmp_path, "test", {"class": ("dress", "top")})
     assert test.labelled == () and [sample.name for sample in test.samples] == ["a.png"]
-    assert read_table(tmp_path, "test", {}).rows[0][0] == ["a.png", ""]
+    assert read_table(tmp_path, "test", {})[1][0][0] == ["a.png", ""]
 
 
 def test_numbers_as_class_folders(tmp_path):
@@ -350,7 +350,7 @@ def test_a_tenth_of_each_class_is_held_out(tmp_path, capfd):
     assert "7 of 63 training photos are held out" in out and "one photo, which stays in training: class hat" in out
     split = read_split(root, "val", read_split(root, "train").classes)
     assert {sample.name for sample in split.samples} == val  # read alone
-    assert {cells[0] for cells, _ in read_table(root, "val", {}).rows} == val  # for preprocess.py
+    assert {cells[0] for cells, _ in read_table(root, "val", {})[1]} == val  # for preprocess.py
     moved = tmp_path / "moved"
     root.rename(moved)
     assert held_out(moved) == (train, val)
