@@ -669,8 +669,8 @@ def _choose_validation(source: _Source, rows: Rows) -> set[int]:
     Photos of the same bytes and of one garment stay together, and half of each class or more stays in training.
     """
     samples = {i: sample for i, (_, sample) in enumerate(rows) if isinstance(sample, Sample)}
-    columns = [(label, source.header.index(label)) for label in source.labels]
-    classes = {i: [(label, rows[i][0][at]) for label, at in columns if rows[i][0][at]] for i in samples}
+    columns = {label: source.column(label) for label in source.labels}
+    classes = {i: [(label, column[i]) for label, column in columns.items() if column[i]] for i in samples}
     total, chosen = Counter(chain(*classes.values())), Counter()
     held_out: set[int] = set()
     for group in _groups(source.root, samples):
