@@ -635,23 +635,17 @@ def shared_photos(train: Split, val: Split) -> list[tuple[Sample, Sample]]:
     return [(first[contents[s.path]], s) for s in val.samples if contents[s.path] in first]
 
 
-def conflicting_labels(split: Split) -> list[tuple[Sample, Sample]]:
-    """Pairs of samples of one photo (of the same bytes) that give it two classes of a label."""
-    conflicts = []
-    for first, sample in shared_photos(split, split):
-        classes = [{first.labels[label], sample.labels[label]} - {-1} for label in split.labelled]
-        if any(len(two) == 2 for two in classes):
-            conflicts.append((first, sample))
-    return conflicts
-
-
 def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str]:
     """What spoils a result, with the rows: photos of one split that `train` has too, photos with two labels."""
+
+    def disagree(a: Sample, b: Sample) -> bool:
+        return any(len({a.labels[label], b.labels[label]} - {-1}) == 2 for label in split.labelled)
+
     doubts = []
     if train and (shared := shared_photos(train, split)):
         title = f"{len(shared):,} of {len(split.samples):,} {name} photos are training photos too; take them out of one"
         doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in shared]))
-    if conflicts := conflicting_labels(split):
+    if conflicts := [pair for pair in shared_photos(split, split) if disagree(*pair)]:
         title = f"two labels for one photo, {len(conflicts):,} times in {name}"
         doubts.append(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
     return doubts

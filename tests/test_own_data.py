@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import conflicting_labels, find_dataset, image_samples, read_split, read_splits, read_table, shared_photos
+from data import find_dataset, find_doubts, image_samples, read_split, read_splits, read_table, shared_photos
 
 HEADER = "image_name,BBox_xmin,BBox_ymin,BBox_xmax,BBox_ymax,Daily,Gender,Embellishment"
 NAMES = ("1209/BO00001-1.jpg", "1209/BO00001-2.jpg", "2COAT 2019/co0001-1.jpg", "KNIT 2020/kn00004-1.png")
@@ -398,8 +398,8 @@ def test_photos_in_training_and_validation(dataset, run):
 
 def test_two_labels_for_one_photo(dataset, run):
     write(dataset, [HEADER, *ROWS, ROWS[0].replace(",1,2,0", ",3,2,0"), ROWS[1].replace(",1,2,0", ",,2,0")])
-    ((a, b),) = conflicting_labels(read_split(dataset, "train"))
-    assert "line 2" in a.where and "line 6" in b.where
+    (doubt,) = find_doubts("train", read_split(dataset, "train"))
+    assert doubt.startswith("two labels for one photo, 1 times in train") and len(doubt.splitlines()) == 2
     done = run("data", dataset)
     assert done.code == 0 and "line 2 (1209/BO00001-1.jpg) and Fashion-How24_sub1_train.csv, line 6" in done.out
     assert "nothing wrong" not in done.out
