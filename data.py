@@ -204,8 +204,7 @@ def list_problems(title: str, problems: Sequence[str]) -> str:
     return "\n  ".join([title, *problems[:20], *more])
 
 
-def _some(names: Iterable[str], n: int = 5) -> str:
-    names = list(names)
+def _some(names: Sequence[str], n: int = 5) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
@@ -330,7 +329,7 @@ def find_photos(folder: Path) -> list[Path]:
 
 def _name_unreadable(paths: Sequence[Path]) -> str:
     files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
-    return f"{files} of a kind that cannot be read: {_some(path.name for path in paths)}"
+    return f"{files} of a kind that cannot be read: {_some([path.name for path in paths])}"
 
 
 def _read_source(root: Path, split: str, subtask: int) -> _Source:
@@ -364,8 +363,7 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
         lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
     if unreadable:
         note(f"{folder}: {_name_unreadable(unreadable)}; left out")
-    labels = ["class"] if class_folders else []
-    return _Source(root, folder, ["image_name", "class"], lines, {}, labels, b"")
+    return _Source(root, folder, ["image_name", "class"], lines, {}, ["class"] if class_folders else [], b"")
 
 
 def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
@@ -558,10 +556,8 @@ def _read_rows(source: _Source, classes: Classes) -> Rows:
 
 def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, spellings: dict) -> Sample:
     row = dict(zip(source.header, cells))
-    boxes = {}
-    for view, columns in source.boxes.items():
-        if any(row[column] for column in columns):
-            boxes[view] = _parse_box([row[column] for column in columns])
+    box_cells = {view: [row[column] for column in columns] for view, columns in source.boxes.items()}
+    boxes = {view: _parse_box(cells) for view, cells in box_cells.items() if any(cells)}
     labels = {label: by_cell[row[label]] for label, by_cell in indices.items()}
     for error in labels.values():
         if isinstance(error, ValueError):
