@@ -65,19 +65,6 @@ Place = Callable[[Point], Point]  # to the place of a garment's point, from the 
 Colour = tuple[int, int, int]
 
 
-class Kind(NamedTuple):
-    """What makes a set plain or hard."""
-
-    seed_prefix: str
-    height: tuple[float, float]  # of the garment, as a fraction of the photo's
-    objects: tuple[int, int]  # how much furniture and the like is in a scene
-    others: tuple[int, int] | None  # how many garments there are beside the labelled one
-
-
-PLAIN_SET = Kind("", (0.48, 0.75), (5, 9), None)
-HARD_SET = Kind("hard ", (0.15, 0.60), (10, 18), (2, 4))
-
-
 class Garment(NamedTuple):
     """What two photos of a garment have in common. The origin of coordinates is its middle; its height is 2."""
 
@@ -100,7 +87,7 @@ def draw(
     seed: int = 0,
     processes: int | None = None,
     progress: Callable[[int], object] = lambda photos: None,
-    kind: Kind = PLAIN_SET,
+    hard: bool = False,
 ) -> None:
     """Draw `train`, `val` and `test` photos into the folder `out`: all or, after an error, nothing.
 
@@ -116,7 +103,7 @@ def draw(
         for split, photos in zip(SPLITS, (train, val, test)):
             for name in FOLDERS:
                 (unfinished / split / name).parent.mkdir(parents=True)
-            draw_one = partial(draw_photo, unfinished / split, seed, split, kind)
+            draw_one = partial(draw_photo, unfinished / split, seed, split, hard)
             rows = []
             for row in pool.imap(draw_one, range(photos), chunksize=16):
                 rows.append(row)
@@ -148,15 +135,16 @@ def cached() -> Path:
     return out
 
 
-def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> list:
+def draw_photo(folder: Path, seed: int, split: str, hard: bool, index: int) -> list:
     """Draw and save one photo, and return its row of the CSV. The box's xmax and ymax are exclusive."""
     group, place = divmod(index, 3)  # of three photos the first two show one garment
     number = 2 * group + place // 2
-    rng = Random(f"{kind.seed_prefix}garment {seed} {split} {number}")
+    prefix = "hard " if hard else ""
+    rng = Random(f"{prefix}garment {seed} {split} {number}")
     garment = make_garment(rng, number=len(SPLITS) * number + SPLITS.index(split) + 1)
-    rng = Random(f"{kind.seed_prefix}photo {seed} {split} {index}")
+    rng = Random(f"{prefix}photo {seed} {split} {index}")
     file_kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
-    photo, box, cutout = paint_photo(rng, garment, kind)
+    photo, box, cutout = paint_photo(rng, garment, hard)
     if "grey" in file_kind:
         photo = photo.convert("L")
     if "rgba" in file_kind:
@@ -237,18 +225,19 @@ def inside(point: Point, outline: list[Point]) -> bool:
     return result
 
 
-def paint_photo(rng: Random, garment: Garment, kind: Kind) -> tuple[Image.Image, Box, Image.Image]:
+def paint_photo(rng: Random, garment: Garment, hard: bool) -> tuple[Image.Image, Box, Image.Image]:
     """Return the photo, the garment's box in it, and the alpha channel (L) that a transparent photo gets."""
     size = [rng.randint(270, 320), rng.randint(360, 430)]
     if rng.random() < 0.3:  # landscape
         size.reverse()
     width, height = size
     place, garment_width, garment_height = make_pose(rng, garment)
-    scale = min(rng.uniform(*kind.height) * height / garment_height, 0.8 * width / garment_width)
+    part = rng.uniform(0.15, 0.60) if hard else rng.uniform(0.48, 0.75)  # of the photo's height
+    scale = min(part * height / garment_height, 0.8 * width / garment_width)
     left = rng.randint(MARGIN, width - MARGIN - math.ceil(scale * garment_width))
     top = rng.randint(MARGIN, height - MARGIN - math.ceil(scale * garment_height))
     shadow = [(left + x * scale, top + y * scale) for x, y in map(place, garment.outline)]
-    photo = paint_scene(rng, size, garment.dark, shadow, kind)
+    photo = paint_scene(rng, size, garment.dark, shadow, hard)
 
     cloth, shape, outline = paint_garment(rng, garment, place, scale, left, top)
     mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
@@ -338,7 +327,7 @@ def star(points: int, dent: float) -> list[Point]:
 ORNAMENTS = (star(8, 0.93), star(5, 0.5), star(6, 0.6), star(4, 0.75))
 
 
-def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Point], kind: Kind) -> Image.Image:
+def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Point], hard: bool) -> Image.Image:
     """Paint a room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow."""
     width, height = small = (size[0] // SCENE_SHRINK, size[1] // SCENE_SHRINK)
     luma = rng.uniform(150, 215) if dark_cloth else rng.uniform(40, 105)
@@ -351,8 +340,8 @@ def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Poi
     floor = rng.uniform(0.55, 0.9) * height
     ground = [(0, floor), (width, floor + rng.uniform(-8, 8)), (width, height), (0, height)]
     ImageDraw.Draw(scene).polygon(ground, tint(30))
-    objects = rng.randint(*kind.objects)
-    others = rng.sample(range(objects), rng.randint(*kind.others)) if kind.others else ()
+    objects = rng.randint(10, 18) if hard else rng.randint(5, 9)
+    others = rng.sample(range(objects), rng.randint(2, 4)) if hard else ()
     for i in range(objects):
         if i in others:
             paint_other(rng, scene, tint(20))
@@ -420,7 +409,7 @@ def main(
     """Draw a demo set in the organisers' layout."""
     try:
         with progress_bar(train + val + test, "drawing", "photos") as bar:
-            draw(out, train, val, test, seed, progress=bar.advance, kind=HARD_SET if hard else PLAIN_SET)
+            draw(out, train, val, test, seed, progress=bar.advance, hard=hard)
     except FileExistsError as error:
         raise usage_error("OUT", error) from None
     say(f"{train + val + test:,} photos in {out}")
