@@ -68,27 +68,31 @@ def photo_region(width: int, height: int) -> Box:
 
 def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
     """The region of a photo, upright, RGB of 8 bits; transparency goes onto `background`. Raises ValueError."""
-    photo = _decode(path, background)
-    region = photo_region(*photo.size)
-    return photo if region == (0, 0, *photo.size) else photo.crop(region)
-
-
-def _decode(path: str | os.PathLike, background: tuple[int, int, int]) -> Image.Image:
     with open_image(path) as image:
         try:
             image.load()
             if _orientation(image) in TURNS:
                 image = image.transpose(TURNS[_orientation(image)])
-            if image.mode == "F":
-                raise ValueError("floating-point pixels of unknown range; save it with 8 bits a channel")
-            if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
-                return _grey16_to_rgb(image, background)
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+            photo = _to_rgb(image, background)
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
+    region = photo_region(*photo.size)
+    return photo if region == (0, 0, *photo.size) else photo.crop(region)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels of unknown range; save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
+        pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:  # one grey that is transparent
+            rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
+        return rgb
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
 
 
 def read_photo(sample: Sample) -> Image.Image:
@@ -97,14 +101,6 @@ def read_photo(sample: Sample) -> Image.Image:
         return load_photo(sample.path)
     except ValueError as error:
         raise ValueError(f"{sample.where}: {error}") from None
-
-
-def _grey16_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-    rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info:  # one grey that is transparent
-        rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
-    return rgb
 
 
 def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "squash") -> Tensor:
