@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.pool import Pool, ThreadPool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -98,7 +98,10 @@ def draw(
         raise FileExistsError(f"{out} exists and is not an empty folder")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary, make_pool(processes) as pool:
+    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ThreadPool(1) if processes == 1 else context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary, pool:
         unfinished = Path(temporary, "demo")
         for split, photos in zip(SPLITS, (train, val, test)):
             for name in FOLDERS:
@@ -111,15 +114,6 @@ def draw(
             columns = ["image_name", *(BOX_COLUMNS["bbox"] if split != "test" else ()), *LABEL_FREQUENCIES]
             write_csv(unfinished / csv_name(split), columns, rows)
         os.rename(unfinished, out)
-
-
-def make_pool(processes: int | None) -> Pool:
-    """A pool of processes, or one thread where one is enough."""
-    if processes == 1:
-        return ThreadPool(1)
-    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    return context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def cached() -> Path:
