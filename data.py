@@ -499,9 +499,8 @@ def _fold(text: str) -> str:
 def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dict[str, int | ValueError]:
     """The class index of each text in a label's column, or what is wrong with it; -1 where it is not known."""
     column, are_numbers = source.column(label), classes == NUMBERS[: len(classes)]
-    indices: dict[str, int | ValueError] = {"": -1}
-    for texts in (CLASS_NAMES.get(label, ()), classes):
-        indices.update((text, c) for c, text in enumerate(texts))
+    texts = (CLASS_NAMES.get(label, ()), classes)
+    indices: dict[str, int | ValueError] = {"": -1} | {text: c for names in texts for c, text in enumerate(names)}
     for cell in set(column).difference(indices):  # 1.0 is 1, Office is office
         number = _number(cell)
         text = str(int(number)) if number.is_integer() else cell.lower()
@@ -777,8 +776,7 @@ def _describe_photos(name: str, samples: list[Sample], step: int) -> list[str]:
     say(f"images: {decoded}; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")
     sizes = {"image": [sample.size for sample in samples]}
     for view in BOX_COLUMNS:
-        boxes = [sample.boxes[view] for sample in samples if view in sample.boxes]
-        sizes[view] = [(xmax - xmin, ymax - ymin) for xmin, ymin, xmax, ymax in boxes]
+        sizes[view] = [box_size(sample.boxes[view]) for sample in samples if view in sample.boxes]
     quantiles = {view: np.quantile(pairs, (0, 0.5, 1), axis=0) for view, pairs in sizes.items() if pairs}
     rows = [[view, *(f"{w:.0f} x {h:.0f}" for w, h in table)] for view, table in quantiles.items()]
     show_table("width x height in pixels", ["of", "smallest", "median", "largest"], rows)
