@@ -5,6 +5,7 @@ A transform takes a uint8 image (3, H, W) and draws from torch's generator. One 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -44,14 +45,13 @@ def augmentation(kind: str) -> Callable:
     )
 
 
-class KeepBoxes(torch.nn.Module):
+@dataclass
+class KeepBoxes:
     """Apply a transform to the image alone: for transforms that move no pixels."""
 
-    def __init__(self, transform: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.transform = transform
+    transform: Callable[[Tensor], Tensor]
 
-    def forward(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
+    def __call__(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
         image = self.transform(image)
         return image if boxes is None else (image, boxes)
 
@@ -280,7 +280,7 @@ def shift_scale_rotate(x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 
     return x * cos + (y * (sin * aspect) + dx), x * (-sin / aspect) + (y * cos + dy)
 
 
-class Warp(torch.nn.Module):
+class Warp:
     """Apply groups of distortions in one resampling: several cost as much as one. The border is reflected.
 
     A group is (probability, distortions): with this probability, one of them is applied; it maps the grid of the result
@@ -288,10 +288,9 @@ class Warp(torch.nn.Module):
     """
 
     def __init__(self, *groups: tuple[float, list[Callable]]):
-        super().__init__()
         self.groups = groups
 
-    def forward(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
+    def __call__(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
         chosen = []
         for probability, distortions in self.groups:
             if uniform(0, 1) < probability:

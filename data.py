@@ -81,13 +81,7 @@ class Split:
         return view == "full" or any(view in sample.boxes for sample in self.samples)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A split's rows as they are written: cells, and the sample or what is wrong with it. No photo is opened."""
-
-    csv: Path
-    header: list[str]
-    rows: list[tuple[list[str], Sample | ValueError]]
+Rows = list[tuple[list[str], Sample | ValueError]]  # the cells of each row, and its sample or what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -153,22 +147,25 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN))
 
 
-def read_preparation(root: Path) -> dict | None:
-    """What preprocess.py did to this dataset's photos, or None. Raises ValueError where it is damaged or unfinished."""
+def record_of(root: Path) -> dict | None:
+    """The content of preprocess.json; None where there is none. Raises ValueError where it is damaged."""
     path = root / PREPARED
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         check_preparation(record["preparation"])
-        unfinished = record["unfinished"]
+        return record | {"unfinished": list(record["unfinished"])}
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise ValueError(
-            f"{path} is damaged or of another version; make the dataset again with preprocess.py"
-        ) from None
-    if unfinished:
+        raise ValueError(f"{path} is damaged or of another version; delete {root} and make it again") from None
+
+
+def read_preparation(root: Path) -> dict | None:
+    """What preprocess.py did to this dataset's photos, or None. Raises ValueError where it is damaged or unfinished."""
+    record = record_of(root)
+    if record and record["unfinished"]:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
-    return record["preparation"]
+    return record and record["preparation"]
 
 
 def check_preparation(preparation: dict) -> None:
@@ -207,8 +204,7 @@ def list_problems(title: str, problems: Sequence[str]) -> str:
     return "\n  ".join([title, *problems[:20], *more])
 
 
-def _some(names: Iterable[str], n: int = 5) -> str:
-    names = list(names)
+def _some(names: Sequence[str], n: int = 5) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
@@ -244,10 +240,13 @@ def join_splits(splits: Sequence[Split]) -> Split:
     return Split(last.csv, samples, last.classes, last.labelled, fingerprint, sum(split.clipped for split in splits))
 
 
-def read_table(root: Path, split: str, classes: Classes, subtask: int = 1) -> Table:
-    """A split's rows, each by itself; {} as `classes` reads no labels. Raises FileNotFoundError, ValueError."""
+def read_table(root: Path, split: str, classes: Classes, subtask: int = 1) -> tuple[list[str], Rows]:
+    """A split's columns and rows. No photo is opened; {} as `classes` reads no labels.
+
+    Raises FileNotFoundError without the split, ValueError where it is no table.
+    """
     source = _read_source(root, split, subtask)
-    return Table(root / csv_name(split, subtask), source.header, _read_rows(source, classes))
+    return source.header, _read_rows(source, classes)
 
 
 def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
@@ -282,14 +281,12 @@ def check_header(sample: Sample) -> Sample | ValueError:
     """The sample with its size and its boxes clipped to the photo, or what is wrong with it. Decodes nothing."""
     try:
         with open_image(sample.path) as image:
-            width, height = upright_size(image)
-        clipped = {view: clip_box(box, width, height) for view, box in sample.boxes.items()}
+            size = upright_size(image)
+        region = photo_region(*size)
+        boxes = {view: move_into(clip_box(box, *size), region) for view, box in sample.boxes.items()}
     except ValueError as error:
         return ValueError(str(error) if sample.where == sample.path else f"{sample.where}: {error}")
-    region = photo_region(width, height)
-    moved = {view: move_into(box, region) for view, box in clipped.items()}
-    size = box_size(region)
-    return replace(sample, boxes={view: box for view, box in moved.items() if box}, size=size)
+    return replace(sample, boxes={view: box for view, box in boxes.items() if box}, size=box_size(region))
 
 
 def _to_split(source: _Source, classes: Classes, problems: list[str] | None = None) -> Split:
@@ -332,7 +329,7 @@ def find_photos(folder: Path) -> list[Path]:
 
 def _name_unreadable(paths: Sequence[Path]) -> str:
     files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
-    return f"{files} of a kind that cannot be read: {_some(path.name for path in paths)}"
+    return f"{files} of a kind that cannot be read: {_some([path.name for path in paths])}"
 
 
 def _read_source(root: Path, split: str, subtask: int) -> _Source:
@@ -366,8 +363,7 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
         lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
     if unreadable:
         note(f"{folder}: {_name_unreadable(unreadable)}; left out")
-    labels = ["class"] if class_folders else []
-    return _Source(root, folder, ["image_name", "class"], lines, {}, labels, b"")
+    return _Source(root, folder, ["image_name", "class"], lines, {}, ["class"] if class_folders else [], b"")
 
 
 def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
@@ -383,10 +379,8 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
     sep_line = re.match(r'"?sep=(.)', text, re.IGNORECASE)  # written for Excel
     delimiter = sep_line[1] if sep_line else max(",;\t", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-    rows = []
     try:
-        for cells in reader:
-            rows.append((reader.line_num, [cell.strip() for cell in cells]))
+        rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
     rows = [(line, cells) for line, cells in rows[1 if sep_line else 0 :] if any(cells)]
@@ -505,9 +499,8 @@ def _fold(text: str) -> str:
 def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dict[str, int | ValueError]:
     """The class index of each text in a label's column, or what is wrong with it; -1 where it is not known."""
     column, are_numbers = source.column(label), classes == NUMBERS[: len(classes)]
-    indices: dict[str, int | ValueError] = {"": -1}
-    for texts in (CLASS_NAMES.get(label, ()), classes):
-        indices.update((text, c) for c, text in enumerate(texts))
+    texts = (CLASS_NAMES.get(label, ()), classes)
+    indices: dict[str, int | ValueError] = {"": -1} | {text: c for names in texts for c, text in enumerate(names)}
     for cell in set(column).difference(indices):  # 1.0 is 1, Office is office
         number = _number(cell)
         text = str(int(number)) if number.is_integer() else cell.lower()
@@ -533,14 +526,14 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
     return indices
 
 
-def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sample | ValueError]]:
+def _read_rows(source: _Source, classes: Classes) -> Rows:
     """The rows of a split with their samples; of held-out validation, the part that is this split's."""
     for label in classes:
         if label not in source.labels and source.split != "test":
             raise ValueError(f"{source.csv}: no column {label}, a label of training; are both spelt alike?")
     indices = {label: _class_indices(source, label, classes[label]) for label in classes if label in source.labels}
     spellings: dict[str, list[str]] = {}
-    rows: list[tuple[list[str], Sample | ValueError]] = []
+    rows: Rows = []
     for where, cells in source.lines:
         try:
             rows.append((cells, _parse_row(source, where, cells, indices, spellings)))
@@ -562,10 +555,8 @@ def _read_rows(source: _Source, classes: Classes) -> list[tuple[list[str], Sampl
 
 def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, spellings: dict) -> Sample:
     row = dict(zip(source.header, cells))
-    boxes = {}
-    for view, columns in source.boxes.items():
-        if any(row[column] for column in columns):
-            boxes[view] = _parse_box([row[column] for column in columns])
+    box_cells = {view: [row[column] for column in columns] for view, columns in source.boxes.items()}
+    boxes = {view: _parse_box(cells) for view, cells in box_cells.items() if any(cells)}
     labels = {label: by_cell[row[label]] for label, by_cell in indices.items()}
     for error in labels.values():
         if isinstance(error, ValueError):
@@ -639,23 +630,17 @@ def shared_photos(train: Split, val: Split) -> list[tuple[Sample, Sample]]:
     return [(first[contents[s.path]], s) for s in val.samples if contents[s.path] in first]
 
 
-def conflicting_labels(split: Split) -> list[tuple[Sample, Sample]]:
-    """Pairs of samples of one photo (of the same bytes) that give it two classes of a label."""
-    conflicts = []
-    for first, sample in shared_photos(split, split):
-        classes = [{first.labels[label], sample.labels[label]} - {-1} for label in split.labelled]
-        if any(len(two) == 2 for two in classes):
-            conflicts.append((first, sample))
-    return conflicts
-
-
 def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str]:
     """What spoils a result, with the rows: photos of one split that `train` has too, photos with two labels."""
+
+    def disagree(a: Sample, b: Sample) -> bool:
+        return any(len({a.labels[label], b.labels[label]} - {-1}) == 2 for label in split.labelled)
+
     doubts = []
     if train and (shared := shared_photos(train, split)):
         title = f"{len(shared):,} of {len(split.samples):,} {name} photos are training photos too; take them out of one"
         doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in shared]))
-    if conflicts := conflicting_labels(split):
+    if conflicts := [pair for pair in shared_photos(split, split) if disagree(*pair)]:
         title = f"two labels for one photo, {len(conflicts):,} times in {name}"
         doubts.append(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
     return doubts
@@ -667,14 +652,14 @@ def note_doubts(train: Split, val: Split) -> None:
         note(f"{doubt.splitlines()[0]} (python data.py names them)")
 
 
-def _choose_validation(source: _Source, rows: list[tuple[list[str], Sample | ValueError]]) -> set[int]:
+def _choose_validation(source: _Source, rows: Rows) -> set[int]:
     """The indices of the rows to hold out: a tenth of each class, by a hash of the path below the dataset.
 
     Photos of the same bytes and of one garment stay together, and half of each class or more stays in training.
     """
     samples = {i: sample for i, (_, sample) in enumerate(rows) if isinstance(sample, Sample)}
-    columns = [(label, source.header.index(label)) for label in source.labels]
-    classes = {i: [(label, rows[i][0][at]) for label, at in columns if rows[i][0][at]] for i in samples}
+    columns = {label: source.column(label) for label in source.labels}
+    classes = {i: [(label, column[i]) for label, column in columns.items() if column[i]] for i in samples}
     total, chosen = Counter(chain(*classes.values())), Counter()
     held_out: set[int] = set()
     for group in _groups(source.root, samples):
@@ -791,8 +776,7 @@ def _describe_photos(name: str, samples: list[Sample], step: int) -> list[str]:
     say(f"images: {decoded}; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")
     sizes = {"image": [sample.size for sample in samples]}
     for view in BOX_COLUMNS:
-        boxes = [sample.boxes[view] for sample in samples if view in sample.boxes]
-        sizes[view] = [(xmax - xmin, ymax - ymin) for xmin, ymin, xmax, ymax in boxes]
+        sizes[view] = [box_size(sample.boxes[view]) for sample in samples if view in sample.boxes]
     quantiles = {view: np.quantile(pairs, (0, 0.5, 1), axis=0) for view, pairs in sizes.items() if pairs}
     rows = [[view, *(f"{w:.0f} x {h:.0f}" for w, h in table)] for view, table in quantiles.items()]
     show_table("width x height in pixels", ["of", "smallest", "median", "largest"], rows)

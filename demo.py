@@ -18,9 +18,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -31,11 +31,11 @@ import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from cli import OFF, Debug, examples, progress as progress_bar, run_app, say, usage_error, user_cache, write_csv
+from data import BOX_COLUMNS, SPLITS, csv_name
+from photos import Box
 
 DRAWING = 2  # number of this drawing: part of the cache folder's name
 TRAIN, VAL, TEST = 2400, 400, 400
-SPLITS = ("train", "val", "test")
-BOX_COLUMNS = ("BBox_xmin", "BBox_ymin", "BBox_xmax", "BBox_ymax")
 LABEL_FREQUENCIES = {  # of each class, in the order of data.py's CLASS_NAMES
     "Daily": (0.14, 0.28, 0.20, 0.10, 0.12, 0.16),
     "Gender": (0.18, 0.30, 0.26, 0.15, 0.11),
@@ -63,21 +63,6 @@ SILHOUETTES = (
 Point = tuple[float, float]
 Place = Callable[[Point], Point]  # to the place of a garment's point, from the upper left corner of its bounds
 Colour = tuple[int, int, int]
-Box = tuple[int, int, int, int]
-Progress = Callable[[int], object]
-
-
-class Kind(NamedTuple):
-    """What makes a set plain or hard."""
-
-    seed_prefix: str
-    height: tuple[float, float]  # of the garment, as a fraction of the photo's
-    objects: tuple[int, int]  # how much furniture and the like is in a scene
-    others: tuple[int, int] | None  # how many garments there are beside the labelled one
-
-
-PLAIN_SET = Kind("", (0.48, 0.75), (5, 9), None)
-HARD_SET = Kind("hard ", (0.15, 0.60), (10, 18), (2, 4))
 
 
 class Garment(NamedTuple):
@@ -101,8 +86,8 @@ def draw(
     test: int = TEST,
     seed: int = 0,
     processes: int | None = None,
-    progress: Progress = lambda photos: None,
-    kind: Kind = PLAIN_SET,
+    progress: Callable[[int], object] = lambda photos: None,
+    hard: bool = False,
 ) -> None:
     """Draw `train`, `val` and `test` photos into the folder `out`: all or, after an error, nothing.
 
@@ -113,15 +98,21 @@ def draw(
         raise FileExistsError(f"{out} exists and is not an empty folder")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ThreadPool(1) if processes == 1 else context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary, pool:
         unfinished = Path(temporary, "demo")
         for split, photos in zip(SPLITS, (train, val, test)):
             for name in FOLDERS:
                 (unfinished / split / name).parent.mkdir(parents=True)
-            columns = ["image_name", *(BOX_COLUMNS if split != "test" else ()), *LABEL_FREQUENCIES]
-            draw_one = partial(draw_photo, unfinished / split, seed, split, kind)
-            rows = draw_all(draw_one, photos, processes, progress)
-            write_csv(unfinished / f"Fashion-How24_sub1_{split}.csv", columns, rows)
+            draw_one = partial(draw_photo, unfinished / split, seed, split, hard)
+            rows = []
+            for row in pool.imap(draw_one, range(photos), chunksize=16):
+                rows.append(row)
+                progress(1)
+            columns = ["image_name", *(BOX_COLUMNS["bbox"] if split != "test" else ()), *LABEL_FREQUENCIES]
+            write_csv(unfinished / csv_name(split), columns, rows)
         os.rename(unfinished, out)
 
 
@@ -134,37 +125,20 @@ def cached() -> Path:
                 draw(out, progress=bar.advance)
         except OSError as error:
             if not out.exists():  # unless another process has finished it meanwhile
-                remedy = "XDG_CACHE_HOME=DIR names another place"
-                raise OSError(f"the demo set cannot be drawn ({error}); {remedy}") from None
+                raise OSError(f"the demo set cannot be drawn ({error}); XDG_CACHE_HOME=DIR names a place") from None
     return out
 
 
-def draw_all(draw_one: Callable[[int], list], photos: int, processes: int | None, progress: Progress) -> Iterator[list]:
-    """Yield `draw_one(i)`, a row of the CSV, for each photo in order."""
-    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    workers = nullcontext()
-    if processes != 1:
-        workers = context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    with workers as pool:
-        rows = pool.imap(draw_one, range(photos), chunksize=16) if pool else map(draw_one, range(photos))
-        for row in rows:
-            progress(1)
-            yield row
-
-
-# Garments
-
-
-def draw_photo(folder: Path, seed: int, split: str, kind: Kind, index: int) -> list:
+def draw_photo(folder: Path, seed: int, split: str, hard: bool, index: int) -> list:
     """Draw and save one photo, and return its row of the CSV. The box's xmax and ymax are exclusive."""
     group, place = divmod(index, 3)  # of three photos the first two show one garment
     number = 2 * group + place // 2
-    rng = Random(f"{kind.seed_prefix}garment {seed} {split} {number}")
+    prefix = "hard " if hard else ""
+    rng = Random(f"{prefix}garment {seed} {split} {number}")
     garment = make_garment(rng, number=len(SPLITS) * number + SPLITS.index(split) + 1)
-    rng = Random(f"{kind.seed_prefix}photo {seed} {split} {index}")
+    rng = Random(f"{prefix}photo {seed} {split} {index}")
     file_kind = rng.choices(list(FILE_KINDS), FILE_KINDS.values())[0]
-    photo, box, cutout = paint_photo(rng, garment, kind)
+    photo, box, cutout = paint_photo(rng, garment, hard)
     if "grey" in file_kind:
         photo = photo.convert("L")
     if "rgba" in file_kind:
@@ -245,21 +219,19 @@ def inside(point: Point, outline: list[Point]) -> bool:
     return result
 
 
-# Photos
-
-
-def paint_photo(rng: Random, garment: Garment, kind: Kind) -> tuple[Image.Image, Box, Image.Image]:
+def paint_photo(rng: Random, garment: Garment, hard: bool) -> tuple[Image.Image, Box, Image.Image]:
     """Return the photo, the garment's box in it, and the alpha channel (L) that a transparent photo gets."""
     size = [rng.randint(270, 320), rng.randint(360, 430)]
     if rng.random() < 0.3:  # landscape
         size.reverse()
     width, height = size
     place, garment_width, garment_height = make_pose(rng, garment)
-    scale = min(rng.uniform(*kind.height) * height / garment_height, 0.8 * width / garment_width)
+    part = rng.uniform(0.15, 0.60) if hard else rng.uniform(0.48, 0.75)  # of the photo's height
+    scale = min(part * height / garment_height, 0.8 * width / garment_width)
     left = rng.randint(MARGIN, width - MARGIN - math.ceil(scale * garment_width))
     top = rng.randint(MARGIN, height - MARGIN - math.ceil(scale * garment_height))
     shadow = [(left + x * scale, top + y * scale) for x, y in map(place, garment.outline)]
-    photo = paint_scene(rng, size, garment.dark, shadow, kind)
+    photo = paint_scene(rng, size, garment.dark, shadow, hard)
 
     cloth, shape, outline = paint_garment(rng, garment, place, scale, left, top)
     mask, corner = shape.reduce(SUPERSAMPLING), (left - MARGIN, top - MARGIN)
@@ -349,7 +321,7 @@ def star(points: int, dent: float) -> list[Point]:
 ORNAMENTS = (star(8, 0.93), star(5, 0.5), star(6, 0.6), star(4, 0.75))
 
 
-def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Point], kind: Kind) -> Image.Image:
+def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Point], hard: bool) -> Image.Image:
     """Paint a room out of focus, dark behind light cloth and light behind dark cloth, with the garment's shadow."""
     width, height = small = (size[0] // SCENE_SHRINK, size[1] // SCENE_SHRINK)
     luma = rng.uniform(150, 215) if dark_cloth else rng.uniform(40, 105)
@@ -362,8 +334,8 @@ def paint_scene(rng: Random, size: list[int], dark_cloth: bool, shadow: list[Poi
     floor = rng.uniform(0.55, 0.9) * height
     ground = [(0, floor), (width, floor + rng.uniform(-8, 8)), (width, height), (0, height)]
     ImageDraw.Draw(scene).polygon(ground, tint(30))
-    objects = rng.randint(*kind.objects)
-    others = rng.sample(range(objects), rng.randint(*kind.others)) if kind.others else ()
+    objects = rng.randint(10, 18) if hard else rng.randint(5, 9)
+    others = rng.sample(range(objects), rng.randint(2, 4)) if hard else ()
     for i in range(objects):
         if i in others:
             paint_other(rng, scene, tint(20))
@@ -415,8 +387,6 @@ def paint_object(rng: Random, scene: Image.Image, tint: Callable[[float], Colour
                 pen.ellipse((x + k * step - 2, y + k * step - 2, x + k * step + 1, y + k * step + 1), colour)
 
 
-# Command line
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -433,7 +403,7 @@ def main(
     """Draw a demo set in the organisers' layout."""
     try:
         with progress_bar(train + val + test, "drawing", "photos") as bar:
-            draw(out, train, val, test, seed, progress=bar.advance, kind=HARD_SET if hard else PLAIN_SET)
+            draw(out, train, val, test, seed, progress=bar.advance, hard=hard)
     except FileExistsError as error:
         raise usage_error("OUT", error) from None
     say(f"{train + val + test:,} photos in {out}")

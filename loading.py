@@ -73,8 +73,8 @@ class TrainPhotos(Dataset):
         boxed = any(settings.train_view in sample.boxes for sample in samples)
         self.view = settings.train_view if boxed else "full"
         self.box_head = settings.box_head
-        shares = {self.view: self.crop_prob, "full": 1 - self.crop_prob}
-        self.views = () if self.box_head else {view for view, share in shares.items() if share}  # to decode once
+        shares = ((self.view, self.crop_prob), ("full", 1 - self.crop_prob))
+        self.views = () if self.box_head else {view for view, share in shares if share}  # to decode once
         self.decoded: dict[str, DecodedViews] = {}
 
     def __len__(self) -> int:
@@ -302,15 +302,14 @@ class DecodedViews:
 
     def __init__(self, files: list[tuple[Path, int]], size: int):
         self.files, self.size = files, size
-        self.starts = np.cumsum([0, *(n for _, n in files)])
-        self.arrays = [np.memmap(path, np.uint8, "r", shape=(n, 3, size, size)) for path, n in files]
+        arrays = (np.memmap(path, np.uint8, "r", shape=(n, 3, size, size)) for path, n in files)
+        self.images = [image for array in arrays for image in np.asarray(array)]
 
     def __reduce__(self) -> tuple:  # a spawned process maps the files itself: it would get a copy of their bytes
         return DecodedViews, (self.files, self.size)
 
     def read(self, index: int) -> Tensor:
-        file = int(np.searchsorted(self.starts, index, "right")) - 1
-        return torch.from_numpy(np.array(self.arrays[file][index - self.starts[file]]))
+        return torch.from_numpy(np.array(self.images[index]))
 
 
 def decode_once(views: dict[Dataset, Collection[str]], cache: str | None, workers: int) -> None:

@@ -30,9 +30,6 @@ TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(T
 Box = tuple[int, int, int, int]  # xmin, ymin, xmax, ymax in pixels of the upright photo; the ends are exclusive
 
 
-# ---------------------------------------------------------------- reading
-
-
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Open an image without decoding it. Raises ValueError where it is no image, or larger than MAX_PIXELS."""
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
@@ -71,27 +68,31 @@ def photo_region(width: int, height: int) -> Box:
 
 def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
     """The region of a photo, upright, RGB of 8 bits; transparency goes onto `background`. Raises ValueError."""
-    photo = _decode(path, background)
-    region = photo_region(*photo.size)
-    return photo if region == (0, 0, *photo.size) else photo.crop(region)
-
-
-def _decode(path: str | os.PathLike, background: tuple[int, int, int]) -> Image.Image:
     with open_image(path) as image:
         try:
             image.load()
             if _orientation(image) in TURNS:
                 image = image.transpose(TURNS[_orientation(image)])
-            if image.mode == "F":
-                raise ValueError("floating-point pixels of unknown range; save it with 8 bits a channel")
-            if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
-                return _grey16_to_rgb(image, background)
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+            photo = _to_rgb(image, background)
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
+    region = photo_region(*photo.size)
+    return photo if region == (0, 0, *photo.size) else photo.crop(region)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels of unknown range; save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip them
+        pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:  # one grey that is transparent
+            rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
+        return rgb
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
 
 
 def read_photo(sample: Sample) -> Image.Image:
@@ -100,17 +101,6 @@ def read_photo(sample: Sample) -> Image.Image:
         return load_photo(sample.path)
     except ValueError as error:
         raise ValueError(f"{sample.where}: {error}") from None
-
-
-def _grey16_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    pixels = np.asarray(image).astype(np.int64).clip(0, 65535)
-    rgb = Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info:  # one grey that is transparent
-        rgb.paste(background, mask=Image.fromarray(pixels == image.info["transparency"]))
-    return rgb
-
-
-# ---------------------------------------------------------------- pixels
 
 
 def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "squash") -> Tensor:
@@ -132,9 +122,6 @@ def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     scale = size / max(width, height)
     inner = [max(1, round(scale * side)) for side in (width, height)]
     return (size - inner[0]) // 2, (size - inner[1]) // 2, *inner
-
-
-# ---------------------------------------------------------------- boxes
 
 
 def box_size(box: Box) -> tuple[int, int]:
@@ -168,9 +155,8 @@ def placement(sizes: Sequence[tuple[int, int]], size: int, resize: str) -> Tenso
     """Where photos of these sizes (width, height) lie in their images: left, top, width, height in 0..1, (N, 4)."""
     import torch
 
-    if resize != "letterbox":
-        return torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(sizes), 1)
-    return torch.tensor([letterbox(*photo, size) for photo in sizes]).view(-1, 4) / size
+    places = [letterbox(*photo, size) if resize == "letterbox" else (0, 0, size, size) for photo in sizes]
+    return torch.tensor(places).view(-1, 4) / size
 
 
 def to_image(boxes: Tensor, place: Tensor) -> Tensor:

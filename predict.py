@@ -212,12 +212,12 @@ def predictions_table(
 
 def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare | None) -> dict:
     """An entry's columns: an answer for each row of the test CSV; for unreadable photos the commonest classes."""
-    table = read_table(root, "test", saved.classes, saved.subtask)
+    header, table = read_table(root, "test", saved.classes, saved.subtask)
     rows = read_split(root, "test", saved.classes, saved.subtask, [])
     prediction = predict_rows(model, saved, rows, view, prepare, workers=0)  # containers are short of shared memory
     rows, prediction = drop_unread(rows, prediction)
     answers = predictions_table(rows, prediction, saved.classes)
-    every = [cells[table.header.index("image_name")] for cells, _ in table.rows]
+    every = [cells[header.index("image_name")] for cells, _ in table]
     columns = {"image_name": every}
     for label, classes in saved.classes.items():
         column, common = submission_column(label), classes[saved.common_classes[label]]

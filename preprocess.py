@@ -27,7 +27,7 @@ from PIL import Image, ImageChops, ImageColor
 
 import cli
 from cli import OFF, as_usage_error, atomic_write, locked, note, progress, remove_leftovers, run_app, say, usage_error
-from data import BOX_COLUMNS, PREPARED, Sample, check_preparation, find_dataset, list_problems, read_table, splits_of
+from data import BOX_COLUMNS, PREPARED, Sample, csv_name, find_dataset, list_problems, read_table, record_of, splits_of
 from photos import Box, clip_box, load_photo, move_into
 from settings import SHARE, in_run
 
@@ -243,23 +243,17 @@ def open_record(root: Path, out: Path, subtask: int, settings: dict) -> dict:
     if out.resolve().is_relative_to(root.resolve()) or root.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out} and {root} lie within each other; choose a folder beside it")
     new = {"data": str(root.resolve()), "subtask": subtask, "preparation": settings, "unfinished": []}
-    path = out / PREPARED
-    if not path.exists():
+    record = record_of(out)
+    if record is None:
         if out.exists() and any(file.suffix != ".tmp" for file in out.iterdir()):
             raise ValueError(f"{out} exists and was not made by preprocess.py; choose a new folder")
         return new
-    try:
-        record = json.loads(path.read_bytes())
-        check_preparation(record["preparation"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path} is damaged or of another version; delete {out} and start again") from None
     before, asked = record | record["preparation"], new | settings
     for name in ("data", "subtask", *settings):
         if before.get(name) != asked[name]:
             flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
-            raise usage_error(
-                flag, f"{out} was begun with {before.get(name)}, not {asked[name]}; choose another folder"
-            )
+            problem = f"{out} was begun with {before.get(name)}, not {asked[name]}"
+            raise usage_error(flag, f"{problem}; choose another folder")
     return record
 
 
@@ -267,8 +261,9 @@ def read_photos(root: Path, splits: list[str], subtask: int) -> tuple[dict, dict
     """{CSV: (header, [(file, cells)])}, {file: sample}, problems. `file` is what a photo becomes, relative to OUT."""
     tables, photos, problems = {}, {}, []
     for split in splits:
-        table, rows = read_table(root, split, {}, subtask), []
-        for cells, sample in table.rows:
+        header, found = read_table(root, split, {}, subtask)
+        rows = []
+        for cells, sample in found:
             if isinstance(sample, ValueError):
                 problems.append(str(sample))
                 continue
@@ -278,7 +273,7 @@ def read_photos(root: Path, splits: list[str], subtask: int) -> tuple[dict, dict
                 rows.append((file, cells))
             else:
                 problems.append(f"{sample.where}: an earlier row has this photo with another box; copy it for this row")
-        tables[table.csv.name] = (table.header, rows)
+        tables[csv_name(split, subtask)] = (header, rows)
     if not photos:
         raise ValueError(list_problems(f"no row of {root} can be used", problems))
     return tables, photos, problems

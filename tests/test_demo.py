@@ -35,7 +35,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def box_of(row: dict[str, str]) -> tuple[int, ...]:
-    return tuple(int(row[column]) for column in demo.BOX_COLUMNS)
+    return tuple(int(row[column]) for column in demo.BOX_COLUMNS["bbox"])
 
 
 def pictures(folder: Path, split: str, boxed: bool) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_layout_kinds_and_boxes(which, n, request, tmp_path):
     some = request.getfixturevalue(which)
     demo.draw(tmp_path / "demo", 3, 3, 60, processes=1)
     assert list(rows(tmp_path / "demo", "test")[0]) == ["image_name", *demo.LABEL_FREQUENCIES]
-    assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS, *demo.LABEL_FREQUENCIES]
+    assert list(rows(some, "val")[0]) == ["image_name", *demo.BOX_COLUMNS["bbox"], *demo.LABEL_FREQUENCIES]
     kinds, garments = set(), {}
     for split in ("train", "val"):
         for row in rows(some, split):
@@ -269,7 +269,7 @@ def test_cached_draws_once(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def hard_photos(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("hard") / "demo"
-    demo.draw(out, 800, 200, 0, kind=demo.HARD_SET)
+    demo.draw(out, 800, 200, 0, hard=True)
     return out
 
 
@@ -287,7 +287,7 @@ def test_the_hard_set_is_drawn_from_its_own_seeds(among, request, tmp_path):
     done = run(tmp_path / "hard", "--hard", "--train", 8, "--val", 2, "--test", 1)
     assert done.returncode == 0, done.stderr
     if among == 10:
-        demo.draw(tmp_path / "more", 10, 3, 0, processes=1, kind=demo.HARD_SET)
+        demo.draw(tmp_path / "more", 10, 3, 0, processes=1, hard=True)
     few = digests(tmp_path / "hard")
     more = digests(tmp_path / "more" if among == 10 else request.getfixturevalue("hard_photos"))
     same = [name for name in few if name.startswith(("train/", "val/"))]
@@ -323,7 +323,7 @@ def test_hard_scenes_show_other_garments(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "paint_other", paint)
     demo.draw(tmp_path / "plain", 4, 0, 0, processes=1)
     assert not changed
-    demo.draw(tmp_path / "hard", 30, 0, 0, processes=1, kind=demo.HARD_SET)
+    demo.draw(tmp_path / "hard", 30, 0, 0, processes=1, hard=True)
     assert 2 * 30 < len(changed) < 4 * 30 and 0.02 < np.mean(changed) < 0.2 and min(changed) > 0.001
 
 

@@ -113,6 +113,14 @@ def test_a_photo_without_a_box_is_seen_whole(dataset):
         assert torch.equal(train[1, i][0], view_pixels(load_photo(sample.path), sample.boxes.get("bbox"), 16))
 
 
+def test_photos_of_a_dataset_without_boxes_are_decoded_once(dataset, decoded):
+    edit_csv(dataset, lambda rows: [[row[0], "", "", "", "", *row[5:]] for row in rows])
+    for crop_prob in (0.0, 0.5, 1.0):
+        train, val = cached(dataset, crop_prob=crop_prob)
+        assert train.views == {"full"} and len(decoded) == 40 + 20
+        check_pixels(train, val)
+
+
 def test_a_sample_depends_on_seed_epoch_and_index_alone(drawn):
     samples = data.read_split(drawn, "train").samples
     dataset = TrainPhotos(samples, 32, Settings(crop_prob=0.5, seed=1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data import conflicting_labels, find_dataset, image_samples, read_split, read_splits, read_table, shared_photos
+from data import find_dataset, find_doubts, image_samples, read_split, read_splits, read_table, shared_photos
 
 HEADER = "image_name,BBox_xmin,BBox_ymin,BBox_xmax,BBox_ymax,Daily,Gender,Embellishment"
 NAMES = ("1209/BO00001-1.jpg", "1209/BO00001-2.jpg", "2COAT 2019/co0001-1.jpg", "KNIT 2020/kn00004-1.png")
@@ -72,7 +72,7 @@ def test_csvs_of_spreadsheets(dataset, kind, capfd):
     split = read_split(dataset, "train")
     assert [sample.name for sample in split.samples] == list(NAMES) and labels_of(split) == [1, 1, 2, 0]
     assert split.samples[2].boxes["bbox"] == (10, 12, 200, 240) and list(split.classes) == HEADER.split(",")[5:]
-    assert read_table(dataset, "train", {}).header == HEADER.split(",")
+    assert read_table(dataset, "train", {})[0] == HEADER.split(",")
     assert "note" not in capfd.readouterr().out
 
 
@@ -265,9 +265,9 @@ def test_class_folders(tmp_path, val):
     assert labels_of(val_split, "class") == [0, 0, 1, 1, 1]
     test = read_split(tmp_path, "test", train.classes)
     assert test.labelled == ("class",) and len(test.samples) == 5
-    table = read_table(tmp_path, "train", {})
-    assert table.csv == tmp_path / "Fashion-How24_sub1_train.csv" and table.header == ["image_name", "class"]
-    assert table.rows[0][0] == ["dress/0.png", "dress"] and table.rows[0][1].name == "dress/0.png"
+    header, rows = read_table(tmp_path, "train", {})
+    assert header == ["image_name", "class"]
+    assert rows[0][0] == ["dress/0.png", "dress"] and rows[0][1].name == "dress/0.png"
 
 
 def test_a_flat_test_folder_has_no_labels(tmp_path):
@@ -275,7 +275,7 @@ def test_a_flat_test_folder_has_no_labels(tmp_path):
     photo(tmp_path / "test" / "a.png")
     test = read_split(tmp_path, "test", {"class": ("dress", "top")})
     assert test.labelled == () and [sample.name for sample in test.samples] == ["a.png"]
-    assert read_table(tmp_path, "test", {}).rows[0][0] == ["a.png", ""]
+    assert read_table(tmp_path, "test", {})[1][0][0] == ["a.png", ""]
 
 
 def test_numbers_as_class_folders(tmp_path):
@@ -350,7 +350,7 @@ def test_a_tenth_of_each_class_is_held_out(tmp_path, capfd):
     assert "7 of 63 training photos are held out" in out and "one photo, which stays in training: class hat" in out
     split = read_split(root, "val", read_split(root, "train").classes)
     assert {sample.name for sample in split.samples} == val  # read alone
-    assert {cells[0] for cells, _ in read_table(root, "val", {}).rows} == val  # for preprocess.py
+    assert {cells[0] for cells, _ in read_table(root, "val", {})[1]} == val  # for preprocess.py
     moved = tmp_path / "moved"
     root.rename(moved)
     assert held_out(moved) == (train, val)
@@ -398,8 +398,8 @@ def test_photos_in_training_and_validation(dataset, run):
 
 def test_two_labels_for_one_photo(dataset, run):
     write(dataset, [HEADER, *ROWS, ROWS[0].replace(",1,2,0", ",3,2,0"), ROWS[1].replace(",1,2,0", ",,2,0")])
-    ((a, b),) = conflicting_labels(read_split(dataset, "train"))
-    assert "line 2" in a.where and "line 6" in b.where
+    (doubt,) = find_doubts("train", read_split(dataset, "train"))
+    assert doubt.startswith("two labels for one photo, 1 times in train") and len(doubt.splitlines()) == 2
     done = run("data", dataset)
     assert done.code == 0 and "line 2 (1209/BO00001-1.jpg) and Fashion-How24_sub1_train.csv, line 6" in done.out
     assert "nothing wrong" not in done.out

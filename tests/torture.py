@@ -362,9 +362,9 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
     processed = work / "Processed"
     shutil.copytree(clean, processed)
     for split in data.SPLITS:
-        table = data.read_table(clean, split, {})
-        rows = [[*cells, "10", "10", "90", "90"] for cells, _ in table.rows]
-        cli.write_csv(processed / table.csv.name, [*table.header, *data.BOX_COLUMNS["mask"]], rows)
+        header, table = data.read_table(clean, split, {})
+        rows = [[*cells, "10", "10", "90", "90"] for cells, _ in table]
+        cli.write_csv(processed / data.csv_name(split), [*header, *data.BOX_COLUMNS["mask"]], rows)
     treatment = {"rembg_model": "u2netp", "background_color": [0, 0, 0], "keep_background": False, "crop": "none"}
     treatment |= {"box_margin": 0.0, "checksum": "sha256:0", "weights_bytes": 4574861}
     record = {"preparation": treatment, "subtask": 1, "unfinished": []}
