@@ -302,14 +302,15 @@ class DecodedViews:
 
     def __init__(self, files: list[tuple[Path, int]], size: int):
         self.files, self.size = files, size
-        arrays = (np.memmap(path, np.uint8, "r", shape=(n, 3, size, size)) for path, n in files)
-        self.images = [image for array in arrays for image in np.asarray(array)]
+        self.starts = np.cumsum([0, *(n for _, n in files)])
+        self.arrays = [np.memmap(path, np.uint8, "r", shape=(n, 3, size, size)) for path, n in files]
 
     def __reduce__(self) -> tuple:  # a spawned process maps the files itself: it would get a copy of their bytes
         return DecodedViews, (self.files, self.size)
 
     def read(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.images[index]))
+        file = int(np.searchsorted(self.starts, index, "right")) - 1
+        return torch.from_numpy(np.array(self.arrays[file][index - self.starts[file]]))
 
 
 def decode_once(views: dict[Dataset, Collection[str]], cache: str | None, workers: int) -> None:
