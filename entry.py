@@ -50,11 +50,11 @@ def etri_task{subtask}_submit():
 
     os.environ["U2NET_HOME"] = os.path.abspath("./model")  # where rembg, if it is used, finds its weights
     model, saved = load_model("./model/best.pt")
-    root = Path("/aif/Dataset")
-    rows = read_split(root, "test", {{}}, {subtask}, [])  # {{}}: label columns are ignored; []: so are damaged photos
+    # {{}}: label columns are ignored; []: so are damaged photos
+    rows = read_split(Path("/aif/Dataset"), "test", {{}}, {subtask}, [])
     view, preparation = choose_treatment(saved, rows, {view!r}, {background!r}, {rembg_model!r})
     prepare = start_preparing(preparation, view, saved)
-    return pd.DataFrame(predict_every_row(root, model, saved, view, prepare))
+    return pd.DataFrame(predict_every_row(rows, model, saved, view, prepare))
 
 
 

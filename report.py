@@ -334,19 +334,16 @@ def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
     return figure
 
 
-def draw_answers(rows: Split, prediction: Prediction, classes: Classes, prepare: Callable | None, path: Path) -> None:
-    """A sheet of the first 48 photos with their answers and probabilities, and their boxes."""
+def draw_answers(rows: Split, prediction: Prediction, answers: dict, prepare: Callable | None, path: Path) -> None:
+    """A sheet of the first 48 photos with their boxes and answers, {label: a text for each photo}."""
     samples = rows.samples[:48]
     n_columns = min(8, len(samples))
     n_rows, kinds = math.ceil(len(samples) / n_columns), {}
     with drawing():
-        with grid(f"Predictions: {', '.join(classes)}", n_rows, n_columns) as (figure, axes):
+        with grid(f"Predictions: {', '.join(answers)}", n_rows, n_columns) as (figure, axes):
             for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
                 photo = prepare(sample)[0] if prepare else load_photo(sample.path)
-                captions = []
-                for label, logits in prediction.logits.items():
-                    p, c = logits[i].softmax(-1).max(-1)
-                    captions.append(f"{class_names(label, classes[label])[c]} {p:.2f}")
+                captions = [texts[i] for texts in answers.values()]
                 boxes = {kind: box for kind, box in sample.boxes.items() if kind == "bbox"}
                 if prediction.boxes is not None:
                     boxes["learned"] = crop_box(prediction.boxes[i].tolist(), photo.size)
@@ -406,12 +403,11 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     samples = [split.samples[i] for i in chosen]
     photos = [load_photo(sample.path) for sample in samples]
     images = torch.stack([view_pixels(photo, None, size, resize) for photo in photos])
-    learned = [(answers.learned[i] if answers else {}) for i in chosen]
+    given = [split.samples[i].boxes | (answers.learned[i] if answers else {}) for i in chosen]
     boxes = []
-    for sample, box in zip(samples, learned):
-        known = sample.boxes | box
-        moved = boxes_in_image(known.values(), sample.size, size, resize).round().int()
-        boxes.append(dict(zip(known, map(tuple, moved.tolist()))))
+    for sample, of_photo in zip(samples, given):
+        moved = boxes_in_image(of_photo.values(), sample.size, size, resize).round().int()
+        boxes.append(dict(zip(of_photo, map(tuple, moved.tolist()))))
     heats = heat_maps(model, images)
     if inside := heat_inside(heats, [box.get("bbox", box.get("mask")) for box in boxes]):
         heat = f"{inside[0]:.2f} of it, where chance would give {inside[1]:.2f}"
@@ -424,9 +420,8 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
         axes[-n_rows, 0].set_ylabel("whole photos")
         draw_heats(axes[-n_rows:], images[eighth], heats, samples[eighth], boxes[eighth], model.classes)
         if view != "full":
-            crops = [(sample.boxes | box).get(view) for sample, box in zip(samples[eighth], learned[eighth])]
-            pairs = zip(photos[eighth], crops)
-            images = torch.stack([view_pixels(photo, crop, size, resize) for photo, crop in pairs])
+            pairs = zip(photos[eighth], given[eighth])
+            images = torch.stack([view_pixels(photo, box.get(view), size, resize) for photo, box in pairs])
             axes[0, 0].set_ylabel(f"validation's view:\n{view}")
             draw_heats(axes, images, heat_maps(model, images), samples[eighth], [{}] * 8, model.classes)
         draw_legend(figure, dict.fromkeys(kind for kinds in boxes[eighth] for kind in kinds))
