@@ -73,7 +73,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_amp
-from settings import MAX_IMAGE_SIZE, Settings, read_config, write_config
+from settings import MAX_SIDE, Settings, read_config, write_config
 
 if TYPE_CHECKING:
     from train import Run, TrainState
@@ -198,10 +198,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `exported_weights` stored, for load_state_dict.
-
-    Raises ValueError where a scale makes no sense, or a number is not finite.
-    """
+    """What `exported_weights` gave as load_state_dict takes it. Raises ValueError for wrong scales, NaN, infinity."""
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
     rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
@@ -322,7 +319,7 @@ def _parse(content: dict) -> Checkpoint:
     names = list(chain(*found.classes.values()))
     common = [0 <= found.common_classes[label] < len(names) for label, names in found.classes.items()]
     sensible = {
-        "image_size": 0 < found.image_size <= MAX_IMAGE_SIZE,
+        "image_size": 0 < found.image_size <= MAX_SIDE,
         "classes": len(found.classes) <= len(found.weights) and all(isinstance(name, str) for name in names),
         "common_classes": all(common),
         "view": found.view in ("full", "bbox", "mask", "learned"),
@@ -368,9 +365,9 @@ class Teacher(nn.Module):
 
 
 def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> None:
-    """Load a file of weights into the backbone `name`, or a best.pt into the backbone and the heads of the same labels.
+    """Load weights into the backbone `name`, and a best.pt's heads into those of the same labels; say what did not fit.
 
-    Says in one line how much did not fit. Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
+    Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
     """
     given, classes, heads = _read_tensors(path), None, 0
     if isinstance(given, dict) and given.get("format") == FORMAT:
@@ -445,23 +442,19 @@ def _timm_names(given: object, backbone: nn.Module, path: str | os.PathLike, nam
 
 def new_folder(settings: Settings) -> Path:
     """Make the run's folder: --name, or the time (then -2, -3, ...). Raises BadParameter, OSError."""
-    return from_first(None if console.quiet else _make_folder(settings.name))
-
-
-def _make_folder(name: str | None) -> Path:
-    first = Path("runs", name or datetime.now().strftime("%Y%m%d_%H%M%S"))
-    others = () if name else (first.with_name(f"{first.name}-{i}") for i in count(2))
+    if console.quiet:  # the first process makes it
+        return from_first(None)
+    first = Path("runs", settings.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
+    others = () if settings.name else (first.with_name(f"{first.name}-{i}") for i in count(2))
     try:
         first.parent.mkdir(exist_ok=True)
         for folder in chain([first], others):
             with suppress(FileExistsError):
                 folder.mkdir()
-                return folder
+                return from_first(folder)
     except OSError as error:
-        raise OSError(
-            f"{first.parent}/ cannot be written here ({error.strerror}); start in a folder of yours"
-        ) from None
-    resume = shlex.join(["--resume", str(first)])
+        raise OSError(f"runs/ cannot be written here ({error.strerror}); start in a folder of yours") from None
+    resume = f"--resume {shlex.quote(str(first))}"
     raise usage_error("--name", f"{first} exists; choose another --name, or continue it: {resume}")
 
 
@@ -527,7 +520,6 @@ def machine(device: torch.device, amp_dtype: torch.dtype | None) -> dict:
 
 
 def save_last(state: "TrainState", run: "Run") -> None:
-    """Write last.pt."""
     state.seconds, run.saved_at = time.monotonic() - run.epoch_start, time.monotonic()
     if not console.quiet:
         save({"format": FORMAT} | state.state_dict(), run.folder / "last.pt")
