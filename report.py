@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which need not be installed here; no backend draws these pictures
 
-from matplotlib import colormaps, font_manager, style
+from matplotlib import font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -194,7 +194,7 @@ def grid(title: str, n_rows: int, n_columns: int, side: float = SIDE) -> Iterato
 
 
 def draw_image(ax: Axes, image: np.ndarray, title: str, captions: list[str], color: str, boxes: dict, **how) -> None:
-    """Draw an image uint8 (H, W, 3), text above it, captions of this color below, and {kind: box}; `how`: imshow's."""
+    """Draw an image (H, W, 3) or (H, W), text above it, captions of this color below, {kind: box}; `how`: imshow's."""
     ax.imshow(image, **how)
     ax.set_adjustable("datalim")  # a photo that is not square lies in the middle of its square cell
     ax.set_title(wrapped(title), fontsize=8, color=FAINT, pad=3)
@@ -443,11 +443,8 @@ def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, bo
             if truth not in (predicted, -1):
                 captions.append(f"is {names[truth]}")
             color = FAINT if truth < 0 else RIGHT if truth == predicted else WRONG
-            strength = heat[n].numpy()
-            alpha = (0.75 * strength**0.7)[..., None]
-            gray, hue = images[n].mean(-1, keepdims=True), 255 * colormaps["turbo"](strength)[..., :3]
-            mixed = (gray * (1 - alpha) + hue * alpha).round().astype(np.uint8)
-            draw_image(ax, mixed, "", captions, color, box)
+            draw_image(ax, images[n].mean(-1), "", captions, color, box, cmap="gray", vmin=0, vmax=255)
+            ax.imshow(heat[n], cmap="turbo", vmin=0, vmax=1, alpha=0.75 * heat[n].numpy() ** 0.7)
 
 
 def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | None:
