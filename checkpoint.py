@@ -50,7 +50,8 @@ def convert(
     if data is None:
         return
     split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
-    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
+    amp = "auto" if saved.amp == "fp16" else saved.amp  # fp16 needs a GPU
+    how = (saved.resize, saved.batch_size, None, choose_amp(amp, torch.device("cpu")))
     answers = []
     for path in (checkpoint, out):
         prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
