@@ -408,33 +408,32 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     for sample, of_photo in zip(samples, given):
         moved = boxes_in_image(of_photo.values(), sample.size, size, resize).round().int()
         boxes.append(dict(zip(of_photo, map(tuple, moved.tolist()))))
-    heats = heat_maps(model, images)
-    if inside := heat_inside(heats, [box.get("bbox", box.get("mask")) for box in boxes]):
+    if inside := heat_inside(heat_maps(model, images), [box.get("bbox", box.get("mask")) for box in boxes]):
         heat = f"{inside[0]:.2f} of it, where chance would give {inside[1]:.2f}"
         say(f"heat inside the garment's box: {heat} (whole validation photos)")
     eighth = slice(None, None, math.ceil(len(chosen) / 8))
-    heats = {label: (heat[eighth], logits[eighth]) for label, (heat, logits) in heats.items()}
+    parts = {"whole photos": (images[eighth], boxes[eighth])}
+    if view != "full":
+        pairs = zip(photos[eighth], given[eighth])
+        crops = torch.stack([view_pixels(photo, box.get(view), size, resize) for photo, box in pairs])
+        parts = {f"validation's view:\n{view}": (crops, [{}] * len(crops))} | parts
     title = "Where the model looks (Grad-CAM): red is most, blue least"
-    n_rows = 1 + len(model.classes)
-    with grid(title, n_rows if view == "full" else 2 * n_rows, 8) as (figure, axes):
-        axes[-n_rows, 0].set_ylabel("whole photos")
-        draw_heats(axes[-n_rows:], images[eighth], heats, samples[eighth], boxes[eighth], model.classes)
-        if view != "full":
-            pairs = zip(photos[eighth], given[eighth])
-            images = torch.stack([view_pixels(photo, box.get(view), size, resize) for photo, box in pairs])
-            axes[0, 0].set_ylabel(f"validation's view:\n{view}")
-            draw_heats(axes, images, heat_maps(model, images), samples[eighth], [{}] * 8, model.classes)
-        draw_legend(figure, dict.fromkeys(kind for kinds in boxes[eighth] for kind in kinds))
+    with grid(title, len(parts) * (1 + len(model.classes)), 8) as (figure, axes):
+        for rows, (name, (images, boxes)) in zip(np.split(axes, len(parts)), parts.items()):
+            rows[0, 0].set_ylabel(name)
+            draw_heats(rows, model, images, samples[eighth], boxes)
+        draw_legend(figure, dict.fromkeys(kind for kinds in boxes for kind in kinds))  # of the whole photos
     return figure
 
 
-def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, boxes: list, classes: Classes) -> None:
+def draw_heats(axes: np.ndarray, model: FashionModel, images: Tensor, samples: list, boxes: list) -> None:
     """Draw images (N, 3, S, S) of samples into the first row of axes, each label's heat and the boxes into the next."""
+    heats = heat_maps(model, images)
     images = images.permute(0, 2, 3, 1).numpy()
     for ax, image, sample in zip(axes[0], images, samples):
         draw_image(ax, image, sample.name, [], "black", {})
     for row, (label, (heat, logits)) in zip(axes[1:], heats.items()):
-        names = class_names(label, classes[label])
+        names = class_names(label, model.classes[label])
         row[0].set_ylabel(wrapped(label))
         confidences, predictions = logits.softmax(-1).max(-1)
         for n, (ax, sample, box) in enumerate(zip(row, samples, boxes)):
@@ -444,7 +443,8 @@ def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, bo
                 captions.append(f"is {names[truth]}")
             color = FAINT if truth < 0 else RIGHT if truth == predicted else WRONG
             draw_image(ax, images[n].mean(-1), "", captions, color, box, cmap="gray", vmin=0, vmax=255)
-            ax.imshow(heat[n], cmap="turbo", vmin=0, vmax=1, alpha=0.75 * heat[n].numpy() ** 0.7)
+            strength = heat[n].numpy()
+            ax.imshow(strength, cmap="turbo", vmin=0, vmax=1, alpha=0.75 * strength**0.7)
 
 
 def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | None:
