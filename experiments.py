@@ -169,7 +169,6 @@ def run(
         remedy = f"python preprocess.py {shlex.quote(data)} OUT writes one"
         raise usage_error("--clean-data", f"needed for {', '.join(names)}; {remedy}")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `start` ends the training too
     runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []
     for i, (row, seed) in enumerate(runs, start=1):
         flags, paths = merge_flags(row, more), datasets[row.data]
@@ -219,6 +218,7 @@ def content_of(flag: str, data: str) -> str:
 
 def start(command: list[str]) -> int:
     """Run a command to its end and return its exit code. An interruption ends the command too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     process = subprocess.Popen(command)
     try:
         return process.wait()
@@ -258,8 +258,7 @@ def read_run(folder: Path) -> Run:
         record = json.loads(path.read_bytes()) if path.exists() else {"row": "", "more": {}}
         config, metrics = json.loads((folder / "config.json").read_bytes()), read_csv(folder / "metrics.csv")
         rows = read_csv(folder / "val_predictions.csv")
-        labels = [column for column in rows[0] if f"{column}_predicted" in rows[0]]
-        labels = [label for label in labels if any(row[label] for row in rows)]
+        labels = [label for label in rows[0] if any(row[label] and row.get(f"{label}_predicted") for row in rows)]
         rows = [row for row in rows if any(row[label] for label in labels)]
         rows.sort(key=itemgetter("image_name", *labels))
         truth = np.array([[row[label] for label in labels] for row in rows])
