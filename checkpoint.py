@@ -167,8 +167,7 @@ def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, 
         keep = not value.is_floating_point() or (int8 and "running_" in key)
         stored[key] = value if keep else value.half()
         if not stored[key].isfinite().all():
-            reason = f"holds numbers that are not finite, or too large for {export_dtype}"
-            raise ValueError(f"{key} {reason}; fp32 takes large ones")
+            raise ValueError(f"{key} holds numbers that are not finite, or too large for {export_dtype}: use fp32")
         if int8 and key in large and value.numel() >= MIN_INT8:
             stored[key], stored[key + SCALE] = quantised(value)
     return stored
@@ -293,13 +292,12 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
     """The model of a best.pt, and all that the file holds. Raises FileNotFoundError, ValueError."""
     content = read(path)
     with complete(path):
-        checkpoint = _parse(content)
-        size, box_head = checkpoint.image_size, checkpoint.box_head
-        model = build_model(checkpoint.backbone, checkpoint.classes, size, box_head=box_head)
-        model.load_state_dict(restored_weights(checkpoint.weights))
-        model.mean.copy_(torch.tensor(checkpoint.mean).view(3, 1, 1))
-        model.std.copy_(torch.tensor(checkpoint.std).view(3, 1, 1))
-    return model, checkpoint
+        saved = _parse(content)
+        model = build_model(saved.backbone, saved.classes, saved.image_size, box_head=saved.box_head)
+        model.load_state_dict(restored_weights(saved.weights))
+        model.mean.copy_(torch.tensor(saved.mean).view(3, 1, 1))
+        model.std.copy_(torch.tensor(saved.std).view(3, 1, 1))
+    return model, saved
 
 
 @contextmanager
@@ -318,11 +316,10 @@ def _parse(content: dict) -> Checkpoint:
     found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
     found.classes = {label: tuple(names) for label, names in found.classes.items()}
     names = list(chain(*found.classes.values()))
-    common = [0 <= found.common_classes[label] < len(names) for label, names in found.classes.items()]
     sensible = {
         "image_size": 0 < found.image_size <= MAX_SIDE,
         "classes": len(found.classes) <= len(found.weights) and all(isinstance(name, str) for name in names),
-        "common_classes": all(common),
+        "common_classes": all(0 <= found.common_classes[label] < len(of) for label, of in found.classes.items()),
         "view": found.view in ("full", "bbox", "mask", "learned"),
         "resize": found.resize in ("squash", "letterbox"),
         "scores": all(isinstance(value, int | float) for value in found.scores.values()),

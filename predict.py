@@ -72,8 +72,7 @@ def predict(
     check_outputs(checkpoint, rows, out, picture)
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     if boxes and view != "learned":
-        remedy = "a model of train.py --box-head does (--view learned)"
-        raise usage_error("--boxes", f"the view {view} predicts none; {remedy}")
+        raise usage_error("--boxes", f"the view {view} predicts none; --view learned does (train.py --box-head)")
     prepare = start_preparing(preparation, view, saved)
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
@@ -206,8 +205,7 @@ def predictions_table(
         if probs:
             more |= {f"{column}_p{c}": p for c, p in enumerate(logits.double().softmax(-1).T.tolist())}
     if clash := table.keys() & more.keys():
-        column = min(clash)
-        raise ValueError(f"the predictions would hold the column {column} twice; leave out --names or --probs")
+        raise ValueError(f"the predictions would hold the column {min(clash)} twice; leave out --names or --probs")
     return table | more
 
 

@@ -66,8 +66,7 @@ from photos import Box, boxes_in_image, crop_box, load_photo, view_pixels
 from settings import Settings, read_settings, restart_epochs
 
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
-BOX_NAMES = {"bbox": "given box", "learned": "predicted box"}
-BOX_STYLES = {"bbox": ("#ff7f0e", "-"), "mask": ("#1f77ff", "--"), "learned": ("#e0007a", "-.")}
+BOX_LINES = {"bbox": ("given", "C1", "-"), "mask": ("mask", "#1f77ff", "--"), "learned": ("predicted", "#e0007a", "-.")}
 RIGHT, WRONG, FAINT = "#1a7f37", "#c62828", "#666666"
 SIDE, LETTERS = 1.7, 24  # of an image in a grid: inches, and the letters of a line of text above or below it
 
@@ -201,7 +200,7 @@ def draw_image(ax: Axes, image: np.ndarray, title: str, captions: list[str], col
     ax.set_xlabel("\n".join(wrapped(caption) for caption in captions), fontsize=8, color=color, labelpad=3)
     for kind, box in boxes.items():
         x0, y0, x1, y1 = (side - 0.5 for side in box)  # the first pixel's middle is at 0
-        edge, line = BOX_STYLES[kind]
+        _, edge, line = BOX_LINES[kind]
         for pen in ({"ec": "white", "lw": 3}, {"ec": edge, "ls": line, "lw": 1.5}):
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, clip_on=False, **pen))
 
@@ -301,9 +300,9 @@ def mistakes(answers: Answers, split: Split) -> Figure:
 
 def draw_legend(figure: Figure, kinds: Iterable[str]) -> None:
     """Say which box is which, below."""
-    lines = [Line2D([], [], color=BOX_STYLES[kind][0], ls=BOX_STYLES[kind][1]) for kind in kinds]
-    texts = [BOX_NAMES.get(kind, f"{kind} box") for kind in kinds]
-    figure.legend(lines, texts, loc="outside lower center", ncols=3, frameon=False)
+    styles = [BOX_LINES[kind] for kind in kinds]
+    lines = [Line2D([], [], color=color, ls=line, label=f"{name} box") for name, color, line in styles]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
 
 
 def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
