@@ -159,7 +159,7 @@ def check(
     ] = None,
     data: str = "demo",
     backbone: Annotated[str, typer.Option("--model")] = "eva02_tiny_patch14_224.mim_in22k",
-    epochs: Annotated[int, typer.Option(min=2)] = 3,
+    epochs: Annotated[int, typer.Option(min=2)] = 2,
     batch_size: Annotated[int, typer.Option(min=4)] = 128,
     image_size: Annotated[int | None, typer.Option(show_default="the backbone's")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, after the four of --amp.", min=1)] = 3,

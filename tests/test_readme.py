@@ -25,7 +25,7 @@ import preprocess
 
 TEXTS = [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))]
 ELSEWHERE = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint"}
-ELSEWHERE |= {"--help", "--shm-size", "--signal"}  # torchrun's, everyone's, docker's, Slurm's
+ELSEWHERE |= {"--help", "--shm-size", "--signal", "--signals-to-handle"}  # torchrun's, everyone's, docker's, Slurm's
 SERVICES = {"task.py"}  # scripts named that are not ours
 SHRUNK = {
     "train": [*TINY, "--epochs", "1", "--t-0", "1", "--warmup-epochs", "0"],
