@@ -50,7 +50,8 @@ def convert(
     if data is None:
         return
     split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
-    how = (saved.resize, saved.batch_size, None, choose_amp(saved.amp, torch.device("cpu")))
+    amp = "auto" if saved.amp == "fp16" else saved.amp  # fp16 needs a GPU
+    how = (saved.resize, saved.batch_size, None, choose_amp(amp, torch.device("cpu")))
     answers = []
     for path in (checkpoint, out):
         prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
@@ -73,7 +74,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_amp
-from settings import MAX_IMAGE_SIZE, Settings, read_config, write_config
+from settings import MAX_SIDE, Settings, read_config, write_config
 
 if TYPE_CHECKING:
     from train import Run, TrainState
@@ -166,8 +167,7 @@ def exported_weights(model: nn.Module, export_dtype: str = "fp32") -> dict[str, 
         keep = not value.is_floating_point() or (int8 and "running_" in key)
         stored[key] = value if keep else value.half()
         if not stored[key].isfinite().all():
-            reason = f"holds numbers that are not finite, or too large for {export_dtype}"
-            raise ValueError(f"{key} {reason}; fp32 takes large ones")
+            raise ValueError(f"{key} holds numbers that are not finite, or too large for {export_dtype}: use fp32")
         if int8 and key in large and value.numel() >= MIN_INT8:
             stored[key], stored[key + SCALE] = quantised(value)
     return stored
@@ -198,10 +198,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `exported_weights` stored, for load_state_dict.
-
-    Raises ValueError where a scale makes no sense, or a number is not finite.
-    """
+    """What `exported_weights` gave as load_state_dict takes it. Raises ValueError for wrong scales, NaN, infinity."""
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
     rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
@@ -295,13 +292,12 @@ def load_model(path: str | os.PathLike) -> tuple[FashionModel, Checkpoint]:
     """The model of a best.pt, and all that the file holds. Raises FileNotFoundError, ValueError."""
     content = read(path)
     with complete(path):
-        checkpoint = _parse(content)
-        size, box_head = checkpoint.image_size, checkpoint.box_head
-        model = build_model(checkpoint.backbone, checkpoint.classes, size, box_head=box_head)
-        model.load_state_dict(restored_weights(checkpoint.weights))
-        model.mean.copy_(torch.tensor(checkpoint.mean).view(3, 1, 1))
-        model.std.copy_(torch.tensor(checkpoint.std).view(3, 1, 1))
-    return model, checkpoint
+        saved = _parse(content)
+        model = build_model(saved.backbone, saved.classes, saved.image_size, box_head=saved.box_head)
+        model.load_state_dict(restored_weights(saved.weights))
+        model.mean.copy_(torch.tensor(saved.mean).view(3, 1, 1))
+        model.std.copy_(torch.tensor(saved.std).view(3, 1, 1))
+    return model, saved
 
 
 @contextmanager
@@ -320,11 +316,10 @@ def _parse(content: dict) -> Checkpoint:
     found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
     found.classes = {label: tuple(names) for label, names in found.classes.items()}
     names = list(chain(*found.classes.values()))
-    common = [0 <= found.common_classes[label] < len(names) for label, names in found.classes.items()]
     sensible = {
-        "image_size": 0 < found.image_size <= MAX_IMAGE_SIZE,
+        "image_size": 0 < found.image_size <= MAX_SIDE,
         "classes": len(found.classes) <= len(found.weights) and all(isinstance(name, str) for name in names),
-        "common_classes": all(common),
+        "common_classes": all(0 <= found.common_classes[label] < len(of) for label, of in found.classes.items()),
         "view": found.view in ("full", "bbox", "mask", "learned"),
         "resize": found.resize in ("squash", "letterbox"),
         "scores": all(isinstance(value, int | float) for value in found.scores.values()),
@@ -368,9 +363,9 @@ class Teacher(nn.Module):
 
 
 def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> None:
-    """Load a file of weights into the backbone `name`, or a best.pt into the backbone and the heads of the same labels.
+    """Load weights into the backbone `name`, and a best.pt's heads into those of the same labels; say what did not fit.
 
-    Says in one line how much did not fit. Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
+    Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
     """
     given, classes, heads = _read_tensors(path), None, 0
     if isinstance(given, dict) and given.get("format") == FORMAT:
@@ -445,23 +440,19 @@ def _timm_names(given: object, backbone: nn.Module, path: str | os.PathLike, nam
 
 def new_folder(settings: Settings) -> Path:
     """Make the run's folder: --name, or the time (then -2, -3, ...). Raises BadParameter, OSError."""
-    return from_first(None if console.quiet else _make_folder(settings.name))
-
-
-def _make_folder(name: str | None) -> Path:
-    first = Path("runs", name or datetime.now().strftime("%Y%m%d_%H%M%S"))
-    others = () if name else (first.with_name(f"{first.name}-{i}") for i in count(2))
+    if console.quiet:  # the first process makes it
+        return from_first(None)
+    first = Path("runs", settings.name or datetime.now().strftime("%Y%m%d_%H%M%S"))
+    others = () if settings.name else (first.with_name(f"{first.name}-{i}") for i in count(2))
     try:
         first.parent.mkdir(exist_ok=True)
         for folder in chain([first], others):
             with suppress(FileExistsError):
                 folder.mkdir()
-                return folder
+                return from_first(folder)
     except OSError as error:
-        raise OSError(
-            f"{first.parent}/ cannot be written here ({error.strerror}); start in a folder of yours"
-        ) from None
-    resume = shlex.join(["--resume", str(first)])
+        raise OSError(f"runs/ cannot be written here ({error.strerror}); start in a folder of yours") from None
+    resume = f"--resume {shlex.quote(str(first))}"
     raise usage_error("--name", f"{first} exists; choose another --name, or continue it: {resume}")
 
 
@@ -527,7 +518,6 @@ def machine(device: torch.device, amp_dtype: torch.dtype | None) -> dict:
 
 
 def save_last(state: "TrainState", run: "Run") -> None:
-    """Write last.pt."""
     state.seconds, run.saved_at = time.monotonic() - run.epoch_start, time.monotonic()
     if not console.quiet:
         save({"format": FORMAT} | state.state_dict(), run.folder / "last.pt")

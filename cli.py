@@ -15,7 +15,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -238,25 +238,22 @@ def end_processes() -> None:
 class _Progress:
     """A bar on a terminal; elsewhere, for a log file, a plain line every 30 seconds, at first after 5."""
 
-    def __init__(self, total: int, description: str, unit: str, bar: Progress | None):
-        self.total, self.description, self.unit, self.bar = total, description, unit, bar
-        self.done, self.start = 0, time.monotonic()
-        self.printed = self.start
-        self.task = bar.add_task(description, total=total, rate="") if bar else None
+    def __init__(self, bar: Progress, description: str, total: int, unit: str):
+        self.bar, self.unit, self.printed = bar, unit, 0.0
+        bar.add_task(description, total=total, rate="")
+        self.task = bar.tasks[0]
 
     def advance(self, n: int) -> None:
-        self.done += n
-        now = time.monotonic()
-        rate = self.done / max(now - self.start, 1e-9)
+        task, seconds = self.task, self.task.elapsed
+        rate = (task.completed + n) / max(seconds, 1e-9)
         speed = f"{rate:.1f} {self.unit}/s"
-        if self.bar:
-            self.bar.update(self.task, advance=n, rate=speed)
-            return
-        left = (self.total - self.done) / max(rate, 1e-9)
-        soon = self.printed == self.start and left > 60
-        if left and now - self.printed >= (5 if soon else 30):
-            self.printed = now
-            say(f"{self.description} {self.done}/{self.total} {self.unit}, {speed}, {rough_time(left)} left")
+        self.bar.update(task.id, advance=n, rate=speed)
+        left = task.remaining / max(rate, 1e-9)
+        soon = self.printed == 0 and left > 60
+        if not console.is_terminal and left and seconds - self.printed >= (5 if soon else 30):
+            self.printed = seconds
+            done = f"{task.completed}/{task.total} {self.unit}"
+            say(f"{task.description} {done}, {speed}, {rough_time(left)} left")
 
 
 def rough_time(seconds: float) -> str:
@@ -279,12 +276,10 @@ def warn_of_days(seconds: float) -> None:
 @contextmanager
 def progress(total: int, description: str, unit: str = "images") -> Iterator[_Progress]:
     """Show the progress of `total` units of work; the object yielded has `.advance(n)`."""
-    if not console.is_terminal:
-        yield _Progress(total, description, unit, None)
-        return
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        yield _Progress(total, description, unit, bar)
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    with bar if console.is_terminal else nullcontext():
+        yield _Progress(bar, description, total, unit)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -325,13 +320,9 @@ def say_boxes(scores: dict[str, float]) -> None:
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file that gets its name only when it is complete: a temporary file beside it, fsync, rename.
-
-    Raises OSError with the path where it cannot be written; the old file is then as it was.
-    """
+    """Open a file that gets its name when it is complete: a temporary file beside it, fsync, rename. Raises OSError."""
     # a short name: `path` may have one as long as names can be
-    name = f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp"
-    temporary = path.with_name(name)
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     try:
         with open(temporary, mode, **text) as f:
@@ -352,9 +343,8 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-_held: list[
-    int
-] = []  # folders that are locked; a forked loading process must not hold them after its parent was killed
+# The folders that are locked. A forked loading process must not hold them after its parent was killed.
+_held: list[int] = []
 if fcntl:
     os.register_at_fork(after_in_child=lambda: [os.close(handle) for handle in _held])
 

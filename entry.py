@@ -8,7 +8,6 @@ a process that knows nothing else calls the notebook's function. This also measu
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -50,11 +49,11 @@ def etri_task{subtask}_submit():
 
     os.environ["U2NET_HOME"] = os.path.abspath("./model")  # where rembg, if it is used, finds its weights
     model, saved = load_model("./model/best.pt")
-    root = Path("/aif/Dataset")
-    rows = read_split(root, "test", {{}}, {subtask}, [])  # {{}}: label columns are ignored; []: so are damaged photos
+    # {{}}: label columns are ignored; []: so are damaged photos
+    rows = read_split(Path("/aif/Dataset"), "test", {{}}, {subtask}, [])
     view, preparation = choose_treatment(saved, rows, {view!r}, {background!r}, {rembg_model!r})
     prepare = start_preparing(preparation, view, saved)
-    return pd.DataFrame(predict_every_row(root, model, saved, view, prepare))
+    return pd.DataFrame(predict_every_row(rows, model, saved, view, prepare))
 
 
 
@@ -166,9 +165,8 @@ def try_entry(entry: Path, predict: str, dataset: Path) -> float:
     script = predict.replace('"/aif/Dataset"', repr(str(dataset)))
     script = script.replace("import pandas as pd", "").replace("pd.DataFrame", "dict")  # pandas may not be installed
     script += "\nfrom timeit import repeat\nprint(min(repeat(submit(), number=1, repeat=2)))"  # the first call imports
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-B", "-c", script]  # -B: no __pycache__ in the entry
-    done = subprocess.run(command, cwd=entry, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-E", "-B", "-c", script]  # without PYTHONPATH; no __pycache__ in the entry
+    done = subprocess.run(command, cwd=entry, capture_output=True, text=True)
     if done.returncode:
         last_line = (done.stderr.strip() or "it was stopped").splitlines()[-1]
         raise ValueError(f"the entry does not work by itself and was not written: {last_line}")

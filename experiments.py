@@ -30,6 +30,7 @@ import numpy as np
 import typer
 
 from cli import NONE, OFF, Debug, as_usage_error, atomic_write, examples, note, run_app, say, show_table, usage_error
+from data import garment
 
 # ---------------------------------------------------------------- the rows
 
@@ -52,7 +53,7 @@ T10 = "--t-0 10 --t-mult 2"
 T20, T30 = "--t-0 20 --t-mult 2 --eta-min 5e-8", "--t-0 30 --t-mult 2 --eta-min 5e-8"
 LS01, LS02 = "--label-smoothing 0.1", f"--label-smoothing 0.2 {T10}"
 BOTH_VIEWS = "--crop-prob 0.5 --val-view full"
-ASYMMETRIC = "--loss asymmetric --asym-gamma-pos 1 --asym-gamma-neg 4"
+FOCAL, ASYMMETRIC = "--loss focal --focal-gamma 2", "--loss asymmetric --asym-gamma-pos 1 --asym-gamma-neg 4"
 CUTMIX = "--cutmix Daily --cutmix Gender --cutmix Embellishment"
 MODERN = (
     f"{LS01} {T30} --crop-prob 0.7 --val-view learned --box-head "
@@ -64,13 +65,7 @@ ROWS = (
     Row("20240813_212817", "raw", f"{T10} --augment randaugment", "0.474", "is RandAugment better than basic?"),
     Row("20240811_135831", "raw", "--val-view full", "0.473", "the base, validated on full photos as the test is"),
     Row("20240814_crop", "raw", f"{T10} {BOTH_VIEWS}", "", "do both views in training help?"),
-    Row(
-        "20240814_215539",
-        "raw",
-        f"{T10} {BOTH_VIEWS} --loss focal --focal-gamma 2",
-        "",
-        "does focal loss help the rare classes?",
-    ),
+    Row("20240814_215539", "raw", f"{T10} {BOTH_VIEWS} {FOCAL}", "", "does focal loss help the rare classes?"),
     Row("20240815_140358", "clean", f"{LS02} {BOTH_VIEWS}", "0.472", "background removed, both views"),
     Row("20240815_182900", "clean", LS02, "0.505", "does removing the background help?"),
     Row("20240818_asymmetric", "clean", f"{T10} {ASYMMETRIC} {LS01}", "", "does the asymmetric loss help?"),
@@ -174,7 +169,6 @@ def run(
         remedy = f"python preprocess.py {shlex.quote(data)} OUT writes one"
         raise usage_error("--clean-data", f"needed for {', '.join(names)}; {remedy}")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `start` ends the training too
     runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []
     for i, (row, seed) in enumerate(runs, start=1):
         flags, paths = merge_flags(row, more), datasets[row.data]
@@ -224,6 +218,7 @@ def content_of(flag: str, data: str) -> str:
 
 def start(command: list[str]) -> int:
     """Run a command to its end and return its exit code. An interruption ends the command too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     process = subprocess.Popen(command)
     try:
         return process.wait()
@@ -263,8 +258,7 @@ def read_run(folder: Path) -> Run:
         record = json.loads(path.read_bytes()) if path.exists() else {"row": "", "more": {}}
         config, metrics = json.loads((folder / "config.json").read_bytes()), read_csv(folder / "metrics.csv")
         rows = read_csv(folder / "val_predictions.csv")
-        labels = [column for column in rows[0] if f"{column}_predicted" in rows[0]]
-        labels = [label for label in labels if any(row[label] for row in rows)]
+        labels = [label for label in rows[0] if any(row[label] and row.get(f"{label}_predicted") for row in rows)]
         rows = [row for row in rows if any(row[label] for label in labels)]
         rows.sort(key=itemgetter("image_name", *labels))
         truth = np.array([[row[label] for label in labels] for row in rows])
@@ -293,11 +287,6 @@ def read_experiments() -> list[list[Run]]:
         except ValueError as error:
             note(f"left aside: {error}")
     return [list(runs.values()) for _, runs in sorted(groups.items())]
-
-
-def garment(image: str) -> str:
-    """`1209/BO00001` of `1209/BO00001-2.jpg`: photos of one garment have it in common. Other names stay as they are."""
-    return re.sub(r"([A-Za-z]\d+)-\d{1,2}(\.\w+)?$", r"\1", image)
 
 
 def per_garment(images: list[str], differences: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from settings import Amp, in_run
 
 View = Literal["auto", "full", "bbox", "mask", "learned"]
 Part = Literal["train", "val", "test"]
-Background = Literal["auto", "keep", "remove"]
 in_photos, in_output = (partial(cli.option, panel) for panel in ("Photos", "Output"))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -48,7 +47,7 @@ def predict(
     data: Annotated[str | None, in_photos("A dataset, or `demo`.", show_default="the one trained on")] = None,
     split: Annotated[Part | None, in_photos("Its split.", show_default="test, else val")] = None,
     view: Annotated[View, in_photos("What the model sees; auto: as in validation, if possible.")] = "auto",
-    background: Annotated[Background, in_photos("auto: as in training.")] = "auto",
+    background: Annotated[Literal["auto", "keep", "remove"], in_photos("auto: as in training.")] = "auto",
     rembg_model: Annotated[str | None, in_photos("rembg's model.", show_default="as trained, u2net")] = None,
     out: Annotated[Path | None, in_output("The CSV to write.", show_default="beside the checkpoint")] = None,
     probs: Annotated[bool, in_output("Add the classes' probabilities.", "--probs", **OFF)] = False,
@@ -73,8 +72,7 @@ def predict(
     check_outputs(checkpoint, rows, out, picture)
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     if boxes and view != "learned":
-        remedy = "a model of train.py --box-head does (--view learned)"
-        raise usage_error("--boxes", f"the view {view} predicts none; {remedy}")
+        raise usage_error("--boxes", f"the view {view} predicts none; --view learned does (train.py --box-head)")
     prepare = start_preparing(preparation, view, saved)
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
@@ -84,12 +82,14 @@ def predict(
     table |= box_columns(prediction, rows.samples) if boxes else {}
     replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
     write_csv(out, list(table), zip(*table.values()))
+    answers = answer_texts(prediction, saved.classes)
     if inputs and len(rows.samples) <= 20:
-        show_answers(rows, prediction, saved.classes)
+        lines = zip(table["image_name"], *answers.values())
+        show_table("answers", ["photo", *answers], [list(line) for line in lines])
     if picture:
         from report import draw_answers
 
-        draw_answers(rows, prediction, saved.classes, prepare, picture)
+        draw_answers(rows, prediction, answers, prepare, picture)
     if prediction.targets:
         show_scores(f"{rows.csv.name} ({view})", score(prediction.logits, prediction.targets))
     if prediction.boxes is not None and rows.has("bbox"):
@@ -205,15 +205,20 @@ def predictions_table(
         if probs:
             more |= {f"{column}_p{c}": p for c, p in enumerate(logits.double().softmax(-1).T.tolist())}
     if clash := table.keys() & more.keys():
-        column = min(clash)
-        raise ValueError(f"the predictions would hold the column {column} twice; leave out --names or --probs")
+        raise ValueError(f"the predictions would hold the column {min(clash)} twice; leave out --names or --probs")
     return table | more
 
 
+<<<<<<< HEAD
 def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare | None) -> dict:
     """An entry's columns: an answer for each row of the test CSV; for unreadable photos the commonest classes."""
     header, table = read_table(root, "test", saved.classes, saved.subtask)
     rows = read_split(root, "test", saved.classes, saved.subtask, [])
+=======
+def predict_every_row(rows: Split, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare | None) -> dict:
+    """An entry's columns: an answer for each row of the test CSV; for those not in `rows` the commonest classes."""
+    table = read_table(rows.csv.parent, "test", {}, saved.subtask)
+>>>>>>> h-less-b
     prediction = predict_rows(model, saved, rows, view, prepare, workers=0)  # containers are short of shared memory
     rows, prediction = drop_unread(rows, prediction)
     answers = predictions_table(rows, prediction, saved.classes)
@@ -230,13 +235,13 @@ def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: 
     return columns
 
 
-def show_answers(rows: Split, prediction: Prediction, classes: Classes) -> None:
-    """A table of a few photos' answers: for each label the class and its probability."""
-    columns = [[sample.name for sample in rows.samples]]
+def answer_texts(prediction: Prediction, classes: Classes) -> dict[str, list[str]]:
+    """{label: each photo's class and its probability}, as people read them."""
+    texts = {}
     for label, logits in prediction.logits.items():
         names, best = class_names(label, classes[label]), logits.softmax(-1).max(-1)
-        columns.append([f"{names[c]} {p:.2f}" for p, c in zip(best.values.tolist(), best.indices.tolist())])
-    show_table("answers", ["photo", *prediction.logits], [list(row) for row in zip(*columns)])
+        texts[label] = [f"{names[c]} {p:.2f}" for p, c in zip(best.values.tolist(), best.indices.tolist())]
+    return texts
 
 
 def choose_treatment(

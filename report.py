@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which need not be installed here; no backend draws these pictures
 
-from matplotlib import colormaps, font_manager, style
+from matplotlib import font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -66,8 +66,7 @@ from photos import Box, boxes_in_image, crop_box, load_photo, view_pixels
 from settings import Settings, read_settings, restart_epochs
 
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
-BOX_NAMES = {"bbox": "given box", "learned": "predicted box"}
-BOX_STYLES = {"bbox": ("#ff7f0e", "-"), "mask": ("#1f77ff", "--"), "learned": ("#e0007a", "-.")}
+BOX_LINES = {"bbox": ("given", "C1", "-"), "mask": ("mask", "#1f77ff", "--"), "learned": ("predicted", "#e0007a", "-.")}
 RIGHT, WRONG, FAINT = "#1a7f37", "#c62828", "#666666"
 SIDE, LETTERS = 1.7, 24  # of an image in a grid: inches, and the letters of a line of text above or below it
 
@@ -194,14 +193,14 @@ def grid(title: str, n_rows: int, n_columns: int, side: float = SIDE) -> Iterato
 
 
 def draw_image(ax: Axes, image: np.ndarray, title: str, captions: list[str], color: str, boxes: dict, **how) -> None:
-    """Draw an image uint8 (H, W, 3), text above it, captions of this color below, and {kind: box}; `how`: imshow's."""
+    """Draw an image (H, W, 3) or (H, W), text above it, captions of this color below, {kind: box}; `how`: imshow's."""
     ax.imshow(image, **how)
     ax.set_adjustable("datalim")  # a photo that is not square lies in the middle of its square cell
     ax.set_title(wrapped(title), fontsize=8, color=FAINT, pad=3)
     ax.set_xlabel("\n".join(wrapped(caption) for caption in captions), fontsize=8, color=color, labelpad=3)
     for kind, box in boxes.items():
         x0, y0, x1, y1 = (side - 0.5 for side in box)  # the first pixel's middle is at 0
-        edge, line = BOX_STYLES[kind]
+        _, edge, line = BOX_LINES[kind]
         for pen in ({"ec": "white", "lw": 3}, {"ec": edge, "ls": line, "lw": 1.5}):
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, clip_on=False, **pen))
 
@@ -301,9 +300,9 @@ def mistakes(answers: Answers, split: Split) -> Figure:
 
 def draw_legend(figure: Figure, kinds: Iterable[str]) -> None:
     """Say which box is which, below."""
-    lines = [Line2D([], [], color=BOX_STYLES[kind][0], ls=BOX_STYLES[kind][1]) for kind in kinds]
-    texts = [BOX_NAMES.get(kind, f"{kind} box") for kind in kinds]
-    figure.legend(lines, texts, loc="outside lower center", ncols=3, frameon=False)
+    styles = [BOX_LINES[kind] for kind in kinds]
+    lines = [Line2D([], [], color=color, ls=line, label=f"{name} box") for name, color, line in styles]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
 
 
 def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
@@ -334,19 +333,16 @@ def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
     return figure
 
 
-def draw_answers(rows: Split, prediction: Prediction, classes: Classes, prepare: Callable | None, path: Path) -> None:
-    """A sheet of the first 48 photos with their answers and probabilities, and their boxes."""
+def draw_answers(rows: Split, prediction: Prediction, answers: dict, prepare: Callable | None, path: Path) -> None:
+    """A sheet of the first 48 photos with their boxes and answers, {label: a text for each photo}."""
     samples = rows.samples[:48]
     n_columns = min(8, len(samples))
     n_rows, kinds = math.ceil(len(samples) / n_columns), {}
     with drawing():
-        with grid(f"Predictions: {', '.join(classes)}", n_rows, n_columns) as (figure, axes):
+        with grid(f"Predictions: {', '.join(answers)}", n_rows, n_columns) as (figure, axes):
             for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
                 photo = prepare(sample)[0] if prepare else load_photo(sample.path)
-                captions = []
-                for label, logits in prediction.logits.items():
-                    p, c = logits[i].softmax(-1).max(-1)
-                    captions.append(f"{class_names(label, classes[label])[c]} {p:.2f}")
+                captions = [texts[i] for texts in answers.values()]
                 boxes = {kind: box for kind, box in sample.boxes.items() if kind == "bbox"}
                 if prediction.boxes is not None:
                     boxes["learned"] = crop_box(prediction.boxes[i].tolist(), photo.size)
@@ -406,40 +402,37 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     samples = [split.samples[i] for i in chosen]
     photos = [load_photo(sample.path) for sample in samples]
     images = torch.stack([view_pixels(photo, None, size, resize) for photo in photos])
-    learned = [(answers.learned[i] if answers else {}) for i in chosen]
+    given = [split.samples[i].boxes | (answers.learned[i] if answers else {}) for i in chosen]
     boxes = []
-    for sample, box in zip(samples, learned):
-        known = sample.boxes | box
-        moved = boxes_in_image(known.values(), sample.size, size, resize).round().int()
-        boxes.append(dict(zip(known, map(tuple, moved.tolist()))))
-    heats = heat_maps(model, images)
-    if inside := heat_inside(heats, [box.get("bbox", box.get("mask")) for box in boxes]):
+    for sample, of_photo in zip(samples, given):
+        moved = boxes_in_image(of_photo.values(), sample.size, size, resize).round().int()
+        boxes.append(dict(zip(of_photo, map(tuple, moved.tolist()))))
+    if inside := heat_inside(heat_maps(model, images), [box.get("bbox", box.get("mask")) for box in boxes]):
         heat = f"{inside[0]:.2f} of it, where chance would give {inside[1]:.2f}"
         say(f"heat inside the garment's box: {heat} (whole validation photos)")
     eighth = slice(None, None, math.ceil(len(chosen) / 8))
-    heats = {label: (heat[eighth], logits[eighth]) for label, (heat, logits) in heats.items()}
+    parts = {"whole photos": (images[eighth], boxes[eighth])}
+    if view != "full":
+        pairs = zip(photos[eighth], given[eighth])
+        crops = torch.stack([view_pixels(photo, box.get(view), size, resize) for photo, box in pairs])
+        parts = {f"validation's view:\n{view}": (crops, [{}] * len(crops))} | parts
     title = "Where the model looks (Grad-CAM): red is most, blue least"
-    n_rows = 1 + len(model.classes)
-    with grid(title, n_rows if view == "full" else 2 * n_rows, 8) as (figure, axes):
-        axes[-n_rows, 0].set_ylabel("whole photos")
-        draw_heats(axes[-n_rows:], images[eighth], heats, samples[eighth], boxes[eighth], model.classes)
-        if view != "full":
-            crops = [(sample.boxes | box).get(view) for sample, box in zip(samples[eighth], learned[eighth])]
-            pairs = zip(photos[eighth], crops)
-            images = torch.stack([view_pixels(photo, crop, size, resize) for photo, crop in pairs])
-            axes[0, 0].set_ylabel(f"validation's view:\n{view}")
-            draw_heats(axes, images, heat_maps(model, images), samples[eighth], [{}] * 8, model.classes)
-        draw_legend(figure, dict.fromkeys(kind for kinds in boxes[eighth] for kind in kinds))
+    with grid(title, len(parts) * (1 + len(model.classes)), 8) as (figure, axes):
+        for rows, (name, (images, boxes)) in zip(np.split(axes, len(parts)), parts.items()):
+            rows[0, 0].set_ylabel(name)
+            draw_heats(rows, model, images, samples[eighth], boxes)
+        draw_legend(figure, dict.fromkeys(kind for kinds in boxes for kind in kinds))  # of the whole photos
     return figure
 
 
-def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, boxes: list, classes: Classes) -> None:
+def draw_heats(axes: np.ndarray, model: FashionModel, images: Tensor, samples: list, boxes: list) -> None:
     """Draw images (N, 3, S, S) of samples into the first row of axes, each label's heat and the boxes into the next."""
+    heats = heat_maps(model, images)
     images = images.permute(0, 2, 3, 1).numpy()
     for ax, image, sample in zip(axes[0], images, samples):
         draw_image(ax, image, sample.name, [], "black", {})
     for row, (label, (heat, logits)) in zip(axes[1:], heats.items()):
-        names = class_names(label, classes[label])
+        names = class_names(label, model.classes[label])
         row[0].set_ylabel(wrapped(label))
         confidences, predictions = logits.softmax(-1).max(-1)
         for n, (ax, sample, box) in enumerate(zip(row, samples, boxes)):
@@ -448,11 +441,9 @@ def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, bo
             if truth not in (predicted, -1):
                 captions.append(f"is {names[truth]}")
             color = FAINT if truth < 0 else RIGHT if truth == predicted else WRONG
+            draw_image(ax, images[n].mean(-1), "", captions, color, box, cmap="gray", vmin=0, vmax=255)
             strength = heat[n].numpy()
-            alpha = (0.75 * strength**0.7)[..., None]
-            gray, hue = images[n].mean(-1, keepdims=True), 255 * colormaps["turbo"](strength)[..., :3]
-            mixed = (gray * (1 - alpha) + hue * alpha).round().astype(np.uint8)
-            draw_image(ax, mixed, "", captions, color, box)
+            ax.imshow(strength, cmap="turbo", vmin=0, vmax=1, alpha=0.75 * strength**0.7)
 
 
 def heat_inside(heats: Heats, boxes: list[Box | None]) -> tuple[float, float] | None:

@@ -23,7 +23,7 @@ from cli import NONE, OFF, atomic_write, note, option, usage_error
 if TYPE_CHECKING:
     from data import Split
 
-MAX_IMAGE_SIZE = 4096
+MAX_SIDE = 4096  # of an image, in pixels
 # What may change on resume, since the bits do not; `data` and `teacher` may be the same ones elsewhere.
 CHANGEABLE = {"resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache", "pictures"}
 # Settings of earlier versions with their defaults: a run that used another value cannot be resumed.
@@ -36,14 +36,13 @@ SHARE = {"min": 0, "max": 1}
 RESIZE_HELP = "How a view becomes square: squashed, in shape on black, or (training) a random part of it."
 ACCUM_HELP = """Micro-batches a step, for less memory. Each one's mean loss counts by its images: with class weights or
 a box head the step differs slightly."""
+Number = int | None
 Text = str | None
 Names = list[str] | None
 Resize = Literal["squash", "letterbox", "random-resized-crop"]
 TrainView = Literal["bbox", "mask"]
 ValView = Literal["bbox", "full", "mask", "learned"] | None
-Augment = Literal["basic", "randaugment", "none"]
 ExportDtype = Literal["fp32", "fp16", "int8"]
-Monitor = Literal["top1", "acsa", "loss"]
 Amp = Literal["auto", "fp16", "bf16", "off"]
 
 
@@ -57,14 +56,14 @@ class Settings:
     train_view: Annotated[TrainView, in_data("Crop to the CSV's box, or to the foreground's (preprocess.py).")] = "bbox"
     val_view: Annotated[ValView, in_data("What validation sees.", show_default="bbox; with --box-head learned")] = None
     resize: Annotated[Resize, in_data(RESIZE_HELP)] = "squash"
-    augment: Annotated[Augment, in_data("Augmentation: the notes', RandAugment, none.")] = "basic"
+    augment: Annotated[Literal["basic", "randaugment", "none"], in_data("The notes', RandAugment, or none.")] = "basic"
     cutmix: Annotated[Names, in_data("CutMix for this label; repeats. `joint`: for all in one.", **OFF)] = None
     image_size: Annotated[
-        int | None, in_data("Image side in pixels.", min=16, max=MAX_IMAGE_SIZE, show_default="the model's")
+        Number, in_data("Image side in pixels.", min=16, max=MAX_SIDE, show_default="the model's")
     ] = None
     fit_all: Annotated[bool, in_data("Train on validation rows too, keep the last epoch.", "--fit-all", **OFF)] = False
     workers: Annotated[
-        int | None, in_data("Loading processes; 0: none.", min=0, max=256, show_default="one a core, at most 8")
+        Number, in_data("Loading processes; 0: none.", min=0, max=256, show_default="one a core, at most 8")
     ] = None
     cache: Annotated[Text, in_data("Folder of decoded photos, or `off`.", show_default="DATASET/.cache")] = None
 
@@ -72,12 +71,8 @@ class Settings:
     pretrained: Annotated[bool, in_model("Start from timm's pretrained weights (downloaded once).")] = True
     weights: Annotated[Text, in_model("Start from a .safetensors, .pth or .pt file, or a best.pt.", **NONE)] = None
     drop_path: Annotated[float, in_model("Drop path rate of the last block, less towards the first.", **SHARE)] = 0.0
-    box_head: Annotated[bool, in_model("Predict the garment's box, for a second look at it.", "--box-head", **OFF)] = (
-        False
-    )
-    export_dtype: Annotated[
-        ExportDtype, in_model("Precision of best.pt; int8: 8 bits a weight, predicts in float32.")
-    ] = "fp32"
+    box_head: Annotated[bool, in_model("Predict the garment's box, to look at it again.", "--box-head", **OFF)] = False
+    export_dtype: Annotated[ExportDtype, in_model("Precision of best.pt; int8 predicts in float32.")] = "fp32"
     max_mb: Annotated[float, in_model("Largest best.pt in MB of 1,000,000 bytes; 0: no limit.", min=0)] = 25.0
 
     loss: Annotated[Literal["ce", "focal", "asymmetric"], in_loss("Loss of each label; ce: cross-entropy.")] = "ce"
@@ -102,7 +97,7 @@ class Settings:
     t_mult: Annotated[int, in_optim("Factor from one cosine's length to the next.", min=1)] = 2
     eta_min: Annotated[float, in_optim("Lowest learning rate.", min=0)] = 5e-8
     patience: Annotated[int, in_optim("Stop after this many epochs without a better one.", min=1)] = 50
-    monitor: Annotated[Monitor, in_optim("Validation figure that picks the best epoch.")] = "top1"
+    monitor: Annotated[Literal["top1", "acsa", "loss"], in_optim("Figure that picks the best epoch.")] = "top1"
     amp: Annotated[Amp, in_optim("Mixed precision; auto: the fastest on the device.")] = "auto"
 
     name: Annotated[Text, in_run("Name of the folder under runs/.", show_default="date and time")] = None
@@ -111,18 +106,15 @@ class Settings:
     deterministic: Annotated[bool, in_run("The same bits every time, at some cost on GPUs.")] = True
     resume: Annotated[Text, in_run("Continue this run (runs/NAME) with its settings.", **NONE)] = None
     device: Annotated[str, in_run("auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
-    threads: Annotated[int | None, in_run("CPU threads of the model.", min=1, show_default="torch's")] = None
+    threads: Annotated[Number, in_run("CPU threads of the model.", min=1, show_default="torch's")] = None
     pictures: Annotated[bool, in_run("Draw the run's pictures at the end (report.py).")] = True
     debug: Annotated[bool, in_run("Show the traceback of an error.", "--debug", **OFF)] = False
 
     def __post_init__(self) -> None:
         """Lists become tuples and paths str: a parsed instance equals one that was built."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            elif isinstance(value, Path):
-                object.__setattr__(self, field.name, str(value))
+        for name, value in vars(self).items():
+            if isinstance(value, list | Path):
+                object.__setattr__(self, name, tuple(value) if isinstance(value, list) else str(value))
 
 
 def flag_of(key: str) -> str:

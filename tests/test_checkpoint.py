@@ -71,6 +71,12 @@ def test_conversion_scores_both(run, drawn, best):
     assert refused.code == 2 and "small.pt exists" in refused.err
 
 
+def test_conversion_of_a_run_in_fp16_scores_on_a_cpu(run, drawn, best):
+    save(read(best) | {"amp": "fp16"}, Path("fp16.pt"))
+    done = run("checkpoint", "fp16.pt", "small.pt", "--export-dtype", "int8", "--data", drawn)
+    assert done.code == 0 and len(table(done.out)) == 8, done.err
+
+
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**9), spread=st.floats(-46, 4), rows=st.integers(1, 9), columns=st.integers(1, 60))
 def test_int8_is_near_exact_and_repeats(seed, spread, rows, columns):
