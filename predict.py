@@ -209,16 +209,9 @@ def predictions_table(
     return table | more
 
 
-<<<<<<< HEAD
-def predict_every_row(root: Path, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare | None) -> dict:
-    """An entry's columns: an answer for each row of the test CSV; for unreadable photos the commonest classes."""
-    header, table = read_table(root, "test", saved.classes, saved.subtask)
-    rows = read_split(root, "test", saved.classes, saved.subtask, [])
-=======
 def predict_every_row(rows: Split, model: FashionModel, saved: Checkpoint, view: str, prepare: Prepare | None) -> dict:
     """An entry's columns: an answer for each row of the test CSV; for those not in `rows` the commonest classes."""
-    table = read_table(rows.csv.parent, "test", {}, saved.subtask)
->>>>>>> h-less-b
+    header, table = read_table(rows.csv.parent, "test", {}, saved.subtask)
     prediction = predict_rows(model, saved, rows, view, prepare, workers=0)  # containers are short of shared memory
     rows, prediction = drop_unread(rows, prediction)
     answers = predictions_table(rows, prediction, saved.classes)
