@@ -392,7 +392,8 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
         f"{heads} of {len(model.heads)} heads came with it": heads,
     }
     if any(counts.values()):
-        note(f"{path}: " + "; ".join(text for text, n in counts.items() if n))
+        doubt = "; is it of another backbone?" if missing > len(fitting) else ""
+        note(f"{path}: " + "; ".join(text for text, n in counts.items() if n) + doubt)
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

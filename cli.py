@@ -168,6 +168,8 @@ def _message(error: Exception) -> tuple[str, int]:
 
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of answer_early
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     raise SystemExit(_run(app) or 0)
 
 
@@ -178,6 +180,8 @@ def answer_early(app: typer.Typer) -> None:
     parser.invoke = lambda context: context  # the command line is parsed, and not yet run
     if _run(parser) == 0:  # --help was printed
         raise SystemExit(0)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 
 def set_up_libraries() -> None:

@@ -135,6 +135,8 @@ DEFAULTS |= {"crop": "none", "box_margin": 0.0}
 
 def check_outputs(checkpoint: Path, rows: Split, out: Path, picture: Path | None) -> None:
     """Raises BadParameter where an output cannot be written, or would replace what is predicted from."""
+    if picture and picture.suffix.lower() != ".png":
+        raise usage_error("--picture", f"{picture}: its name should end in .png")
     given = {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}
     for flag, path in (("--out", out), ("--picture", picture)):
         if path and (path.is_dir() or not path.parent.is_dir() or path.resolve() in given):

@@ -318,6 +318,9 @@ def test_what_is_no_dataset(dataset, tmp_path):
     photo(tmp_path / "flat" / "test" / "a.png")
     with pytest.raises(FileNotFoundError, match=r"no Fashion-How24 CSV or class folders.*--data demo"):
         find_dataset(str(tmp_path / "flat"))
+    photo(tmp_path / "one" / "shirts" / "a.png")
+    with pytest.raises(FileNotFoundError, match="has one class folder, shirts, and classes are two or more"):
+        find_dataset(str(tmp_path / "one"))
 
 
 def test_csvs_win_over_class_folders(dataset, capfd):

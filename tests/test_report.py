@@ -265,6 +265,8 @@ def test_a_picture_of_predictions(pictured, drawn, run, tmp_path, split):
         rgba = np.asarray(picture.convert("RGBA"))
     assert (rgba[..., 3] == 255).all() and (rgba[0] == 255).all() and rgba[..., :3].min() < 60
     assert len(rows(tmp_path / "p.csv")) == 20
+    refused = run("predict", pictured.folder / "best.pt", *data_flags, "--picture", "answers.jpg")
+    assert refused.code == 2 and "answers.jpg: its name should end in .png" in refused.err
 
 
 def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
