@@ -205,7 +205,7 @@ def test_an_entry_with_a_remover(run, u2netp, untried, tmp_path):
     train(run, Path("Clean"))
     done = run("entry", "runs/a/best.pt", "Entry", "--data", "Demo")
     assert done.code == 0, done.err
-    assert "the box round the foreground (mask)" in done.out and "8 photos of Demo" in done.out
+    assert "the box round the foreground (mask)" in done.out and "16 photos of Demo" in done.out
     assert (tmp_path / "Entry" / "model" / "u2netp.onnx").stat().st_size > 4e6
     assert "rembg" in (tmp_path / "Entry" / "requirements.txt").read_text()
     test = ["--data", "Demo", "--split", "test"]
