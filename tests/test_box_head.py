@@ -105,7 +105,7 @@ def test_training_images_carry_the_box_of_what_they_show(drawn, monkeypatch, res
         torch.testing.assert_close(coloured(image), box, atol=0.02, rtol=0)
         shares[view].append((box[2:] - box[:2]).prod().item())
     crops, others = shares["bbox"], shares["full"]
-    assert 8 < len(crops) < 32 and len({*crops}) > 4 and len({*others}) > 4
+    assert 8 < len(crops) < 32 and len({*crops}) > 3 and len({*others}) > 4
     assert sum(crops) / len(crops) > 1.3 * sum(others) / len(others)
 
 
@@ -113,6 +113,7 @@ def test_a_loose_crop_and_a_part_lie_in_the_photo():
     torch.manual_seed(0)
     box, photo = (10, 20, 50, 90), (60, 100)
     crops, parts = ([draw(box, photo) for _ in range(400)] for draw in (loose_crop, part_around))
+    assert 150 < crops.count((8, 16, 52, 94)) < 250  # grown by BOX_MARGIN
     low, high = zip(*((min(sides), max(sides)) for sides in zip(*crops)))
     assert low == (0, 0, 46, 83) and high == (14, 27, 60, 100)  # within a tenth of the sides in, and the photo
     assert 150 < parts.count((0, 0, *photo)) < 250
