@@ -50,8 +50,7 @@ def convert(
     if data is None:
         return
     split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
-    amp = "auto" if saved.amp == "fp16" else saved.amp  # fp16 needs a GPU
-    how = (saved.resize, saved.batch_size, None, choose_amp(amp, torch.device("cpu")))
+    how = (saved.resize, saved.batch_size, None, choose_eval_amp(saved.amp, torch.device("cpu")))
     answers = []
     for path in (checkpoint, out):
         prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
@@ -73,7 +72,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from data import Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
-from model import FashionModel, build_model, choose_amp
+from model import FashionModel, build_model, choose_eval_amp
 from settings import MAX_SIDE, Settings, read_config, write_config
 
 if TYPE_CHECKING:
@@ -198,7 +197,10 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `exported_weights` gave as load_state_dict takes it. Raises ValueError for wrong scales, NaN, infinity."""
+    """The tensors that `exported_weights` stored, for load_state_dict.
+
+    Raises ValueError where a scale makes no sense, or a number is not finite.
+    """
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
     rounded = {key for key, value in weights.items() if value.dtype == torch.int8}

@@ -324,7 +324,10 @@ def say_boxes(scores: dict[str, float]) -> None:
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file that gets its name when it is complete: a temporary file beside it, fsync, rename. Raises OSError."""
+    """Open a file that gets its name only when it is complete: a temporary file beside it, fsync, rename.
+
+    Raises OSError with the path where it cannot be written; the old file is then as it was.
+    """
     # a short name: `path` may have one as long as names can be
     temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}

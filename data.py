@@ -120,7 +120,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
         problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
     elif not root.exists():
         problem = "does not exist (where it was moved, --data says its new place)"
-    else:
+    elif not others:
         classes = [path.name for path in _subfolders(root) if find_photos(path)]
         if len(classes) == 1 and classes[0] not in chain(*FOLDERS.values()):
             problem = f"has one class folder, {classes[0]}, and classes are two or more"

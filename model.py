@@ -299,6 +299,11 @@ def choose_amp(choice: str, device: torch.device) -> torch.dtype | None:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choice)
 
 
+def choose_eval_amp(trained: str, device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype for a model that was trained with this choice; fp16 becomes `auto` where it needs CUDA."""
+    return choose_amp("auto" if trained == "fp16" and device.type != "cuda" else trained, device)
+
+
 def set_deterministic(on: bool, device: torch.device) -> None:
     """Ask torch for the same bits every time; it warns of what cannot be. On CUDA attention is then the plain one."""
     torch.use_deterministic_algorithms(on, warn_only=True)

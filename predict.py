@@ -65,7 +65,7 @@ def predict(
     with as_usage_error("--device"):
         model.to(choose_device(device))
     with as_usage_error("--amp"):
-        choose_amp(amp or "auto", model.mean.device)
+        choose_eval_amp(amp or "auto", model.mean.device)
     saved = replace(saved, amp=amp or saved.amp, batch_size=batch_size or saved.batch_size)
     rows, problems = image_samples(inputs) if inputs else read_rows(saved, data, split)
     out = out or checkpoint.with_name("predictions.csv")
@@ -82,8 +82,9 @@ def predict(
     table |= box_columns(prediction, rows.samples) if boxes else {}
     replaced = " (the earlier file of that name was replaced; --out chooses another)" if out.exists() else ""
     write_csv(out, list(table), zip(*table.values()))
-    answers = answer_texts(prediction, saved.classes)
-    if inputs and len(rows.samples) <= 20:
+    few = inputs and len(rows.samples) <= 20
+    answers = answer_texts(prediction, saved.classes) if few or picture else {}
+    if few:
         lines = zip(table["image_name"], *answers.values())
         show_table("answers", ["photo", *answers], [list(line) for line in lines])
     if picture:
@@ -125,7 +126,7 @@ from data import (
 )
 from evaluate import Prediction, box_columns, predict_samples, score, score_boxes
 from loading import Prepare, relative_boxes
-from model import FashionModel, choose_amp, choose_device
+from model import FashionModel, choose_device, choose_eval_amp
 from photos import Box
 from preprocess import Remover, find_weights, prepare_photo
 
@@ -166,7 +167,7 @@ def predict_rows(
     `view` and `prepare`: see `choose_treatment`, `start_preparing`. `workers`: None is a loading process a core.
     """
     device = model.mean.device
-    amp_dtype = choose_amp("auto" if saved.amp == "fp16" and device.type != "cuda" else saved.amp, device)
+    amp_dtype = choose_eval_amp(saved.amp, device)
     looks = 1 + (view == "learned")
     with TemporaryDirectory() as folder, progress(looks * len(rows.samples), "predicting") as bar:
         if prepare and looks > 1:

@@ -407,32 +407,33 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     for sample, of_photo in zip(samples, given):
         moved = boxes_in_image(of_photo.values(), sample.size, size, resize).round().int()
         boxes.append(dict(zip(of_photo, map(tuple, moved.tolist()))))
-    if inside := heat_inside(heat_maps(model, images), [box.get("bbox", box.get("mask")) for box in boxes]):
+    heats = heat_maps(model, images)
+    if inside := heat_inside(heats, [box.get("bbox", box.get("mask")) for box in boxes]):
         heat = f"{inside[0]:.2f} of it, where chance would give {inside[1]:.2f}"
         say(f"heat inside the garment's box: {heat} (whole validation photos)")
     eighth = slice(None, None, math.ceil(len(chosen) / 8))
-    parts = {"whole photos": (images[eighth], boxes[eighth])}
+    heats = {label: (heat[eighth], logits[eighth]) for label, (heat, logits) in heats.items()}
+    parts = {"whole photos": (images[eighth], heats, boxes[eighth])}
     if view != "full":
         pairs = zip(photos[eighth], given[eighth])
         crops = torch.stack([view_pixels(photo, box.get(view), size, resize) for photo, box in pairs])
-        parts = {f"validation's view:\n{view}": (crops, [{}] * len(crops))} | parts
+        parts = {f"validation's view:\n{view}": (crops, heat_maps(model, crops), [{}] * len(crops))} | parts
     title = "Where the model looks (Grad-CAM): red is most, blue least"
     with grid(title, len(parts) * (1 + len(model.classes)), 8) as (figure, axes):
-        for rows, (name, (images, boxes)) in zip(np.split(axes, len(parts)), parts.items()):
+        for rows, (name, (images, heats, boxes)) in zip(np.split(axes, len(parts)), parts.items()):
             rows[0, 0].set_ylabel(name)
-            draw_heats(rows, model, images, samples[eighth], boxes)
+            draw_heats(rows, images, heats, samples[eighth], boxes, model.classes)
         draw_legend(figure, dict.fromkeys(kind for kinds in boxes for kind in kinds))  # of the whole photos
     return figure
 
 
-def draw_heats(axes: np.ndarray, model: FashionModel, images: Tensor, samples: list, boxes: list) -> None:
+def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, boxes: list, classes: Classes) -> None:
     """Draw images (N, 3, S, S) of samples into the first row of axes, each label's heat and the boxes into the next."""
-    heats = heat_maps(model, images)
     images = images.permute(0, 2, 3, 1).numpy()
     for ax, image, sample in zip(axes[0], images, samples):
         draw_image(ax, image, sample.name, [], "black", {})
     for row, (label, (heat, logits)) in zip(axes[1:], heats.items()):
-        names = class_names(label, model.classes[label])
+        names = class_names(label, classes[label])
         row[0].set_ylabel(wrapped(label))
         confidences, predictions = logits.softmax(-1).max(-1)
         for n, (ax, sample, box) in enumerate(zip(row, samples, boxes)):

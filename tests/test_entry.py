@@ -266,6 +266,16 @@ def test_entries_that_are_refused(run, raw, untried, monkeypatch, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "full"} and os.listdir("full") == ["mine.txt"]
 
 
+def test_an_entry_without_a_label_of_the_challenge(run, drawn, untried, tmp_path):
+    data = Path(shutil.copytree(drawn, tmp_path / "Own"))
+    for path in data.glob("*.csv"):
+        path.write_text(path.read_text().replace("Embellishment", "Fit"))
+    train(run, data, "--val-view", "full")
+    done = run("entry", "runs/a/best.pt", "Entry")
+    assert done.code == 0, done.err
+    assert "the challenge asks for Embellishment, which this model does not predict" in done.out
+
+
 def test_an_entry_over_the_budget_is_written(run, raw, untried, monkeypatch):
     monkeypatch.setattr(entry_script, "MAX_MB", 1)
     done = run("entry", "runs/a/best.pt", "Entry", "--data", "demo")
