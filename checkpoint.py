@@ -70,7 +70,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from data import Split, check_preparation, find_dataset, needs_remover, read_split
+from data import BOX, Split, check_preparation, find_dataset, needs_remover, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_eval_amp
 from settings import MAX_SIDE, Settings, read_config, write_config
@@ -365,11 +365,12 @@ class Teacher(nn.Module):
 
 
 def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> None:
-    """Load weights into the backbone `name`, and a best.pt's heads into those of the same labels; say what did not fit.
+    """Load weights into the backbone `name`, and a best.pt's heads into those of the same labels and the box head; say
+    what did not fit.
 
     Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
     """
-    given, classes, heads = _read_tensors(path), None, 0
+    given, weights, classes = _read_tensors(path), {}, {}
     if isinstance(given, dict) and given.get("format") == FORMAT:
         with complete(path):
             saved = _parse(given)
@@ -381,17 +382,19 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
     if not fitting:
         raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
     model.backbone.load_state_dict(fitting, strict=False)
-    for (label, names), head in zip(model.classes.items(), model.heads):
-        if classes and classes.get(label) == names:
-            of_head = _fitting(_below(f"heads.{list(classes).index(label)}.", weights), head.state_dict())
-            if of_head.keys() == head.state_dict().keys():
-                head.load_state_dict(of_head)
-                heads += 1
+    heads = dict(zip(model.classes, model.heads)) | ({BOX: model.box_head} if model.box_head else {})
+    prefixes = {label: f"heads.{i}." for i, label in enumerate(classes)} | {BOX: "box_head."}
+    loaded = 0
+    for label, head in heads.items():
+        of_head = _fitting(_below(prefixes.get(label, label), weights), head.state_dict())
+        if classes.get(label) == model.classes.get(label) and of_head.keys() == head.state_dict().keys():
+            head.load_state_dict(of_head)
+            loaded += 1
     missing = sum(not key.endswith("num_batches_tracked") for key in own.keys() - fitting.keys())
     counts = {
         f"{missing} of the backbone's {len(own)} tensors stay random": missing,
         f"{len(given) - len(fitting)} tensors of the file have no place": len(given) - len(fitting),
-        f"{heads} of {len(model.heads)} heads came with it": heads,
+        f"{loaded} of {len(heads)} heads came with it": loaded,
     }
     if any(counts.values()):
         doubt = "; is it of another backbone?" if missing > len(fitting) else ""

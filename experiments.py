@@ -271,7 +271,8 @@ def read_run(folder: Path) -> Run:
         images = [(row["image_name"], *classes) for row, classes in zip(rows, truth.tolist())]
         return Run(folder, *asked, images, predicted, correct, accuracies)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        missing = isinstance(error, FileNotFoundError)
+        reason = f"no {Path(error.filename).name}" if missing else f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder} is no complete run of train.py with validation ({reason})") from None
 
 

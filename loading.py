@@ -81,7 +81,10 @@ class TrainPhotos(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Targets]:
-        return self.draw(*key)[:2]
+        try:
+            return self.draw(*key)[:2]
+        except ValueError as error:  # what is not in the cache is read when its turn comes
+            raise ValueError(f"{error}; `python data.py DATASET --all` finds all such photos") from None
 
     def draw(self, epoch: int, index: int) -> tuple[Tensor, Targets, str]:
         """The image of a photo in an epoch, its targets, and the view that was drawn."""

@@ -75,7 +75,7 @@ def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0
                 image = image.transpose(TURNS[_orientation(image)])
             photo = _to_rgb(image, background)
         except Exception as error:  # Pillow's decoders raise many kinds
-            raise ValueError(f"{path} is damaged ({error}); replace it or take its row out") from None
+            raise ValueError(f"{path} is damaged ({error}); replace it or take it out") from None
     region = photo_region(*photo.size)
     return photo if region == (0, 0, *photo.size) else photo.crop(region)
 

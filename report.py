@@ -336,7 +336,7 @@ def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
 def draw_answers(rows: Split, prediction: Prediction, answers: dict, prepare: Callable | None, path: Path) -> None:
     """A sheet of the first 48 photos with their boxes and answers, {label: a text for each photo}."""
     samples = rows.samples[:48]
-    n_columns = min(8, len(samples))
+    n_columns = min(8, max(3, len(samples)))  # room for the title
     n_rows, kinds = math.ceil(len(samples) / n_columns), {}
     with drawing():
         with grid(f"Predictions: {', '.join(answers)}", n_rows, n_columns) as (figure, axes):

@@ -1,7 +1,7 @@
 """Training alone on the machine, beside a busy process, and beside a second training: what suits OpenMP's threads then.
 
-    python benchmarks/neighbours.py                                        # long
-    python benchmarks/neighbours.py --network small --steps 3 --rounds 1     # to try it
+    python benchmarks/neighbours.py                                          # HOURS
+    python benchmarks/neighbours.py --network small --seconds 2 --rounds 1   # to try it
 
 A waiting thread of OpenMP spins; where another program has its core, the thread that it waits for does not get on. Each
 rate is of a process of its own that trains as train.py does, from photos in a warm cache; the second training is one
@@ -24,31 +24,39 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cli import run_app, say, show_table
 
-# Trains `steps` steps and prints images/s; with "on" it goes on, so that it is a neighbour.
+# Trains for `seconds` behind the first steps, which the loader's queue feeds, and prints images/s; with "on" it says so
+# at its first step and goes on, so that it is a neighbour.
 TRAIN = f"""
-import sys
+import itertools, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import bench, data, loading, torch
 from model import build_model
 from settings import Settings
 
-folder, name, size, augment, batch, steps, threads, workers, on = sys.argv[1:]
-size, batch, steps, threads, workers = map(int, (size, batch, steps, threads, workers))
+folder, name, size, augment, batch, seconds, threads, workers, on = sys.argv[1:]
+size, batch, seconds, threads, workers = map(int, (size, batch, seconds, threads, workers))
 torch.set_num_threads(threads or torch.get_num_threads())
 workers = loading.default_workers(None if workers < 0 else workers)
 settings = Settings(batch_size=batch, augment=augment, lr=1e-3, epochs=1)
 samples = data.read_split(Path(folder), "train").samples
 photos = loading.TrainPhotos(samples, size, settings)
-loading.add_decoded(photos, photos.views, None, 2)
+loading.add_decoded(photos, photos.views, None, 2)  # the first process decodes for all
 training = bench.Training(settings, build_model(name, bench.CLASSES, size))
 loader = loading.make_loader(photos, loading.EpochSampler(len(photos), batch, 0), workers)
-warm = 2 + 2 * workers
-while True:
-    times = training.steps(loader, warm + steps)
-    print(batch * steps / (times[-1] - times[warm]), flush=True)
-    if on != "on":
-        break
+times, warm = [], 2 + 2 * workers
+
+def batches():
+    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+        times.append(time.monotonic())
+        if on == "on" and len(times) == 2:
+            print(0, flush=True)
+        if on != "on" and len(times) > warm + 2 and times[-1] - times[warm] > seconds:
+            return
+        yield batch
+
+training.steps(batches(), 10**9)
+print(batch * (len(times) - 1 - warm) / (times[-1] - times[warm]), flush=True)
 """
 BUSY = "print(0, flush=True)\nwhile True: pass"
 NEIGHBOURS = ("quiet", "busy process", "second training")
@@ -58,7 +66,6 @@ class Network(NamedTuple):
     model: str
     size: int
     augment: str
-    steps: int  # for one of --steps
 
 
 class Setting(NamedTuple):
@@ -68,9 +75,9 @@ class Setting(NamedTuple):
 
 
 NETWORKS = {
-    "small": Network("test_resnet", 64, "none", 20),
-    "lite0": Network("tf_efficientnet_lite0", 160, "basic", 1),
-    "eva02": Network("eva02_tiny_patch14_224.mim_in22k", 224, "basic", 1),
+    "small": Network("test_resnet", 64, "none"),
+    "lite0": Network("tf_efficientnet_lite0", 160, "basic"),
+    "eva02": Network("eva02_tiny_patch14_224.mim_in22k", 224, "basic"),
 }
 SETTINGS = {
     "spin 300,000 (OpenMP's own)": Setting({"GOMP_SPINCOUNT": "300000"}),
@@ -106,9 +113,9 @@ def first_number(started: subprocess.Popen) -> str:
     raise ValueError("a training failed; its message is above")
 
 
-def rate(folder: Path, network: Network, setting: Setting, neighbour: str, batch_size: int, steps: int) -> float:
+def rate(folder: Path, network: Network, setting: Setting, neighbour: str, batch_size: int, seconds: int) -> float:
     """Images/s of a training beside a neighbour."""
-    flags = [folder, *network[:3], batch_size, steps * network.steps, setting.threads, setting.workers]
+    flags = [folder, *network, batch_size, seconds, setting.threads, setting.workers]
     beside = {"quiet": ("print(0)",), "busy process": (BUSY,), "second training": (TRAIN, *flags, "on")}[neighbour]
     with process(setting.env, *beside) as other:
         first_number(other)  # it is at work
@@ -120,7 +127,7 @@ def rate(folder: Path, network: Network, setting: Setting, neighbour: str, batch
 def measure(
     network: Annotated[list[str] | None, typer.Option(help=f"{', '.join(NETWORKS)}; repeats.")] = None,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
-    steps: Annotated[int, typer.Option(help="Timed steps, 20 times as many of the small network.", min=1)] = 10,
+    seconds: Annotated[int, typer.Option(help="Timed of each training, at least two steps.", min=1)] = 5,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Measure each setting of OpenMP's threads beside each neighbour."""
@@ -129,12 +136,12 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         for name in network or NETWORKS:
             net = NETWORKS[name]
-            photos = bench.make_dataset(Path(folder, name), batch_size * (steps * net.steps + 2 + 2 * 8 + 8))
+            photos = bench.make_dataset(Path(folder, name), batch_size * 200)
             ways = [(setting, neighbour) for setting in SETTINGS for neighbour in NEIGHBOURS]
             rates: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
             for i in range(rounds):
                 for setting, neighbour in ways[:: 1 if i % 2 == 0 else -1]:
-                    found = rate(photos, net, SETTINGS[setting], neighbour, batch_size, steps)
+                    found = rate(photos, net, SETTINGS[setting], neighbour, batch_size, seconds)
                     rates[setting, neighbour].append(found)
             medians = {way: statistics.median(of_way) for way, of_way in rates.items()}
             best = max(median for (_, neighbour), median in medians.items() if neighbour == "quiet")

@@ -106,6 +106,18 @@ def test_weights_of_a_best_pt_with_other_labels(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(": 1 of 3 heads came with it\n")
 
 
+def test_weights_of_a_best_pt_with_a_box_head(tmp_path, capsys):
+    source = build_model("test_resnet", classes(Daily=6), 64, box_head=True)
+    save(checkpoint_of(source).content(), tmp_path / "best.pt")
+    model = build_model("test_resnet", classes(Daily=7), 64, box_head=True)
+    load_weights(model, tmp_path / "best.pt", "test_resnet")
+    assert all(torch.equal(a, b) for a, b in zip(model.box_head.parameters(), source.box_head.parameters()))
+    assert capsys.readouterr().out.endswith(": 1 of 2 heads came with it\n")
+    plain = build_model("test_resnet", classes(Daily=6), 64)
+    load_weights(plain, tmp_path / "best.pt", "test_resnet")
+    assert "1 of 1 heads" in capsys.readouterr().out
+
+
 def test_weights_of_a_best_pt_at_another_size(tmp_path, capsys):
     source = build_model("test_vit", classes(Daily=6), 64)
     save(checkpoint_of(source).content(), tmp_path / "best.pt")
