@@ -5,7 +5,6 @@ A transform takes a uint8 image (3, H, W) and draws from torch's generator. One 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -31,28 +30,29 @@ def augmentation(kind: str) -> Callable:
         return v2.Identity()
     if kind == "randaugment":
         return v2.Compose([randaugment, KeepBoxes(v2.RandomErasing(0.5))])
-    colours = v2.RandomChoice([color_jitter, clahe, random_gamma], p=[0.3, 0.5, 0.5])
-    blurs = v2.RandomChoice([motion_blur, median_blur, gaussian_blur, gaussian_noise])
     return v2.Compose(
         [
             v2.RandomVerticalFlip(0.5),
             v2.RandomHorizontalFlip(0.5),
-            KeepBoxes(v2.RandomApply([colours], 0.5)),
-            KeepBoxes(v2.RandomApply([blurs], 0.3)),
+            KeepBoxes(color_jitter, clahe, random_gamma, probability=0.5, weights=[0.3, 0.5, 0.5]),
+            KeepBoxes(motion_blur, median_blur, gaussian_blur, gaussian_noise, probability=0.3),
             Warp((0.3, [lens_distortion, grid_distortion]), (0.3, [shift_scale_rotate])),
-            KeepBoxes(v2.RandomApply([holes], 0.5)),
+            KeepBoxes(holes, probability=0.5),
         ]
     )
 
 
-@dataclass
 class KeepBoxes:
-    """Apply a transform to the image alone: for transforms that move no pixels."""
+    """With this probability apply one of some transforms, which move no pixels, to the image: the boxes stay."""
 
-    transform: Callable[[Tensor], Tensor]
+    def __init__(self, *transforms: Callable[[Tensor], Tensor], probability: float = 1, weights: list[float] = ()):
+        weights = torch.tensor(weights or [1.0] * len(transforms), dtype=torch.float64)
+        self.transforms, self.probability, self.weights = transforms, probability, (weights / weights.sum()).float()
 
     def __call__(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
-        image = self.transform(image)
+        if self.probability == 1 or uniform(0, 1) < self.probability:
+            n = int(torch.multinomial(self.weights, 1)) if len(self.transforms) > 1 else 0
+            image = self.transforms[n](image)
         return image if boxes is None else (image, boxes)
 
 
@@ -61,7 +61,8 @@ def uniform(low: float, high: float) -> float:
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    return image.round().short().clamp_(0, 255).to(torch.uint8)  # int16 first: float to uint8 takes four times as long
+    """Rounds in place. By int16, since float to uint8 takes four times as long."""
+    return image.round_().short().clamp_(0, 255).to(torch.uint8)
 
 
 def inside(boxes: BoundingBoxes, x: Tensor, y: Tensor) -> Tensor:
@@ -280,6 +281,12 @@ def shift_scale_rotate(x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 
     return x * cos + (y * (sin * aspect) + dx), x * (-sin / aspect) + (y * cos + dy)
 
 
+@lru_cache
+def middles(side: int) -> Tensor:
+    """The middles of the pixels along a side, in half sides from the middle of the image."""
+    return torch.arange(1, 2 * side, 2) / side - 1
+
+
 class Warp:
     """Apply groups of distortions in one resampling: several cost as much as one. The border is reflected.
 
@@ -298,14 +305,13 @@ class Warp:
         if not chosen:
             return image if boxes is None else (image, boxes)
         height, width = image.shape[-2:]
-        x = torch.arange(1, 2 * width, 2) / width - 1
-        y = (torch.arange(1, 2 * height, 2) / height - 1)[:, None]
+        x, y = middles(width), middles(height)[:, None]
         mirrored = torch.tensor(False)
         for distort in reversed(chosen):  # from the result back to the image
             x, y = distort(x, y)
             if boxes is not None:
                 mirrored = mirrored | (x.abs() > 1) | (y.abs() > 1)
-            x, y = (2 * at.clamp(-1, 1) - at for at in (x, y))
+            x, y = (at.clamp(-1, 1).mul_(2).sub_(at) for at in (x, y))
         grid = torch.stack([x.expand(height, width), y.expand(height, width)])
         grid = grid.permute(1, 2, 0)[None]  # stacking the last dimension takes ten times as long
         image = to_uint8(F.grid_sample(image[None].float(), grid, padding_mode="border", align_corners=False)[0])

@@ -66,12 +66,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def ours() -> dict[str, Callable[[Tensor], Tensor]]:
     """Each kind of `basic` alone, applied always."""
     _, _, colours, blurs, warp, dropout = augment.augmentation("basic").transforms
-    members = [v2.RandomVerticalFlip(1), v2.RandomHorizontalFlip(1)]
-    for group in (colours, blurs):
-        members += group.transform.transforms[0].transforms
+    members = [v2.RandomVerticalFlip(1), v2.RandomHorizontalFlip(1), *colours.transforms, *blurs.transforms]
     for _, distortions in warp.groups:
         members += [augment.Warp((1, [distortion])) for distortion in distortions]
-    return dict(zip(KINDS, [*members, *dropout.transform.transforms], strict=True))
+    return dict(zip(KINDS, [*members, *dropout.transforms], strict=True))
 
 
 def rates(draws: int = 10_000) -> dict[str, float]:
@@ -90,10 +88,9 @@ def rates(draws: int = 10_000) -> dict[str, float]:
     basic = augment.augmentation("basic")
     _, _, colours, blurs, warp, dropout = basic.transforms
     for group in (colours, blurs):
-        choice = group.transform.transforms[0]
-        choice.transforms = [count_next() for _ in choice.transforms]
+        group.transforms = [count_next() for _ in group.transforms]
     warp.groups = [(p, [count_next() for _ in distortions]) for p, distortions in warp.groups]
-    dropout.transform.transforms = [count_next()]
+    dropout.transforms = [count_next()]
     corner = torch.zeros(3, 4, 4, dtype=torch.uint8)
     corner[:, 0, 0] = 255  # the place where it ends up shows the flips
     for _ in range(draws):
