@@ -33,8 +33,7 @@ from photos import Box, box_size, boxes_in_image, crop_box, move_into, read_phot
 from settings import Settings
 
 # What training with a box head sees, so that the head learns from every photo and knows garments at every scale:
-LOOSE = -0.1, 0.3  # the sides of every second crop move by these shares of its width and height, out being positive
-BOX_MARGIN = 0.05  # of the others by this one, as the predicted box is grown for the second look
+LOOSE = -0.1, 0.3  # each side of a crop moves by a random share of the box's width or height, out being positive
 WHOLE = 0.5  # the share of uncropped photos that are whole; of the others a random part that holds the garment is seen
 SPARE_BYTES = 500_000_000  # what the cache leaves free on a disk
 
@@ -133,8 +132,8 @@ class TrainPhotos(Dataset):
 
 
 def loose_crop(box: Box, photo: tuple[int, int]) -> Box:
-    """The box grown by BOX_MARGIN or with each side moved within LOOSE, in a photo of this width and height."""
-    shares = torch.empty(4).uniform_(*LOOSE).tolist() if torch.rand(()).item() < 0.5 else [BOX_MARGIN] * 4
+    """The box with each side moved by a random share within LOOSE, in a photo of this width and height."""
+    shares = torch.empty(4).uniform_(*LOOSE).tolist()
     moves = (sign * share * side for sign, share, side in zip((-1, -1, 1, 1), shares, box_size(box) * 2))
     return crop_box([min(max((at + move) / side, 0), 1) for at, move, side in zip(box, moves, photo * 2)], photo)
 

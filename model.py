@@ -79,7 +79,7 @@ class BoxHead(nn.Module):
     """The garment's box: for each of its sides a distribution over POSITIONS positions along the image.
 
     The feature maps (N, widths[i], h, w) are resized to the first, the finest, and added. After two convolutions their
-    maximum over the rows, and over the columns, gives the distributions of the two sides along x, and along y.
+    maximum and mean over the rows give the distributions of the two sides along x, those over the columns along y.
     """
 
     def __init__(self, widths: Iterable[int]):
@@ -89,14 +89,15 @@ class BoxHead(nn.Module):
         for _ in range(2):
             convolution = nn.Conv2d(BOX_WIDTH, BOX_WIDTH, 3, padding=1)
             self.mix.extend([convolution, nn.GroupNorm(8, BOX_WIDTH), nn.ReLU()])
-        self.along_x, self.along_y = (nn.Conv1d(BOX_WIDTH, 2, 3, padding=1) for _ in range(2))
+        self.along_x, self.along_y = (nn.Conv1d(2 * BOX_WIDTH, 2, 3, padding=1) for _ in range(2))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Feature maps -> logits (N, 4, POSITIONS) of xmin, ymin, xmax, ymax, float32."""
         height, width = maps[0].shape[-2:]
         resized = (_resize_last(_resize_last(layer(m), width).mT, height).mT for layer, m in zip(self.inputs, maps))
         fused = self.mix(sum(resized))
-        x, y = self.along_x(fused.amax(-2)).float(), self.along_y(fused.amax(-1)).float()
+        over_rows, over_columns = (torch.cat([fused.amax(dim), fused.mean(dim)], dim=1) for dim in (-2, -1))
+        x, y = self.along_x(over_rows).float(), self.along_y(over_columns).float()
         with torch.autocast(x.device.type, enabled=False):
             x, y = _resize_last(x, POSITIONS), _resize_last(y, POSITIONS)
         return torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
