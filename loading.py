@@ -80,10 +80,7 @@ class TrainPhotos(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Targets]:
-        try:
-            return self.draw(*key)[:2]
-        except ValueError as error:  # what is not in the cache is read when its turn comes
-            raise ValueError(f"{error}; `python data.py DATASET --all` finds all such photos") from None
+        return self.draw(*key)[:2]
 
     def draw(self, epoch: int, index: int) -> tuple[Tensor, Targets, str]:
         """The image of a photo in an epoch, its targets, and the view that was drawn."""
@@ -106,13 +103,18 @@ class TrainPhotos(Dataset):
     def read(self, index: int, view: str) -> Tensor:
         if view in self.decoded:
             return self.decoded[view].read(index)
-        sample = self.samples[index]
-        photo, box = read_photo(sample), sample.boxes.get(view)
+        photo, box = self.photo(index), self.samples[index].boxes.get(view)
         if self.resize == "random-resized-crop":  # 8 to 100 % of the view, of a side ratio between 3/4 and 4/3
             photo = photo.crop(box) if box else photo
             top, left, height, width = RandomResizedCrop.get_params(photo, (0.08, 1.0), (3 / 4, 4 / 3))
             box = (left, top, left + width, top + height)
         return view_pixels(photo, box, self.size, self.resize)
+
+    def photo(self, index: int) -> Image.Image:
+        try:
+            return read_photo(self.samples[index])
+        except ValueError as error:  # what is not in the cache is read when its turn comes: there may be more
+            raise ValueError(f"{error}; `python data.py DATASET --all` finds all such photos") from None
 
     def draw_with_box(self, index: int, view: str) -> tuple[Tensor, Tensor]:
         """An augmented image of a loose crop, of all or of a part of the photo, and the box in it in 0..1.
@@ -124,7 +126,7 @@ class TrainPhotos(Dataset):
         if box is None:
             return self.augment(self.read(index, "full")), torch.full((4,), math.nan)
         region = loose_crop(box, sample.size) if view == self.view else part_around(box, sample.size)
-        image = view_pixels(read_photo(sample), region, self.size, self.resize)
+        image = view_pixels(self.photo(index), region, self.size, self.resize)
         target = boxes_in_image([move_into(box, region)], box_size(region), self.size, self.resize)
         boxes = BoundingBoxes(target, format="XYXY", canvas_size=(self.size, self.size))
         image, (found,) = self.augment(image, boxes)

@@ -112,7 +112,7 @@ def test_a_truncated_image_stops_the_run_with_its_row(run, dataset):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for flags in (["--workers", 0], ["--workers", 1], ["--cache", "off"], ["--cache", "off", "--workers", 1]):
         done = refused(run, dataset, *flags, says=[f"{TRAIN_CSV}, line 5", name, "damaged"])
-        assert len(done.err.strip().splitlines()) == 1
+        assert len(done.err.strip().splitlines()) == 1 and ("--all" in done.err) == ("off" in flags)
 
 
 @pytest.mark.parametrize("debug", [pytest.param([], marks=pytest.mark.slow), ["--debug"]])
