@@ -336,13 +336,14 @@ def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run)
 def set_up_torch(settings: Settings) -> tuple[torch.device, torch.dtype | None]:
     """Join torchrun's processes, choose device and precision, ask for the same bits every time. Raises BadParameter."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    console.quiet = processes > 1 and int(os.environ["RANK"]) > 0
+    if settings.batch_size % processes:  # before they meet: one that ends then would be another's lost connection
+        raise usage_error("--batch-size", f"{settings.batch_size} is not a multiple of the {processes} processes")
+    if processes > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        console.quiet = rank() > 0
-    if settings.batch_size % world_size():
-        raise usage_error("--batch-size", f"{settings.batch_size} is not a multiple of the {world_size()} processes")
     with as_usage_error("--device"):
         device = choose_device(settings.device)
     with as_usage_error("--amp"):
