@@ -45,7 +45,7 @@ def augmentation(kind: str) -> Callable:
 class KeepBoxes:
     """With this probability apply one of some transforms, which move no pixels, to the image: the boxes stay."""
 
-    def __init__(self, *transforms: Callable[[Tensor], Tensor], probability: float = 1, weights: list[float] = ()):
+    def __init__(self, *transforms: Callable[[Tensor], Tensor], probability: float = 1, weights: Sequence[float] = ()):
         weights = torch.tensor(weights or [1.0] * len(transforms), dtype=torch.float64)
         self.transforms, self.probability, self.weights = transforms, probability, (weights / weights.sum()).float()
 

@@ -382,12 +382,15 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
     if not fitting:
         raise ValueError(f"{path}: none of its {len(given)} tensors fits {name}; is it of another backbone?")
     model.backbone.load_state_dict(fitting, strict=False)
-    heads = dict(zip(model.classes, model.heads)) | ({BOX: model.box_head} if model.box_head else {})
-    prefixes = {label: f"heads.{i}." for i, label in enumerate(classes)} | {BOX: "box_head."}
+    prefixes = {label: f"heads.{i}." for i, label in enumerate(classes) if classes[label] == model.classes.get(label)}
+    heads = dict(zip(model.classes, model.heads))
+    if model.box_head is not None:
+        heads[BOX], prefixes[BOX] = model.box_head, "box_head."
     loaded = 0
-    for label, head in heads.items():
-        of_head = _fitting(_below(prefixes.get(label, label), weights), head.state_dict())
-        if classes.get(label) == model.classes.get(label) and of_head.keys() == head.state_dict().keys():
+    for key, prefix in prefixes.items():
+        head = heads[key]
+        of_head = _fitting(_below(prefix, weights), head.state_dict())
+        if of_head.keys() == head.state_dict().keys():
             head.load_state_dict(of_head)
             loaded += 1
     missing = sum(not key.endswith("num_batches_tracked") for key in own.keys() - fitting.keys())

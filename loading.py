@@ -111,6 +111,7 @@ class TrainPhotos(Dataset):
         return view_pixels(photo, box, self.size, self.resize)
 
     def photo(self, index: int) -> Image.Image:
+        """Raises ValueError that names the row."""
         try:
             return read_photo(self.samples[index])
         except ValueError as error:  # what is not in the cache is read when its turn comes: there may be more

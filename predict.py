@@ -65,7 +65,7 @@ def predict(
     with as_usage_error("--device"):
         model.to(choose_device(device))
     with as_usage_error("--amp"):
-        choose_eval_amp(amp or "auto", model.mean.device)
+        choose_amp(amp or "auto", model.mean.device)
     saved = replace(saved, amp=amp or saved.amp, batch_size=batch_size or saved.batch_size)
     rows, problems = image_samples(inputs) if inputs else read_rows(saved, data, split)
     out = out or checkpoint.with_name("predictions.csv")
@@ -126,7 +126,7 @@ from data import (
 )
 from evaluate import Prediction, box_columns, predict_samples, score, score_boxes
 from loading import Prepare, relative_boxes
-from model import FashionModel, choose_device, choose_eval_amp
+from model import FashionModel, choose_amp, choose_device, choose_eval_amp
 from photos import Box
 from preprocess import Remover, find_weights, prepare_photo
 

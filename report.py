@@ -420,14 +420,14 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
         parts = {f"validation's view:\n{view}": (crops, heat_maps(model, crops), [{}] * len(crops))} | parts
     title = "Where the model looks (Grad-CAM): red is most, blue least"
     with grid(title, len(parts) * (1 + len(model.classes)), 8) as (figure, axes):
-        for rows, (name, (images, heats, boxes)) in zip(np.split(axes, len(parts)), parts.items()):
+        for rows, (name, part) in zip(np.split(axes, len(parts)), parts.items()):
             rows[0, 0].set_ylabel(name)
-            draw_heats(rows, images, heats, samples[eighth], boxes, model.classes)
-        draw_legend(figure, dict.fromkeys(kind for kinds in boxes for kind in kinds))  # of the whole photos
+            draw_heats(rows, *part, samples[eighth], model.classes)
+        draw_legend(figure, dict.fromkeys(kind for kinds in boxes[eighth] for kind in kinds))
     return figure
 
 
-def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, samples: list, boxes: list, classes: Classes) -> None:
+def draw_heats(axes: np.ndarray, images: Tensor, heats: Heats, boxes: list, samples: list, classes: Classes) -> None:
     """Draw images (N, 3, S, S) of samples into the first row of axes, each label's heat and the boxes into the next."""
     images = images.permute(0, 2, 3, 1).numpy()
     for ax, image, sample in zip(axes[0], images, samples):

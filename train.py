@@ -337,7 +337,7 @@ def set_up_torch(settings: Settings) -> tuple[torch.device, torch.dtype | None]:
     """Join torchrun's processes, choose device and precision, ask for the same bits every time. Raises BadParameter."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    console.quiet = processes > 1 and int(os.environ["RANK"]) > 0
+    console.quiet = processes > 1 and int(os.environ.get("RANK", 0)) > 0
     if settings.batch_size % processes:  # before they meet: one that ends then would be another's lost connection
         raise usage_error("--batch-size", f"{settings.batch_size} is not a multiple of the {processes} processes")
     if processes > 1:

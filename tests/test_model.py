@@ -106,6 +106,15 @@ def test_weights_of_a_best_pt_with_other_labels(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(": 1 of 3 heads came with it\n")
 
 
+def test_a_new_box_head_has_its_sides_in_order():
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = build_model("test_resnet", classes(Daily=6), 64, box_head=True).eval()
+        logits = model(torch.randint(256, (8, 3, 64, 64), dtype=torch.uint8))[BOX]
+        sides = logits.softmax(-1) @ torch.linspace(0, 1, logits.shape[-1])
+        assert sides[:, :2].max() < 0.5 < sides[:, 2:].min()
+
+
 def test_weights_of_a_best_pt_with_a_box_head(tmp_path, capsys):
     source = build_model("test_resnet", classes(Daily=6), 64, box_head=True)
     save(checkpoint_of(source).content(), tmp_path / "best.pt")
