@@ -35,6 +35,11 @@ def table(out: str) -> list[str]:
     return [line for line in out.splitlines() if re.fullmatch(r"\s+\w+\s+[\d.]+\s+[\d.]+", line)]
 
 
+def test_fp16_is_refused_where_it_is_asked_for_and_there_is_no_gpu(run, best):
+    refused = run("predict", best, "--amp", "fp16", "--device", "cpu", "--out", "p.csv")
+    assert refused.code == 2 and "fp16 needs a CUDA GPU" in refused.err and not Path("p.csv").exists()
+
+
 def test_an_int8_run_predicts_the_table_that_it_was_validated_with(run, drawn, best):
     done = run("train", "--data", drawn, *ONE_EPOCH, "--export-dtype", "int8")
     assert done.code == 0, done.err
