@@ -267,8 +267,10 @@ def grid_distortion(x: Tensor, y: Tensor, steps: int = 5, limit: float = 0.5) ->
         lengths = 1 + limit * (2 * torch.rand(steps) - 1)
         knots = F.pad(lengths.cumsum(0) * (2 / lengths.sum()), (1, 0)) - 1
         place = (at + 1) * (steps / 2)
-        cell = place.long().clamp(0, steps - 1)
-        return torch.lerp(knots[cell], knots[cell + 1], place - cell)
+        cell = place.int().clamp_(0, steps - 1)
+        # index_select: knots[cell] takes eight times as long
+        ends = (knots.index_select(0, (cell + i).flatten()).view_as(cell) for i in (0, 1))
+        return torch.lerp(*ends, place - cell)
 
     return stretch(x), stretch(y)
 
