@@ -109,6 +109,7 @@ class Checkpoint:
     weights: dict[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    train_view: str = "bbox"  # whose boxes training saw, and a box head learned
 
     def content(self) -> dict:
         return {"format": FORMAT} | {key.name: getattr(self, key.name) for key in fields(self)}
@@ -140,6 +141,7 @@ def new_checkpoint(
         amp=settings.amp,
         weights=exported_weights(model, settings.export_dtype),
         scores=dict.fromkeys(scores, 0.0),
+        train_view=settings.train_view,
     )
 
 
@@ -315,6 +317,7 @@ def _parse(content: dict) -> Checkpoint:
     """Raises ValueError, KeyError or TypeError where the content of a best.pt makes no sense."""
     if "weights" not in content:
         raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
+    content = {"train_view": "bbox"} | content  # files of earlier versions lack it
     found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
     found.classes = {label: tuple(names) for label, names in found.classes.items()}
     names = list(chain(*found.classes.values()))
@@ -323,6 +326,7 @@ def _parse(content: dict) -> Checkpoint:
         "classes": len(found.classes) <= len(found.weights) and all(isinstance(name, str) for name in names),
         "common_classes": all(0 <= found.common_classes[label] < len(of) for label, of in found.classes.items()),
         "view": found.view in ("full", "bbox", "mask", "learned"),
+        "train_view": found.train_view in ("bbox", "mask"),
         "resize": found.resize in ("squash", "letterbox"),
         "scores": all(isinstance(value, int | float) for value in found.scores.values()),
     }
@@ -504,7 +508,7 @@ def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dic
         except BaseException as error:
             if isinstance(error, Stopped):
                 save_last(state, run)
-            if not settings.resume and not (folder / "last.pt").exists():
+            if not settings.resume and not any((folder / name).exists() for name in ("last.pt", "best.pt")):
                 shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):  # there are other runs in it
                     folder.parent.rmdir()

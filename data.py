@@ -33,7 +33,7 @@ from cli import OFF, Debug, command, examples, note, progress, run_app, say, sho
 from photos import SUFFIXES, Box, box_size, clip_box, load_photo, move_into, open_image, photo_region, upright_size
 
 SPLITS = ("train", "val", "test")
-FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # in lower or upper case
 CLASS_NAMES = {  # the organisers' labels: in a CSV their classes are numbers or these words
     "Daily": ("loungewear", "light outing", "office", "formal", "event", "sportswear"),
     "Gender": ("mannish", "unisex", "girlish", "elegant", "sexy"),
@@ -111,7 +111,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
 
         return demo.cached()
     root = Path(data)
-    is_inside = root.name in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
+    is_inside = root.name.lower() in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
     if data and not is_inside and splits_of(root, subtask):
         return root
     others = [path.name for path in sorted(root.glob("Fashion-How24_sub*.csv"))]
@@ -121,8 +121,8 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     elif not root.exists():
         problem = "does not exist (where it was moved, --data says its new place)"
     elif not others:
-        classes = [path.name for path in _subfolders(root) if find_photos(path)]
-        if len(classes) == 1 and classes[0] not in chain(*FOLDERS.values()):
+        classes = [path.name for path in _class_folders(root, root) if find_photos(path)]
+        if len(classes) == 1:
             problem = f"has one class folder, {classes[0]}, and classes are two or more"
     layout = f"{csv_name('train', subtask)} beside train/ with its photos, or class folders (train/CLASS/photo.jpg)"
     raise FileNotFoundError(f"--data {data} {problem}; it should hold {layout}; --data demo is the built-in set")
@@ -135,20 +135,28 @@ def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
     found = {split: path for split, path in csvs.items() if path.is_file()}
     if not found and root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
         found = {split: folder for split, folder in folders.items() if folder.is_dir()}
-        if not any(_subfolders(folder) for folder in found.values()):
-            others = [path for path in _subfolders(root) if find_photos(path)]
-            found = {"train": root} if len(others) > 1 and set(others) - set(found.values()) else {}
+        if "train" not in found and sum(bool(find_photos(path)) for path in _class_folders(root, root)) > 1:
+            found["train"] = root
+        if not any(_class_folders(folder, root) for folder in found.values()):
+            found = {}
     if "train" in found:
         found.setdefault("val", found["train"])
     return found
 
 
 def _photo_folder(root: Path, split: str) -> Path:
-    return next((root / name for name in FOLDERS[split] if (root / name).is_dir()), root / split)
+    folders = {path.name.lower(): path for path in (_subfolders(root) if root.is_dir() else ())}
+    return next((folders[name] for name in FOLDERS[split] if name in folders), root / split)
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN))
+
+
+def _class_folders(folder: Path, root: Path) -> list[Path]:
+    """The class folders of a split; beside them in a dataset's own folder lie other splits, and runs of train.py."""
+    others = {*chain(*FOLDERS.values()), "runs"} if folder == root else ()
+    return [path for path in _subfolders(folder) if path.name.lower() not in others]
 
 
 def record_of(root: Path) -> dict | None:
@@ -231,7 +239,20 @@ def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) 
     classes = _find_classes(train, val if fit_all else ())
     train_splits = [_to_split(source, classes) for source in train]
     val_splits = [_to_split(source, classes) for source in val]
+    for source, split in zip(train[:-1], train_splits):
+        if source.held_out and not fit_all:
+            n = len(source.lines) - len(split.samples)
+            note(f"{source.root}: no validation; {n:,} of its photos are held out, and validation is of {roots[-1]}")
+    if not fit_all and (problem := _without_classes(val_splits[-1])):
+        raise ValueError(problem)
     return join_splits(train_splits + (val_splits if fit_all else [])), val_splits[-1]
+
+
+def _without_classes(val: Split) -> str | None:
+    """What is wrong where no row of validation has a known class."""
+    if any(c >= 0 for sample in val.samples for c in sample.labels.values()):
+        return None
+    return f"{val.csv}: no row has a known class; without this split, a tenth of training is held out for validation"
 
 
 def join_splits(splits: Sequence[Split]) -> Split:
@@ -353,7 +374,7 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
 
 def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
     """The photos of class folders as rows of image_name and class; photos of a flat test folder have no class."""
-    class_folders = _subfolders(folder)
+    class_folders = _class_folders(folder, root)
     if not class_folders and not is_test:
         raise ValueError(f"{folder} holds no class folders; put its photos into {folder}/CLASS/")
     lines, unreadable = [], []
@@ -482,7 +503,8 @@ def _classes_of(label: str, words: set[str]) -> tuple[str, ...]:
     if label in CLASS_NAMES:
         return NUMBERS[: len(CLASS_NAMES[label])]
     numbers = [_number(word) for word in words]
-    if not any(map(math.isnan, numbers)):
+    are_names = label == "class" and max(numbers, default=0) >= len(NUMBERS)  # class folders called by larger numbers
+    if not any(map(math.isnan, numbers)) and not are_names:
         return NUMBERS[: 1 + int(max((number for number in numbers if 0 <= number < len(NUMBERS)), default=0))]
     _check_spelling(label, words)
     return tuple(sorted(words))
@@ -549,7 +571,7 @@ def _read_rows(source: _Source, classes: Classes) -> Rows:
         note(f"{source.csv}: {len(renamed):,} files are spelt otherwise than there, first {first}")
     if source.split == "train" and len(samples) == len(rows):
         used = {Path(sample.path).relative_to(source.folder).parts[0] for sample in samples}
-        if unused := [folder.name for folder in _subfolders(source.folder) if folder.name not in used]:
+        if unused := [folder.name for folder in _class_folders(source.folder, source.root) if folder.name not in used]:
             note(f"{source.csv}: no row names a photo in {_some(unused)}")
     if source.held_out:
         held_out = _choose_validation(source, rows)
@@ -730,12 +752,14 @@ def describe(
             problems.append(str(error))
             continue
         _describe_labels(name, split)
+        if name == "val" and (problem := _without_classes(split)):
+            problems.append(problem)
         problems += _describe_photos(name, split.samples, 1 if all_images else max(1, len(split.samples) // 200))
         doubts += find_doubts(name, split, splits.get("train") if name != "train" else None)
     for doubt in doubts:
         note(doubt)
     if "train" not in splits_of(root, subtask):
-        problems.append(f"{csv_name('train', subtask)} is missing")
+        problems.append(f"{csv_name('train', subtask)} is missing, or train/ with class folders")
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
     say("it can be used, but see the notes above" if doubts else "nothing wrong found")

@@ -19,8 +19,7 @@ import typer
 
 import demo
 from cli import Debug, examples, note, run_app, say, usage_error, write_csv
-from data import CLASS_NAMES, csv_name, needs_remover, read_split
-from photos import SUFFIXES
+from data import CLASS_NAMES, csv_name, image_samples, needs_remover, read_split
 from preprocess import find_weights
 
 MAX_MB = 25  # what the competition admits, 1 MB = 1,000,000 bytes
@@ -94,7 +93,7 @@ def write_entry(
         source, photos = trial_photos(data, saved.data, Path(temporary, "drawn"))
         one = write_test_split(Path(temporary, "one"), photos[:1], subtask)
         many = write_test_split(Path(temporary, "many"), photos, subtask)
-        rows = read_split(many, "test", saved.classes, subtask)
+        rows = read_split(many, "test", saved.classes, subtask, [])
         view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
         start_preparing(preparation, view, saved)  # prints how the photos are prepared
         rembg_model = preparation["rembg_model"] if preparation and needs_remover(preparation, view) else None
@@ -126,9 +125,10 @@ def trial_photos(data: str | None, trained_on: str, drawn: Path) -> tuple[str, l
     if source == "demo" or not (data or test.is_dir()):
         demo.draw(drawn, 0, 0, TRIAL, processes=1)
         source, test = "the demo set", drawn / "test"
-    photos = sorted(path for path in test.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not photos:
-        raise usage_error("--data", f"no photos in {test} to time the entry on; --data demo draws some")
+    try:
+        photos = [Path(sample.path) for sample in image_samples([str(test)])[0].samples]
+    except (ValueError, OSError):
+        raise usage_error("--data", f"no photos in {test} to time the entry on; --data demo draws some") from None
     return source, [photos[i * len(photos) // TRIAL] for i in range(TRIAL)]  # repeated where there are fewer
 
 

@@ -62,7 +62,10 @@ def predict_split(
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):
         place = placement([dataset.samples[i].size for i in sampler.part], dataset.size, dataset.resize)
-        sampler.crops = grow_boxes(to_photo(box_from_logits(first.pop(BOX)), place))
+        boxes = to_photo(box_from_logits(first.pop(BOX)), place)
+        if not boxes.isfinite().all():
+            raise ValueError("the predicted boxes are not finite; lower --lr, or try --amp off")
+        sampler.crops = grow_boxes(boxes)
         second, *_ = run_batches(model, waiting_for(loader), False, amp_dtype, advance)
         result.boxes = boxes_in_photos(box_from_logits(second.pop(BOX)), sampler.crops, dataset, sampler.part)
         result.logits = join_looks(first, second)

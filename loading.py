@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL.features
@@ -398,7 +399,8 @@ def build_views(path: Path, samples: Sequence[Sample], view: str, size: int, res
         say(f"decoding {len(samples):,} photos ({view}) once, into {folder} ({needed / 1e9:.2f} GB; or --cache off)")
         try:
             with open(unfinished, "wb") as file:
-                problems = write_views(file.fileno(), samples, view, size, resize, workers)
+                problems = write_views(file, samples, view, size, resize, workers)
+                file.flush()
                 os.fsync(file.fileno())
             if not problems:
                 unfinished.rename(path)
@@ -407,21 +409,23 @@ def build_views(path: Path, samples: Sequence[Sample], view: str, size: int, res
     return problems
 
 
-def write_views(file: int, samples: Sequence[Sample], view: str, size: int, resize: str, workers: int) -> list[str]:
-    """Decode into an open file, in threads (Pillow lets go of Python's lock); returns what is wrong with photos."""
+def write_views(
+    file: BinaryIO, samples: Sequence[Sample], view: str, size: int, resize: str, workers: int
+) -> list[str]:
+    """Decode in threads (Pillow lets go of Python's lock) into an open file; returns what is wrong with photos."""
 
-    def decode(i: int) -> list[str]:
+    def decode(sample: Sample) -> bytes | ValueError:
         try:
-            pixels = view_pixels(read_photo(samples[i]), samples[i].boxes.get(view), size, resize)
+            return view_pixels(read_photo(sample), sample.boxes.get(view), size, resize).numpy().tobytes()
         except ValueError as error:
-            return [str(error)]
-        if os.pwrite(file, pixels.numpy().tobytes(), i * pixels.numel()) < pixels.numel():
-            raise OSError("the disk is full")  # it takes a part, and raises nothing
-        return []
+            return error
 
     problems = []
     with ThreadPoolExecutor(max(1, workers)) as pool, progress(len(samples), "decoding", "photos") as bar:
-        for found in pool.map(decode, range(len(samples))):  # cancels the rest where one raises
-            problems += found
+        for result in pool.map(decode, samples):  # cancels the rest where one raises
+            if isinstance(result, ValueError):
+                problems.append(str(result))
+            else:
+                file.write(result)
             bar.advance(1)
     return problems

@@ -69,10 +69,11 @@ def photo_region(width: int, height: int) -> Box:
 def load_photo(path: str | os.PathLike, background: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
     """The region of a photo, upright, RGB of 8 bits; transparency goes onto `background`. Raises ValueError."""
     with open_image(path) as image:
+        turn = TURNS.get(_orientation(image))  # the header's: a PNG may have another behind its pixels
         try:
             image.load()
-            if _orientation(image) in TURNS:
-                image = image.transpose(TURNS[_orientation(image)])
+            if turn is not None:
+                image = image.transpose(turn)
             photo = _to_rgb(image, background)
         except Exception as error:  # Pillow's decoders raise many kinds
             raise ValueError(f"{path} is damaged ({error}); replace it or take it out") from None

@@ -77,6 +77,8 @@ def predict(
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
     rows, prediction = drop_unread(rows, prediction)
+    if not rows.samples:
+        raise ValueError(list_problems("no photo could be predicted", problems))
 
     table = predictions_table(rows, prediction, saved.classes, probs, names)
     table |= box_columns(prediction, rows.samples) if boxes else {}
@@ -93,9 +95,9 @@ def predict(
         draw_answers(rows, prediction, answers, prepare, picture)
     if prediction.targets:
         show_scores(f"{rows.csv.name} ({view})", score(prediction.logits, prediction.targets))
-    if prediction.boxes is not None and rows.has("bbox"):
-        cli.say_boxes(score_boxes(prediction.boxes, relative_boxes(rows.samples, "bbox")))
-        if prediction.targets:
+    if prediction.boxes is not None:
+        cli.say_boxes(score_boxes(prediction.boxes, relative_boxes(rows.samples, saved.train_view)))
+        if prediction.targets and rows.has("bbox"):
             boxed = predict_rows(model, saved, rows, "bbox", prepare, workers)
             show_scores("the same photos, boxes given (bbox)", score(boxed.logits, boxed.targets))
     say(f"{len(rows.samples):,} photos ({view}) predicted: {out}{replaced}")
@@ -140,8 +142,11 @@ def check_outputs(checkpoint: Path, rows: Split, out: Path, picture: Path | None
         raise usage_error("--picture", f"{picture}: its name should end in .png")
     given = {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}
     for flag, path in (("--out", out), ("--picture", picture)):
-        if path and (path.is_dir() or not path.parent.is_dir() or path.resolve() in given):
+        is_other = path and path.exists() and not path.is_file()  # a folder, or a device
+        if path and (is_other or not path.parent.is_dir() or path.resolve() in given):
             raise usage_error(flag, f"{path}: name a file, in a folder that exists, that is not predicted from")
+    if picture and picture.resolve() == out.resolve():
+        raise usage_error("--picture", f"{picture} is the CSV's name too; choose another")
 
 
 def read_rows(saved: Checkpoint, data: str | None, split: str | None) -> tuple[Split, list[str]]:
@@ -264,6 +269,9 @@ def choose_treatment(
     view = choose_view(view, saved, rows, cleans=preparation is not None, raw=prepared is None)
     if view == "mask" and not preparation and not rows.has("mask"):
         preparation = treated | {"keep_background": True, "crop": "none"}  # only to find the foreground's box
+    if view == "learned" and preparation and preparation["crop"] != "none":
+        remedy = "give a copy that preprocess.py made, or --view full"
+        raise usage_error("--view", f"the model predicts boxes in photos that preprocess.py cropped; {remedy}")
     return view, preparation
 
 

@@ -351,7 +351,8 @@ def read_results(out: Path, photos: dict[str, Sample]) -> dict[str, dict]:
 def csv_text(header: list[str], rows: list[tuple[str, list[str]]], results: dict[str, dict]) -> str:
     """The new CSV: the rows as they are now, with the cells that changed."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*header, *BOX_COLUMNS["mask"]], lineterminator="\n")
+    columns = dict.fromkeys([*header, *BOX_COLUMNS["mask"]])  # the original may have them too
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     for file, cells in rows:
         if file in results:

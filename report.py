@@ -327,7 +327,7 @@ def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
                 else:
                     captions.append(names[target] if target >= 0 else "not known")
             box = drawn[n].get(BOX, torch.tensor(math.nan))
-            boxes = {"bbox": (box * photos.size).tolist()} if box.isfinite().all() else {}
+            boxes = {photos.view: (box * photos.size).tolist()} if box.isfinite().all() else {}
             name = f"{views[n]}, {photos.samples[batch[n][1]].name}"
             draw_image(ax, image, name, captions, "black", boxes, interpolation="nearest")
     return figure

@@ -34,8 +34,8 @@ in_data, in_model, in_loss = (partial(option, panel) for panel in ("Data", "Mode
 in_optim, in_run = (partial(option, panel) for panel in ("Optimisation", "Run"))
 SHARE = {"min": 0, "max": 1}
 RESIZE_HELP = "How a view becomes square: squashed, in shape on black, or (training) a random part of it."
-ACCUM_HELP = """Micro-batches a step, for less memory. Each one's mean loss counts by its images: with class weights or
-a box head the step differs slightly."""
+ACCUM_HELP = """Micro-batches a step, for less memory. Each one's mean loss counts by its images: with class weights, a
+box head or classes that are not known, the step differs."""
 Number = int | None
 Text = str | None
 Names = list[str] | None

@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     epoch: int = 0  # epochs finished
     step: int = 0  # steps finished of the next one
-    loss_sum: float = 0.0  # over the images of these steps
+    loss_sum: float = 0.0  # over the images of these steps, in all processes
     seconds: float = 0.0  # that these steps took
     best_epoch: int = 0
     best_score: float = -math.inf
@@ -158,7 +159,8 @@ def train_one_epoch(
     sampler.epoch, sampler.skip = state.epoch + 1, state.step
     run.epoch_start = time.monotonic() - state.seconds
     recent: list[tuple[int, dict[str, Tensor]]] = []  # images and losses of the steps since the last check
-    with progress(sampler.n, f"epoch {sampler.epoch}/{settings.epochs}") as bar:
+    title = f"epoch {sampler.epoch}/{settings.epochs}"
+    with progress(sampler.n, title) as bar, losses_added(state, recent):
         bar.advance(state.step * settings.batch_size)
         for images, targets in run.signals.waiting_for(loader):
             state.step += 1
@@ -183,8 +185,7 @@ def train_one_epoch(
             after_step(settings, state, recent, run)
             if sampler.epoch == 1 and state.step == 3 and device.type == "cpu":
                 cli.warn_of_days((time.monotonic() - run.epoch_start) / 3 * sampler.steps * settings.epochs)
-    add_losses(state, recent)
-    return state.loss_sum / sampler.part_images
+    return state.loss_sum / (sampler.part_images * world_size())
 
 
 def optimizer_step(settings: Settings, state: TrainState, steps: int) -> None:
@@ -236,8 +237,19 @@ def add_losses(state: TrainState, recent: list[tuple[int, dict[str, Tensor]]]) -
             if not math.isfinite(value):
                 where = f"epoch {state.epoch + 1}, step {state.step - len(recent) + i + 1}"
                 raise ValueError(f"the loss of {head} is not finite at {where}; lower --lr, or try --amp off")
-        state.loss_sum += sum(of_heads) * images
+        state.loss_sum += sum(of_heads) * images * world_size()
     recent.clear()
+
+
+@contextmanager
+def losses_added(state: TrainState, recent: list[tuple[int, dict[str, Tensor]]]) -> Iterator[None]:
+    """Add the losses of the last steps at the end, and where a signal stops the run, whose state is then saved."""
+    try:
+        yield
+    except Stopped:
+        add_losses(state, recent)
+        raise
+    add_losses(state, recent)
 
 
 def validate(

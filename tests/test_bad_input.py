@@ -185,6 +185,11 @@ def test_a_last_image_alone_is_left_out_under_batch_norm(run, drawn, flags):
     assert done.code == 0, done.err
 
 
+def test_boxes_that_are_not_finite_name_the_flags(run, drawn):
+    flags = ["--box-head", "--crop-prob", "0.7", "--batch-size", 64, "--lr", "1e7", "--model", "test_resnet"]
+    refused(run, drawn, *flags, says=["not finite", "--lr"])
+
+
 def test_one_image_alone_without_batch_norm(run, drawn):
     done = run("train", "--data", drawn, *TINY, "--batch-size", 1, "--epochs", 1)
     assert done.code == 0, done.err
@@ -307,6 +312,8 @@ def test_predict_flags(run, checkpoint, drawn, tmp_path):
         (["best.pt", "pipe.jpg"], 2, "pipe.jpg"),
         (["best.pt", "--data", "Nowhere"], 2, "Nowhere"),
         (["best.pt", "--split", "exam"], 2, "--split"),
+        (["best.pt", "x.jpg", "--out", "pipe.jpg"], 2, "--out"),
+        (["best.pt", "x.jpg", "--out", "a.png", "--picture", "./a.png"], 2, "--picture"),
         (["best.pt", "--batch-size", "0"], 2, "--batch-size"),
         ([], 2, "CHECKPOINT"),
     ]:
@@ -323,6 +330,19 @@ def test_a_photo_that_cannot_be_read_is_left_out_at_the_end(run, checkpoint, tmp
     assert done.code == 1 and "broken.jpg" in done.err and "left out" in done.err and "Traceback" not in done.err
     names = [line.split(",")[0] for line in Path("predictions.csv").read_text().splitlines()]
     assert names == ["image_name", "x.jpg"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--picture", "a.png"]])
+def test_where_no_photo_can_be_read_the_earlier_answers_stay(run, checkpoint, tmp_path, flags):
+    (tmp_path / "best.pt").write_bytes(checkpoint)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
+    assert run("predict", "best.pt", "x.jpg").code == 0
+    earlier = Path("predictions.csv").read_text()
+    Image.effect_noise((90, 90), 80).save("noise.jpg")
+    Path("broken.jpg").write_bytes(Path("noise.jpg").read_bytes()[:2000])
+    done = run("predict", "best.pt", "broken.jpg", *flags)
+    assert done.code == 1 and "no photo could be predicted" in done.err and "broken.jpg" in done.err
+    assert Path("predictions.csv").read_text() == earlier and not Path("a.png").exists()
 
 
 def test_a_folder_with_photos_that_cannot_be_read(run, checkpoint, drawn, tmp_path):

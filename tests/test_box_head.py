@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import typer
 from conftest import TINY
 from hypothesis import given, strategies as st
 from PIL import Image
@@ -12,14 +13,14 @@ from test_train_predict import rows
 
 import loading
 from benchmarks.gap import iou_with
-from checkpoint import load_model, read
+from checkpoint import load_model, new_checkpoint, read
 from data import BOX, read_split
 from evaluate import BOX_MARGIN, FIRST_LOOK_WEIGHT, grow_boxes, join_looks, predict_split, score, score_boxes
 from loading import EvalPhotos, TrainPhotos, loose_crop, make_eval_loader, part_around, read_photo, relative_boxes
 from losses import box_loss
 from model import POSITIONS, box_from_logits, build_model
 from photos import box_iou, box_size, crop_box, load_photo, placement, to_image, view_pixels
-from predict import predict_rows
+from predict import choose_treatment, predict_rows
 from settings import Settings
 
 HEAD = ["--box-head", "--crop-prob", "0.5"]
@@ -357,6 +358,16 @@ def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
     prediction = predict_rows(model, saved, split, "learned", prepare, workers=0)
     assert len(prepared) == len(split.samples)
     assert all(torch.equal(plain.logits[key], prediction.logits[key]) for key in plain.logits)
+
+
+def test_photos_that_are_cropped_on_the_fly_are_not_looked_at_twice(drawn):
+    """A box in the crop would be taken for one in the photo."""
+    model = build_model("test_vit", {"Daily": tuple("012345")}, 32, box_head=True)
+    preparation = {"crop": "mask", "keep_background": True, "rembg_model": "u2netp", "background_color": [0, 0, 0]}
+    saved = new_checkpoint(Settings(box_head=True), model, read_split(drawn, "val"), "learned", preparation)
+    with pytest.raises(typer.BadParameter, match=r"preprocess\.py cropped"):
+        choose_treatment(saved, read_split(drawn, "test", model.classes))
+    assert choose_treatment(saved, read_split(drawn, "test", model.classes), "full") == ("full", preparation)
 
 
 def test_there_is_no_learned_view_without_the_head(run, drawn):

@@ -266,6 +266,14 @@ def test_entries_that_are_refused(run, raw, untried, monkeypatch, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "full"} and os.listdir("full") == ["mine.txt"]
 
 
+def test_files_that_are_no_photos_do_not_spoil_the_trial(run, raw, drawn, untried, tmp_path):
+    shutil.copytree(drawn, tmp_path / "Data")
+    (tmp_path / "Data" / "test" / "._0.jpg").write_bytes(b"left by macOS")
+    (tmp_path / "Data" / "test" / "0.jpg").write_bytes(b"damaged")
+    done = run("entry", "runs/a/best.pt", "Entry", "--data", "Data")
+    assert done.code == 0 and (tmp_path / "Entry" / "task.ipynb").exists(), done.err
+
+
 def test_an_entry_without_a_label_of_the_challenge(run, drawn, untried, tmp_path):
     data = Path(shutil.copytree(drawn, tmp_path / "Own"))
     for path in data.glob("*.csv"):

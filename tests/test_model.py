@@ -246,6 +246,11 @@ def test_batch_norms_that_cannot_be_folded_stay():
     assert fold_batch_norms(model) is model
     vit = build_model("test_vit", CLASSES, 32)
     assert fold_batch_norms(vit) is vit
+    model = with_random_norms("test_resnet", 64)
+    name = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d))
+    batch_statistics = torch.nn.BatchNorm2d(model.get_submodule(name).num_features, track_running_stats=False)
+    model.set_submodule(name, batch_statistics.eval())
+    assert fold_batch_norms(model) is model
 
 
 @mark.parametrize("name", ["test_vit", param("tiny_vit_5m_224", marks=mark.slow)])

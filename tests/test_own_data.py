@@ -278,6 +278,37 @@ def test_a_flat_test_folder_has_no_labels(tmp_path):
     assert read_table(tmp_path, "test", {})[1][0][0] == ["a.png", ""]
 
 
+@pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("TRAIN", "Validation", "TEST")])
+def test_splits_are_folders_in_any_case(tmp_path, names):
+    for name in names:
+        class_folders(tmp_path / name, {"top": 3, "dress": 2})
+    train, val = read_splits([tmp_path])
+    assert train.classes == {"class": ("dress", "top")} and (len(train.samples), len(val.samples)) == (5, 5)
+    assert len(read_split(tmp_path, "test", train.classes).samples) == 5
+
+
+def test_other_folders_beside_class_folders_are_no_classes(tmp_path):
+    """Those of other splits, and what train.py wrote in the same place."""
+    class_folders(tmp_path, {"top": 12, "dress": 12})
+    photo(tmp_path / "runs" / "a" / "curves.png")
+    photo(tmp_path / "test" / "a.png")
+    assert find_dataset(str(tmp_path)) == tmp_path
+    train, val = read_splits([tmp_path])
+    assert train.classes == {"class": ("dress", "top")} and len(train.samples) + len(val.samples) == 24
+    assert [sample.name for sample in read_split(tmp_path, "test", train.classes).samples] == ["a.png"]
+    class_folders(tmp_path / "val", {"top": 1, "dress": 1})
+    train, val = read_splits([tmp_path])
+    assert (len(train.samples), len(val.samples)) == (24, 2)
+
+
+def test_large_numbers_as_class_folders_are_names(tmp_path):
+    class_folders(tmp_path / "train", {"1001": 2, "90": 2})
+    class_folders(tmp_path / "val", {"1001": 2})
+    train, val = read_splits([tmp_path])
+    assert train.classes["class"] == ("1001", "90") and labels_of(train, "class") == [0, 0, 1, 1]
+    assert labels_of(val, "class") == [0, 0]
+
+
 def test_numbers_as_class_folders(tmp_path):
     class_folders(tmp_path / "train", {"0": 2, "1": 2, "10": 2})
     class_folders(tmp_path / "val", {"01": 2})
@@ -387,6 +418,22 @@ def test_a_csv_without_validation(dataset):
 
 
 # ---------------------------------------------------------------- what spoils a result
+
+
+def test_what_an_earlier_dataset_holds_out_is_said(tmp_path, capfd):
+    roots = [class_folders(tmp_path / name, {"top": 20, "dress": 20}) for name in ("A", "B")]
+    train, val = read_splits(roots)
+    assert len(train.samples) == 72 and len(val.samples) == 4
+    assert f"{roots[0]}: no validation; 4 of its photos are held out, and" in capfd.readouterr().out
+
+
+def test_validation_without_any_class_is_refused(dataset, run):
+    write(dataset, [HEADER, *(row.rsplit(",", 3)[0] + ",,," for row in ROWS)], "val")
+    with pytest.raises(ValueError, match=r"val\.csv: no row has a known class"):
+        read_splits([dataset])
+    assert len(read_splits([dataset], fit_all=True)[0].samples) == 8
+    done = run("data", dataset)
+    assert done.code == 1 and "val.csv: no row has a known class" in done.err
 
 
 def test_photos_in_training_and_validation(dataset, run):

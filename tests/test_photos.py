@@ -71,6 +71,20 @@ def test_exif_orientation(tmp_path, orientation):
         assert photos.upright_size(image) == expected.size
 
 
+def test_an_orientation_behind_the_pixels_is_left_out_alike(tmp_path):
+    """A PNG's eXIf block may stand there. The header's size, which boxes are clipped to, is that of the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    checker().save(tmp_path / "a.png", exif=exif)
+    content = (tmp_path / "a.png").read_bytes()
+    start, end = content.index(b"eXIf") - 4, content.index(b"IEND") - 4
+    length = 12 + int.from_bytes(content[start : start + 4])
+    block = content[start : start + length]
+    (tmp_path / "b.png").write_bytes(content[:start] + content[start + length : end] + block + content[end:])
+    with photos.open_image(tmp_path / "b.png") as image:
+        assert photos.upright_size(image) == load_photo(tmp_path / "b.png").size
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it skips
 def test_an_odd_exif_block_does_not_spoil_a_photo(tmp_path):
     exif = Image.Exif()

@@ -29,7 +29,7 @@ from checkpoint import read, save
 from data import BOX_COLUMNS, Sample, read_split
 from loading import EvalPhotos
 from photos import move_into
-from preprocess import Remover, foreground_box, prepare_photo, replace_background
+from preprocess import Remover, csv_text, foreground_box, prepare_photo, replace_background
 
 SHA256 = "sha256:309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"  # of u2netp.onnx
 HEADER = "image_name,BBox_xmin,BBox_ymin,BBox_xmax,BBox_ymax,Daily,Gender,Embellishment"
@@ -174,6 +174,14 @@ def test_the_same_layout_with_four_more_columns(garments, processed):
             assert after["image_name"] == before["image_name"].replace("cat.gif", "cat.gif.png")
             unchanged = [column for column in before if column != "image_name"]  # labels and boxes
             assert all(after[column] == before[column].strip() for column in unchanged)
+
+
+def test_columns_that_are_there_already_are_replaced():
+    names = [f"Mask_{side}" for side in ("xmin", "ymin", "xmax", "ymax")]
+    cells = dict(zip(names, (1, 2, 3, 4)))
+    rows, results = [("train/a.png", ["a.png", *"5678"])], {"train/a.png": {"cells": cells}}
+    text = csv_text(["image_name", *names], rows, results)
+    assert text == "image_name,Mask_xmin,Mask_ymin,Mask_xmax,Mask_ymax\na.png,1,2,3,4\n"
 
 
 def test_boxes_of_every_split_lie_in_their_photos(processed):

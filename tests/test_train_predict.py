@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 
 import checkpoint
+import cli
 import train as train_script
 from checkpoint import load_model, read
 from data import CLASS_NAMES
@@ -203,6 +204,33 @@ def test_a_resumed_run_ends_with_the_same_bits(run, drawn, tmp_path, monkeypatch
     assert metrics(tmp_path / "runs" / "cut") == metrics(tmp_path / "runs" / "whole")
     a, b = (read(tmp_path / "runs" / name / "last.pt")["model"] for name in ("cut", "whole"))
     assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_a_stop_while_photos_are_waited_for_keeps_the_losses(run, drawn, tmp_path, monkeypatch):
+    whole, real = cli.StopSignals.waiting_for, []
+
+    def stop_at_the_third(self, batches):
+        for i, batch in enumerate(whole(self, batches)):
+            if i == 2 and not real:
+                real.append(i)
+                raise cli.Stopped
+            yield batch
+
+    monkeypatch.setattr(cli.StopSignals, "waiting_for", stop_at_the_third)
+    assert run("train", "--data", drawn, *TINY, "--name", "a").code == 130
+    assert run("train", "--resume", "runs/a").code == 0
+    assert run("train", "--data", drawn, *TINY, "--name", "b").code == 0
+    same_run(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+
+
+def test_what_an_epoch_wrote_stays_where_last_pt_cannot_be_written(run, drawn, tmp_path, monkeypatch):
+    def full(path, *args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("checkpoint.save_last", full)
+    done = run("train", "--data", drawn, *TINY, "--name", "a")
+    assert done.code == 1 and "the disk is full" in done.err
+    assert {path.name for path in (tmp_path / "runs" / "a").iterdir()} == RUN_FILES - {"last.pt"}
 
 
 def test_a_run_killed_in_its_first_epoch_starts_again(trained, run, tmp_path):
