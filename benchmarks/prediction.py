@@ -5,8 +5,9 @@
 
 The plain loop: float32, batches of 64, the photos decoded in the same process. The limit: 1 / (the forward time of the
 fastest of torch float32, torch bf16 where the chip has it, both with batch norms folded as predict.py does it,
-torch.compile and ONNX Runtime, at 8 or 64 constant images + the time to decode / cores). Rounds take turns; the best counts. Looking twice is the view `learned`, of a model with
-a box head, beside one without that looks once; the median of the rounds' ratios counts.
+torch.compile and ONNX Runtime, at 8 or 64 constant images + the time to decode / cores). Rounds take turns; the best
+counts. Looking twice is the view `learned`, of a model with a box head, beside one without that looks once; the median
+of the rounds' ratios counts.
 """
 
 import io
