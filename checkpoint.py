@@ -44,16 +44,20 @@ def convert(
     if out.exists():
         raise usage_error("OUT", f"{out} exists")
     model, saved = load_model(checkpoint)
+    split = data and read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
+    if split and read_preparation(split.csv.parent) != saved.preparation:
+        raise usage_error("--data", f"{data} was not prepared as the photos of training were; predict.py does that")
     converted = replace(saved, weights=exported_weights(model, export_dtype))
     save(converted.content(), out)
     say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
-    if data is None:
+    if not split:
         return
-    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
     how = (saved.resize, saved.batch_size, None, choose_eval_amp(saved.amp, torch.device("cpu")))
     answers = []
     for path in (checkpoint, out):
         prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
+        if prediction.problems:
+            raise ValueError(list_problems(f"{out} is written, but not scored", [*prediction.problems.values()]))
         cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
         answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
     say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
@@ -70,7 +74,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from data import BOX, Split, check_preparation, find_dataset, needs_remover, read_split
+from data import BOX, Split, check_preparation, find_dataset, list_problems, needs_remover, read_preparation, read_split
 from evaluate import from_first, predict_samples, score, world_size
 from model import FashionModel, build_model, choose_eval_amp
 from settings import MAX_SIDE, Settings, read_config, write_config

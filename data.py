@@ -131,7 +131,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
 def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
     """The CSV or the folder of class folders of each split; that of `train` for validation that will be held out."""
     csvs = {split: root / csv_name(split, subtask) for split in SPLITS}
-    folders = {split: _photo_folder(root, split) for split in SPLITS}
+    folders = {split: photo_folder(root, split) for split in SPLITS}
     found = {split: path for split, path in csvs.items() if path.is_file()}
     if not found and root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
         found = {split: folder for split, folder in folders.items() if folder.is_dir()}
@@ -144,7 +144,7 @@ def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
     return found
 
 
-def _photo_folder(root: Path, split: str) -> Path:
+def photo_folder(root: Path, split: str) -> Path:
     folders = {path.name.lower(): path for path in (_subfolders(root) if root.is_dir() else ())}
     return next((folders[name] for name in FOLDERS[split] if name in folders), root / split)
 
@@ -366,7 +366,7 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
     if found[split].is_dir():
         path, source = root / split, _list_class_folders(root, found[split], split == "test")
     else:
-        folder = _photo_folder(root, "train" if held_out else split)
+        folder = photo_folder(root, "train" if held_out else split)
         source = _read_csv(root, folder, found[split], split == "test")
     source = replace(source, csv=path, split=split, held_out=held_out)
     return replace(source, labels=_usable_labels(source)) if split == "train" or held_out else source

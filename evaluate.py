@@ -61,11 +61,8 @@ def predict_split(
     first, targets, problems = run_batches(model, waiting_for(loader), view != "learned", amp_dtype, advance)
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):
-        place = placement([dataset.samples[i].size for i in sampler.part], dataset.size, dataset.resize)
-        boxes = to_photo(box_from_logits(first.pop(BOX)), place)
-        if not boxes.isfinite().all():
-            raise ValueError("the predicted boxes are not finite; lower --lr, or try --amp off")
-        sampler.crops = grow_boxes(boxes)
+        sizes = [dataset.samples[i].size for i in sampler.part]
+        sampler.crops = second_look(first.pop(BOX), sizes, dataset.size, dataset.resize)
         second, *_ = run_batches(model, waiting_for(loader), False, amp_dtype, advance)
         result.boxes = boxes_in_photos(box_from_logits(second.pop(BOX)), sampler.crops, dataset, sampler.part)
         result.logits = join_looks(first, second)
@@ -135,6 +132,17 @@ def run_batches(
 
 def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {head: torch.cat([part[head] for part in parts]) for head in (parts[0] if parts else ())}
+
+
+def second_look(logits: Tensor, sizes: Sequence[tuple[int, int]], size: int, resize: str) -> Tensor:
+    """What the second look sees, (N, 4) in 0..1 of the photos, of the box head's logits (N, 4, POSITIONS) in the first.
+
+    `sizes`: width and height of each photo. Raises ValueError where a box is not finite.
+    """
+    boxes = to_photo(box_from_logits(logits), placement(sizes, size, resize))
+    if not boxes.isfinite().all():
+        raise ValueError("the predicted boxes are not finite; lower --lr, or try --amp off")
+    return grow_boxes(boxes)
 
 
 def boxes_in_photos(boxes: Tensor, crops: Tensor, dataset: EvalPhotos, part: range) -> Tensor:

@@ -20,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, product
 from operator import itemgetter
@@ -30,7 +31,7 @@ import numpy as np
 import typer
 
 from cli import NONE, OFF, Debug, as_usage_error, atomic_write, examples, note, run_app, say, show_table, usage_error
-from data import garment
+from data import garment, photo_folder
 
 # ---------------------------------------------------------------- the rows
 
@@ -179,6 +180,10 @@ def run(
         words = words_of({"--data": paths, **flags, "--seed": [str(seed)], "--name": [folder.name]})
         if (folder / "config.json").exists():
             words = ["--resume", str(folder)]
+            here = [path if path == "demo" else os.path.abspath(path) for path in paths]
+            with suppress(ValueError, KeyError, TypeError):  # train.py says what is wrong with it
+                if json.loads((folder / "config.json").read_bytes())["settings"]["data"] != here:  # it was moved since
+                    words += words_of({"--data": paths})
         command = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
         is_finished = (folder / "experiment.json").exists()
         if is_finished or dry_run:
@@ -207,9 +212,10 @@ def content_of(flag: str, data: str) -> str:
     tables = sorted([*root.glob("*_train.csv"), *root.glob("*_val.csv")])
     for path in [*tables, *root.glob("preprocess.json")]:
         digest.update(path.name.encode() + path.read_bytes())
-    for top in ("train", "val") if tables else (".",):  # class folders have no CSVs
-        for folder, subfolders, files in os.walk(root / top, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if name != "test" and not name.startswith("."))
+    for top in [photo_folder(root, split) for split in ("train", "val")] if tables else [root]:
+        for folder, subfolders, files in os.walk(top, followlinks=True):
+            used = [name for name in subfolders if name.lower() not in ("test", "runs") and not name.startswith(".")]
+            subfolders[:] = sorted(used)
             for path in [Path(folder, file) for file in sorted(files)]:
                 line = f"{path.relative_to(root)}\0{path.stat().st_size}\0"
                 digest.update(line.encode(errors="surrogateescape"))
@@ -240,6 +246,7 @@ class Run:
     more: Flags  # the flags behind --
     seed: int
     commit: str | None
+    data: list[str]  # hashes of the datasets; [] where `run` did not start it
     images: list[tuple[str, ...]]  # sorted: (name, true class of each label)
     predicted: np.ndarray  # str (images, labels)
     correct: np.ndarray  # float64 (images, labels): 1, 0, or NaN where the true class is not known
@@ -269,7 +276,7 @@ def read_run(folder: Path) -> Run:
         accuracies |= {f"last_{label}": float(metrics[-1][f"val_top1_{label}"]) for label in ("mean", *labels)}
         asked = (record["row"], record["more"], config["settings"]["seed"], config.get("commit"))
         images = [(row["image_name"], *classes) for row, classes in zip(rows, truth.tolist())]
-        return Run(folder, *asked, images, predicted, correct, accuracies)
+        return Run(folder, *asked, record.get("data", []), images, predicted, correct, accuracies)
     except Exception as error:
         missing = isinstance(error, FileNotFoundError)
         reason = f"no {Path(error.filename).name}" if missing else f"{type(error).__name__}: {error}"
@@ -277,17 +284,27 @@ def read_run(folder: Path) -> Run:
 
 
 def read_experiments() -> list[list[Run]]:
-    """The finished experiments in runs/ by row, flags and seed; of two alike the newer. Notes what it leaves aside."""
+    """The finished experiments in runs/ by row, flags, data and seed; of two alike the newer. Notes what it leaves."""
     groups: dict[tuple[int, str], dict[int, Run]] = {}
     for path in sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
             found = read_run(path.parent)
             if found.row not in NAMED:
                 raise ValueError(f"{found.folder} is of {found.row!r}, which is no row any more")
-            groups.setdefault((list(NAMED).index(found.row), json.dumps(found.more)), {})[found.seed] = found
+            setting = (list(NAMED).index(found.row), json.dumps([found.more, found.data]))
+            groups.setdefault(setting, {})[found.seed] = found
         except ValueError as error:
             note(f"left aside: {error}")
     return [list(runs.values()) for _, runs in sorted(groups.items())]
+
+
+def per_photo(correct: np.ndarray) -> np.ndarray:
+    """Each photo's part of the mean over the labels, (images, labels) -> (images,): the labels count alike.
+
+    A label that is known for few photos counts as much as the others; so the mean is that of `Run.accuracies`.
+    """
+    known = (~np.isnan(correct)).mean(axis=0)
+    return np.nansum(correct / known, axis=1) / len(known)
 
 
 def per_garment(images: list[str], differences: np.ndarray) -> np.ndarray:
@@ -355,12 +372,17 @@ def new_line(name: str, flags: Flags, runs: list[Run]) -> Line:
     return Line(name, shlex.join(words_of(flags)), len(runs), accuracies)
 
 
-def compare_runs(line: Line, runs: list[Run], reference: list[Run]) -> None:
-    """Fill `line` with the difference of `runs` to `reference`. Raises ValueError where the images differ."""
-    first = reference[0]
-    for other in [*reference, *runs]:
+def check_images(runs: list[Run]) -> None:
+    """Raises ValueError where runs were validated on different images."""
+    first = runs[0]
+    for other in runs:
         if (other.images, list(other.accuracies)) != (first.images, list(first.accuracies)):
             raise ValueError(f"{other.folder} and {first.folder} were validated on different images or labels")
+
+
+def compare_runs(line: Line, runs: list[Run], reference: list[Run]) -> None:
+    """Fill `line` with the difference of `runs` to `reference`. Raises ValueError where the images differ."""
+    check_images([*reference, *runs])
     pairs = [(run, other) for run in runs for other in reference if run.seed == other.seed]
     pairs.sort(key=lambda pair: pair[0].seed)
     notes = [f"{len(pairs)} seeds in common"] if len(pairs) < len(runs) else []
@@ -369,8 +391,8 @@ def compare_runs(line: Line, runs: list[Run], reference: list[Run]) -> None:
     if pairs:
         if all((run.predicted == other.predicted).all() for run, other in pairs):
             notes.append(SAME)
-        differences = [np.nanmean(run.correct, axis=1) - np.nanmean(other.correct, axis=1) for run, other in pairs]
-        units = per_garment([name for name, *_ in first.images], np.stack(differences, axis=1))
+        differences = [per_photo(run.correct) - per_photo(other.correct) for run, other in pairs]
+        units = per_garment([name for name, *_ in runs[0].images], np.stack(differences, axis=1))
         line.garments, line.difference = len(units), float(units.mean())
     line.note, line.verdict = "; ".join(notes), "too few seeds"
     if len(pairs) >= 3:
@@ -387,6 +409,8 @@ def compare_to_base(line: Line, runs: list[Run], groups: list[list[Run]]) -> Non
         bases = [base for base in bases if base[0].more.items() < more.items()]
     else:
         bases = [base for base in bases if base[0].more == more]
+        if NAMED[line.row].data == "raw":
+            bases = [base for base in bases if base[0].data == runs[0].data]
     if not bases:
         line.verdict = "the base" if line.row == BASE else "no base run with these flags"
         return
@@ -432,6 +456,7 @@ def compare(folders: Folders, markdown: Markdown = False, as_csv: AsCsv = False,
             runs.append(found)
         lines = [new_line(name, {}, runs) for name, runs in groups.items()]
         lines[0].verdict = "the first"
+        check_images(groups[lines[0].row])
         for line in lines[1:]:
             compare_runs(line, groups[line.row], groups[lines[0].row])
     print_lines(lines, lines[0].row, markdown, as_csv)

@@ -99,7 +99,7 @@ class TrainPhotos(Dataset):
                     image = self.augment(self.read(index, view))
             finally:
                 torch.set_num_threads(threads)
-        return image, targets, view
+        return image, targets, view if view in self.samples[index].boxes else "full"
 
     def read(self, index: int, view: str) -> Tensor:
         if view in self.decoded:

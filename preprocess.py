@@ -329,8 +329,8 @@ def make_photo(out: Path, preparation: dict, remover: Remover, file: str, sample
     cells = dict(zip(BOX_COLUMNS["mask"], boxes.get("mask", (0, 0, *photo.size))))
     if preparation["crop"] != "none" and "bbox" in boxes:
         cells |= zip(BOX_COLUMNS["bbox"], boxes["bbox"])
-    csv_box = list(sample.boxes.get("bbox", ()))
-    return {"file": file, "csv_box": csv_box, "foreground": "mask" in boxes, "cells": cells}
+    original = {"csv_box": list(sample.boxes.get("bbox", ())), "bytes": os.path.getsize(sample.path)}
+    return {"file": file, **original, "foreground": "mask" in boxes, "cells": cells}
 
 
 def read_results(out: Path, photos: dict[str, Sample]) -> dict[str, dict]:
@@ -341,9 +341,10 @@ def read_results(out: Path, photos: dict[str, Sample]) -> dict[str, dict]:
             result = json.loads(line)
             results[result["file"]] = result
     for file in photos.keys() & results.keys():
-        made, sample = out / file, photos[file]
-        is_same_box = results[file]["csv_box"] == list(sample.boxes.get("bbox", ()))
-        if not (is_same_box and made.exists() and made.stat().st_mtime_ns >= os.stat(sample.path).st_mtime_ns):
+        made, sample, original = out / file, photos[file], os.stat(photos[file].path)
+        same = results[file]["csv_box"] == list(sample.boxes.get("bbox", ()))
+        same = same and results[file].get("bytes", original.st_size) == original.st_size  # earlier versions lack it
+        if not (same and made.exists() and made.stat().st_mtime_ns >= original.st_mtime_ns):
             del results[file]
     return results
 

@@ -28,11 +28,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(epilog=cli.examples(__doc__))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="A run's folder, runs/NAME; several: curves over each other.")],
+    data: Annotated[list[str] | None, typer.Option(help="Its data, where they were moved.", **cli.NONE)] = None,
     debug: cli.Debug = False,
 ) -> None:
     """Draw the pictures of a run into its folder, or the curves of several runs into that of the first."""
     if len(runs) == 1:
-        draw_pictures(runs[0])
+        draw_pictures(runs[0], data=data)
         return
     with drawing():
         save(curves([read_run(folder) for folder in runs]), runs[0] / "compare.png")
@@ -59,7 +60,7 @@ from torch import Tensor
 from augment import cutmix
 from checkpoint import Checkpoint, load_model, read
 from data import BOX, Classes, Split, class_names, find_dataset, read_splits
-from evaluate import Prediction, score
+from evaluate import Prediction, score, second_look
 from loading import EpochSampler, TrainPhotos, derive_seed
 from model import FashionModel
 from photos import Box, boxes_in_image, crop_box, load_photo, view_pixels
@@ -92,14 +93,16 @@ class Answers:
     learned: list[dict[str, Box]]  # {"learned": box}, {} without a box head
 
 
-def draw_pictures(folder: Path, photos: TrainPhotos | None = None, val_split: Split | None = None) -> None:
+def draw_pictures(
+    folder: Path, photos: TrainPhotos | None = None, val_split: Split | None = None, data: list[str] | None = None
+) -> None:
     """Draw the pictures of a run; its data are read where not given. Raises ValueError, OSError, BadParameter."""
     run = read_run(folder)
     model, saved = load_model(folder / "best.pt")
     table = folder / "val_predictions.csv"
     answers = read_answers(table, model.classes) if table.exists() else None
     if photos is None:
-        roots = [find_dataset(data, run.settings.subtask) for data in run.settings.data]
+        roots = [find_dataset(path, run.settings.subtask) for path in data or run.settings.data]
         train_split, val_split = read_splits(roots, run.settings.subtask, run.settings.fit_all)
         photos = TrainPhotos(train_split.samples, saved.image_size, run.settings)
     with drawing():
@@ -287,7 +290,7 @@ def mistakes(answers: Answers, split: Split) -> Figure:
     with grid("The most confident errors of validation", n_labels * max(1, 3 // n_labels), 6) as (figure, axes):
         for row, label in zip(axes.reshape(n_labels, -1), answers.truth):
             names, errors = class_names(label, split.classes[label]), most_confident_errors(answers, label)
-            row[0].set_ylabel(wrapped(f"{label}: {len(errors):,} of {len(answers.names):,} wrong"))
+            row[0].set_ylabel(wrapped(f"{label}: {len(errors):,} of {(answers.truth[label] >= 0).sum():,} wrong"))
             for ax, (i, confidence) in zip(row, errors):
                 sample, boxes = split.samples[i], split.samples[i].boxes | answers.learned[i]
                 truth, predicted = names[answers.truth[label][i]], names[answers.predicted[label][i]]
@@ -341,9 +344,9 @@ def draw_answers(rows: Split, prediction: Prediction, answers: dict, prepare: Ca
     with drawing():
         with grid(f"Predictions: {', '.join(answers)}", n_rows, n_columns) as (figure, axes):
             for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
-                photo = prepare(sample)[0] if prepare else load_photo(sample.path)
+                photo, given = prepare(sample) if prepare else (load_photo(sample.path), sample.boxes)
                 captions = [texts[i] for texts in answers.values()]
-                boxes = {kind: box for kind, box in sample.boxes.items() if kind == "bbox"}
+                boxes = {kind: box for kind, box in given.items() if kind == "bbox"}
                 if prediction.boxes is not None:
                     boxes["learned"] = crop_box(prediction.boxes[i].tolist(), photo.size)
                 draw_photo(ax, photo, sample.name, captions, "black", boxes)
@@ -415,8 +418,14 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     heats = {label: (heat[eighth], logits[eighth]) for label, (heat, logits) in heats.items()}
     parts = {"whole photos": (images[eighth], heats, boxes[eighth])}
     if view != "full":
-        pairs = zip(photos[eighth], given[eighth])
-        crops = torch.stack([view_pixels(photo, box.get(view), size, resize) for photo, box in pairs])
+        regions = [box.get(view) for box in given[eighth]]
+        if view == "learned":
+            sizes = [photo.size for photo in photos[eighth]]
+            with torch.no_grad():
+                found = second_look(model(images[eighth])[BOX], sizes, size, resize).tolist()
+            regions = [crop_box(box, photo) for box, photo in zip(found, sizes)]
+        pairs = zip(photos[eighth], regions)
+        crops = torch.stack([view_pixels(photo, region, size, resize) for photo, region in pairs])
         parts = {f"validation's view:\n{view}": (crops, heat_maps(model, crops), [{}] * len(crops))} | parts
     title = "Where the model looks (Grad-CAM): red is most, blue least"
     with grid(title, len(parts) * (1 + len(model.classes)), 8) as (figure, axes):

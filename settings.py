@@ -259,6 +259,7 @@ def resumed_settings(given: Settings, names: Collection[str]) -> Settings:
     before = read_settings(given.resume)
     changes = {name: getattr(given, name) for name in names}
     for name, value in changes.items():
+        value = os.path.abspath(value) if name == "weights" and value else value
         if name not in CHANGEABLE and value != getattr(before, name):
             may = ", ".join(flag_of(key) for key in sorted(CHANGEABLE - {"resume", "save_every"}))
             raise usage_error(flag_of(name), f"the run was started with {getattr(before, name)}; only {may} may change")

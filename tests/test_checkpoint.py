@@ -1,6 +1,7 @@
 """best.pt in 8 bits a weight: it predicts what it was validated with; conversion repeats; damage is one line."""
 
 import re
+import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_conversion_scores_both(run, drawn, best):
     assert sorted(chain(*kinds.values())) == sorted(model.state_dict()) and "linear: " in "".join(kinds)
     refused = run("checkpoint", best, "small.pt", "--export-dtype", "int8")
     assert refused.code == 2 and "small.pt exists" in refused.err
+
+
+def test_conversion_refuses_photos_that_it_cannot_score(run, drawn, best, tmp_path):
+    shutil.copytree(drawn, "Data")
+    victim = next(path for path in sorted(Path("Data/val").rglob("*.jpg")))
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    to_int8 = ("checkpoint", best, "small.pt", "--export-dtype", "int8", "--data")
+    done = run(*to_int8, "Nowhere")
+    assert done.code == 2 and not Path("small.pt").exists()
+    done = run(*to_int8, "Data")
+    assert done.code == 1 and victim.name in done.err and Path("small.pt").exists() and not table(done.out)
 
 
 def test_conversion_of_a_run_in_fp16_scores_on_a_cpu(run, drawn, best):

@@ -226,6 +226,7 @@ def leave(
     last=None,
     commit="c",
     truth=1,
+    data=(),
 ):
     """A run's files; experiment.json where `row` is given. `right`: bool (images, labels); a wrong prediction is 9."""
     folder = Path("runs") / name
@@ -258,7 +259,7 @@ def leave(
             "more": more or {},
             "flags": merge_flags(NAMED[row], more or {}),
             "seed": seed,
-            "data": [],
+            "data": list(data),
             "commit": commit,
         }
         (folder / "experiment.json").write_text(json.dumps(record))
@@ -575,15 +576,46 @@ def test_classes_are_words_and_an_empty_cell_is_not_known(run):
             path.write_text("\n".join(lines))
             right = right.astype(float)
             right[0, 0] = right[5] = np.nan
-            means.append(np.nanmean(right[:5], axis=1))
+            daily, gender = right[1:5, 0].mean(), right[:5, 1].mean()
+            means.append((daily + gender) / 2)
         expected.append(means[1] - means[0])
     rows, done = found_rows(run)
     assert done.code == 0 and "Warning" not in done.err
     repeat = rows["repeat", ""]
-    units = per_garment([f"1209/BO{i // 2:05d}-{i % 2 + 1}.jpg" for i in range(5)], np.stack(expected, axis=1))
-    mean, half, _ = interval(units)
-    assert (float(repeat["difference"]), float(repeat["low"])) == pytest.approx((mean, mean - half))
-    assert repeat["garments"] == "3"
+    assert float(repeat["difference"]) == pytest.approx(np.mean(expected)) and repeat["garments"] == "3"
+    best = [float(rows[row, ""]["best_mean"]) for row in (BASE, "repeat")]
+    assert float(repeat["difference"]) == pytest.approx(best[1] - best[0])
+
+
+def test_runs_on_other_data_are_not_seeds_of_one_setting(run):
+    for seed in (1103, 1104, 1105):
+        leave(f"{BASE}-seed{seed}-00000000", row=BASE, seed=seed, data=["A"])
+        leave(f"repeat-seed{seed}-00000000", row="repeat", seed=seed, data=["A"])
+    leave("repeat-seed1103-11111111", row="repeat", data=["B"])
+    done = run("experiments", "table", "--csv")
+    found = [line.split(",") for line in done.out.splitlines() if line.startswith("repeat,")]
+    assert [line[2] for line in found] == ["3", "1"] and "no base run with these flags" in done.out.splitlines()[-1]
+    leave("b-seed1")
+    leave("b-seed2", seed=2, images=["a", "b", "c", "d"])
+    done = run("experiments", "compare", "runs/b-seed1", "runs/b-seed2")
+    assert done.code == 2 and "runs/b-seed2 and runs/b-seed1 were validated on different images" in done.err
+
+
+def test_the_content_of_data(tmp_path):
+    """Of class folders the runs beside them do not count; of CSVs the photos in any folder of validation do."""
+    for name in ("a", "b"):
+        (tmp_path / "Photos" / name).mkdir(parents=True)
+        (tmp_path / "Photos" / name / "1.jpg").write_bytes(b"1")
+    before = content_of("--data", str(tmp_path / "Photos"))
+    (tmp_path / "Photos" / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "Photos" / "runs" / "x" / "curves.png").write_bytes(b"1")
+    assert content_of("--data", str(tmp_path / "Photos")) == before
+    (tmp_path / "Csv" / "valid").mkdir(parents=True)
+    (tmp_path / "Csv" / "Fashion-How24_sub1_val.csv").write_text("image_name\n")
+    (tmp_path / "Csv" / "valid" / "1.jpg").write_bytes(b"1")
+    before = content_of("--data", str(tmp_path / "Csv"))
+    (tmp_path / "Csv" / "valid" / "1.jpg").write_bytes(b"12")
+    assert content_of("--data", str(tmp_path / "Csv")) != before
 
 
 def test_photos_are_paired_by_name_whatever_their_order(run):

@@ -478,6 +478,10 @@ def test_changed_labels_boxes_and_photos_are_taken_up(u2netp, run, photo, tmp_pa
     photo.rotate(180).save(folder / "val" / "b.png")
     done = preprocess(run, folder, "out", "--crop", "bbox")
     assert done.code == 0 and "1 photos to do" in done.out
+    photo.rotate(90).save(folder / "val" / "b.png")
+    os.utime(folder / "val" / "b.png", (0, 0))  # a copy that kept an older time
+    done = preprocess(run, folder, "out", "--crop", "bbox")
+    assert done.code == 0 and "1 photos to do" in done.out
     assert (made / "a.png").stat().st_mtime_ns == before["a.png"]
 
 
