@@ -383,7 +383,8 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
         photos = [path for path in found if path.suffix.lower() not in UNREADABLE]
         unreadable += [path for path in found if path.suffix.lower() in UNREADABLE]
         if not photos:
-            raise ValueError(f"{class_folder}: no photos in this folder; add some, or take it out")
+            problem = f"{_name_unreadable(found)}; save as JPEG" if found else "no photos in this folder; add some"
+            raise ValueError(f"{class_folder}: {problem}, or take it out")
         word = unicodedata.normalize("NFC", class_folder.name) if class_folders else ""
         lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
     if unreadable:
@@ -503,7 +504,8 @@ def _classes_of(label: str, words: set[str]) -> tuple[str, ...]:
     if label in CLASS_NAMES:
         return NUMBERS[: len(CLASS_NAMES[label])]
     numbers = [_number(word) for word in words]
-    are_names = label == "class" and max(numbers, default=0) >= len(NUMBERS)  # class folders called by larger numbers
+    # class folders may be called by other numbers
+    are_names = label == "class" and any(not n.is_integer() or not 0 <= n < len(NUMBERS) for n in numbers)
     if not any(map(math.isnan, numbers)) and not are_names:
         return NUMBERS[: 1 + int(max((number for number in numbers if 0 <= number < len(NUMBERS)), default=0))]
     _check_spelling(label, words)
@@ -621,7 +623,7 @@ def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str
                 spellings.setdefault(key, []).append(str(photo))
     stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
     similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
-    if len(similar) != 1:
+    if len(similar) != 1 or not os.path.isfile(similar[0]):  # a link to nothing
         raise ValueError(f"no image {path}" if name else "image_name is empty")
     return similar[0]
 
@@ -666,7 +668,14 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
     if train and (shared := shared_photos(train, split)):
         title = f"{len(shared):,} of {len(split.samples):,} {name} photos are training photos too; take them out of one"
         doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in shared]))
-    if conflicts := [pair for pair in shared_photos(split, split) if disagree(*pair)]:
+    pairs = shared_photos(split, split)
+    if repeated := [(a, b) for a, b in pairs if a is not b and (a.boxes, a.labels) == (b.boxes, b.labels)]:
+        title = f"{len(repeated):,} of {len(split.samples):,} {name} rows repeat another row's photo"
+        doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in repeated]))
+    found = {label: {sample.labels[label] for sample in split.samples} - {-1} for label in split.labelled}
+    if name == "val" and len(split.samples) >= 10 and found and all(len(classes) == 1 for classes in found.values()):
+        doubts.append("every row of val has the same classes; where these are dummies, take this split out")
+    if conflicts := [pair for pair in pairs if disagree(*pair)]:
         title = f"two labels for one photo, {len(conflicts):,} times in {name}"
         doubts.append(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
     return doubts

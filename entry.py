@@ -19,7 +19,7 @@ import typer
 
 import demo
 from cli import Debug, examples, note, run_app, say, usage_error, write_csv
-from data import CLASS_NAMES, csv_name, image_samples, needs_remover, read_split
+from data import CLASS_NAMES, csv_name, image_samples, needs_remover, photo_folder, read_split
 from preprocess import find_weights
 
 MAX_MB = 25  # what the competition admits, 1 MB = 1,000,000 bytes
@@ -121,7 +121,7 @@ def write_entry(
 
 def trial_photos(data: str | None, trained_on: str, drawn: Path) -> tuple[str, list[Path]]:
     """A name, and TRIAL test photos: of `data`, else of the dataset trained on, else of the demo set."""
-    source, test = data or trained_on, Path(data or trained_on, "test")
+    source, test = data or trained_on, photo_folder(Path(data or trained_on), "test")
     if source == "demo" or not (data or test.is_dir()):
         demo.draw(drawn, 0, 0, TRIAL, processes=1)
         source, test = "the demo set", drawn / "test"

@@ -145,6 +145,8 @@ def check_outputs(checkpoint: Path, rows: Split, out: Path, picture: Path | None
         is_other = path and path.exists() and not path.is_file()  # a folder, or a device
         if path and (is_other or not path.parent.is_dir() or path.resolve() in given):
             raise usage_error(flag, f"{path}: name a file, in a folder that exists, that is not predicted from")
+        if path and not os.access(path.parent, os.W_OK):
+            raise usage_error(flag, f"{path.parent} cannot be written; name a file elsewhere")
     if picture and picture.resolve() == out.resolve():
         raise usage_error("--picture", f"{picture} is the CSV's name too; choose another")
 

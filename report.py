@@ -105,15 +105,22 @@ def draw_pictures(
         roots = [find_dataset(path, run.settings.subtask) for path in data or run.settings.data]
         train_split, val_split = read_splits(roots, run.settings.subtask, run.settings.fit_all)
         photos = TrainPhotos(train_split.samples, saved.image_size, run.settings)
+    draw = {"curves": lambda: curves([run]), "inputs": lambda: inputs(photos, run.settings, model.classes)}
+    if answers:
+        draw["confusion"] = lambda: confusion(answers, model.classes)
+        draw["mistakes"] = lambda: mistakes(answers, val_split)
+    draw["looks"] = lambda: looks(model, saved, val_split, answers)
+    drawn, problems = [], []
     with drawing():
-        figures = {"curves.png": curves([run]), "inputs.png": inputs(photos, run.settings, model.classes)}
-        if answers:
-            figures["confusion.png"] = confusion(answers, model.classes)
-            figures["mistakes.png"] = mistakes(answers, val_split)
-        figures["looks.png"] = looks(model, saved, val_split, answers)
-        for name, figure in figures.items():
-            save(figure, folder / name)
-    say(f"pictures: {folder}/" + ", ".join(figures))
+        for name, figure in draw.items():
+            try:
+                save(figure(), folder / f"{name}.png")
+                drawn.append(f"{name}.png")
+            except Exception as error:  # of an edit, perhaps: the others are drawn
+                problems.append(f"{name}.png could not be drawn ({type(error).__name__}: {error})")
+    say(f"pictures: {folder}/" + ", ".join(drawn))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 @contextmanager
@@ -266,7 +273,7 @@ def confusion(answers: Answers, classes: Classes) -> Figure:
             ratio = ratios[row, column]
             how = {"color": "white" if ratio > 0.55 else "black", "fontsize": 8 if n <= 8 else 6}
             ax.text(column, row, f"{counts[row, column]}\n{ratio:.0%}", ha="center", va="center", **how)
-        scores = score({label: F.one_hot(predicted, n)}, {label: truth})
+        scores = score({label: F.one_hot(predicted, n).float()}, {label: truth})
         measured = f"Top-1 {scores[f'top1_{label}']:.4f}, ACSA {scores[f'acsa_{label}']:.4f}" if scores else "not known"
         ax.set_title(f"{wrapped(label, lines=1)}\n{measured}", fontsize=10, loc="left")
         ax.set_xticks(range(n), ticks, rotation=90 if max(map(len, ticks)) > 5 else 0, fontsize=8)

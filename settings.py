@@ -183,7 +183,8 @@ def print_notes(settings: Settings) -> None:
         note(f"--fit-all trains for all {settings.epochs} epochs and keeps the last one; it measures nothing")
         end = next_restart(settings, settings.epochs) - 1
         if end != settings.epochs:
-            note(f"the learning rate is lowest after {end} epochs, not at the end; --t-0 {settings.epochs} ends there")
+            remedy = f"--epochs {end}" if settings.resume else f"--t-0 {settings.epochs}"
+            note(f"the learning rate is lowest after {end} epochs, not at the end; {remedy} ends there")
     if not settings.pretrained and not settings.weights and settings.lr < 1e-4:
         note(f"--lr {settings.lr:g} is for pretrained weights: from scratch 1e-3 to 4e-3 are usual")
     if settings.subtask == 2 and (settings.pretrained or settings.weights):

@@ -301,11 +301,12 @@ def test_other_folders_beside_class_folders_are_no_classes(tmp_path):
     assert (len(train.samples), len(val.samples)) == (24, 2)
 
 
-def test_large_numbers_as_class_folders_are_names(tmp_path):
-    class_folders(tmp_path / "train", {"1001": 2, "90": 2})
-    class_folders(tmp_path / "val", {"1001": 2})
+@pytest.mark.parametrize("name", ["1001", "1.5", "-1"])
+def test_other_numbers_as_class_folders_are_names(tmp_path, name):
+    class_folders(tmp_path / "train", {name: 2, "90": 2})
+    class_folders(tmp_path / "val", {name: 2})
     train, val = read_splits([tmp_path])
-    assert train.classes["class"] == ("1001", "90") and labels_of(train, "class") == [0, 0, 1, 1]
+    assert train.classes["class"] == (name, "90") and labels_of(train, "class") == [0, 0, 1, 1]
     assert labels_of(val, "class") == [0, 0]
 
 
@@ -434,6 +435,26 @@ def test_validation_without_any_class_is_refused(dataset, run):
     assert len(read_splits([dataset], fit_all=True)[0].samples) == 8
     done = run("data", dataset)
     assert done.code == 1 and "val.csv: no row has a known class" in done.err
+
+
+def test_rows_that_repeat_a_photo_and_classes_that_are_dummies(dataset, run):
+    write(dataset, [HEADER, *ROWS, ROWS[0], ROWS[1].replace("10,12", "20,12")])  # the second: another garment in it
+    done = run("data", dataset)
+    assert "note: 1 of 6 train rows repeat another row's photo" in done.out and "see the notes above" in done.out
+    rows = [f"{i}.jpg,,,,,0,0,0" for i in range(10)]
+    for i in range(10):
+        photo(dataset / "val" / f"{i}.jpg", 300 + i)
+    write(dataset, [HEADER, *rows], "val")
+    assert "note: every row of val has the same classes" in run("data", dataset).out
+    write(dataset, [HEADER, *rows[1:], "0.jpg,,,,,1,0,0"], "val")
+    assert "every row of val" not in run("data", dataset).out
+
+
+def test_a_link_to_nothing_is_a_wrong_row(tmp_path):
+    root = class_folders(tmp_path, {"top": 12, "dress": 12})
+    (root / "top" / "gone.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(ValueError, match=r"1 of 21 rows are wrong\n.*no image .*top/gone\.png"):
+        read_splits([root])
 
 
 def test_photos_in_training_and_validation(dataset, run):

@@ -320,6 +320,16 @@ def test_a_damaged_run_is_one_line(copy, run, tmp_path):
     assert done.code == 2 and "Gone" in done.err
 
 
+def test_a_picture_that_fails_leaves_the_others(copy, run, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("an edit")
+
+    monkeypatch.setattr(report, "mistakes", fail)
+    done = run("report", copy)
+    assert done.code == 1 and "mistakes.png could not be drawn (RuntimeError: an edit)" in done.err
+    assert f"pictures: {copy}/curves.png, inputs.png, confusion.png, looks.png" in done.out
+
+
 def test_a_failure_of_drawing_fails_no_run(run, drawn, tmp_path, monkeypatch):
     def fail(*given):
         raise RuntimeError("no room")
