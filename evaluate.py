@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from cli import write_csv
 from data import BOX, Sample, Split
 from loading import EvalPhotos, Prepare, cpu_cores, default_workers, make_eval_loader
-from model import FashionModel, box_from_logits, fold_batch_norms
+from model import FashionModel, box_from_logits
 from photos import box_iou, box_size, crop_box, placement, to_image, to_photo
 
 AmpDtype = torch.dtype | None
@@ -57,7 +57,6 @@ def predict_split(
     sampler.crops = None
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # each process has batch norm statistics of its own; the first one's are saved
-    model = fold_batch_norms(model)
     first, targets, problems = run_batches(model, waiting_for(loader), view != "learned", amp_dtype, advance)
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):

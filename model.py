@@ -14,9 +14,8 @@ import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, DropPath
+from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cli import usage_error
@@ -233,53 +232,6 @@ def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
     except (AttributeError, TypeError, KeyError, RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise usage_error("--model", f"{name} gives no feature maps for --box-head ({reason})") from None
-
-
-# ---------------------------------------------------------------- prediction: batch norm as a part of convolutions
-
-
-@torch.no_grad()
-def fold_batch_norms(model: FashionModel) -> FashionModel:
-    """A copy in eval mode whose convolutions do what the batch norms behind them did (Jacob et al. 2018, section 3.2).
-
-    EfficientNet-Lite0 predicts 1.2 times as fast on a CPU. Returns the model itself where it has no batch norm, or
-    where the copy fails or gives other outputs, as with convolutions that standardise their weights.
-    """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.eval().modules()):
-        return model
-    size, folded = model.image_size, copy.deepcopy(model)
-    images = (torch.arange(3 * size**2, device=model.mean.device) * 97 % 256).to(torch.uint8).view(1, 3, size, size)
-    expected = model(images)
-    try:
-        _fold(folded, images)
-        found = folded(images)
-    except Exception:  # a module of a kind that is not known here
-        return model
-    same = all((found[head] - values).abs().max() < 1e-3 * values.abs().max() for head, values in expected.items())
-    return folded if same else model
-
-
-def _fold(model: FashionModel, images: Tensor) -> None:
-    """Move each batch norm into the convolution whose output it takes in a forward pass of `images`."""
-    makers: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by the id of its output, which is kept: no other gets the id
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def follow(module: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(module, nn.Conv2d):
-            makers[id(output)] = module, output
-        elif isinstance(module, nn.BatchNorm2d) and id(args[0]) in makers:
-            pairs.append((makers[id(args[0])][0], module))
-
-    names = {module: name for name, module in model.named_modules()}
-    hooks = [module.register_forward_hook(follow) for module in names]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    for conv, norm in pairs:
-        norm_values = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *norm_values)
-        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        model.set_submodule(names[norm], rest)
 
 
 # ---------------------------------------------------------------- training: learning rates by depth, moving average

@@ -4,10 +4,9 @@
     python benchmarks/prediction.py --check runs/NAME/best.pt --data demo     # bf16's answers beside float32's
 
 The plain loop: float32, batches of 64, the photos decoded in the same process. The limit: 1 / (the forward time of the
-fastest of torch float32, torch bf16 where the chip has it, both with batch norms folded as predict.py does it,
-torch.compile and ONNX Runtime, at 8 or 64 constant images + the time to decode / cores). Rounds take turns; the best
-counts. Looking twice is the view `learned`, of a model with a box head, beside one without that looks once; the median
-of the rounds' ratios counts.
+fastest of torch float32, torch bf16 where the chip has it, torch.compile and ONNX Runtime, at 8 or 64 constant images
++ the time to decode / cores). Rounds take turns; the best counts. Looking twice is the view `learned`, of a model with
+a box head, beside one without that looks once; the median of the rounds' ratios counts.
 """
 
 import io
@@ -32,7 +31,7 @@ from checkpoint import load_model, new_checkpoint
 from cli import note, run_app, say, show_table
 from data import SPLITS, Sample, Split, find_dataset, join_splits, read_split
 from evaluate import CHUNK, score
-from model import FashionModel, build_model, choose_amp, fold_batch_norms
+from model import FashionModel, build_model, choose_amp
 from photos import load_photo, view_pixels
 from predict import predict_rows
 from settings import Settings
@@ -75,10 +74,10 @@ def forwards(model: FashionModel, images: Tensor) -> dict[str, Callable[[], obje
 
     def in_bf16() -> object:
         with torch.autocast("cpu", torch.bfloat16):
-            return folded(images)
+            return model(images)
 
-    compiled, folded = torch.compile(model), fold_batch_norms(model)
-    engines = {"torch float32": lambda: folded(images), "torch.compile": lambda: compiled(images)}
+    compiled = torch.compile(model)
+    engines = {"torch float32": lambda: model(images), "torch.compile": lambda: compiled(images)}
     if choose_amp("auto", torch.device("cpu")):  # other chips imitate bf16, several times slower than float32
         engines["torch bf16"] = in_bf16
     try:

@@ -10,7 +10,7 @@ import cli
 from checkpoint import Checkpoint, exported_weights, load_model, load_weights, megabytes, read, save
 from data import BOX
 from evaluate import run_batches, score, score_boxes
-from model import POSITIONS, FashionModel, build_model, fold_batch_norms
+from model import POSITIONS, FashionModel, build_model
 from photos import box_iou
 
 # names that torch's ModuleDict would refuse
@@ -215,42 +215,6 @@ def test_problems_are_told_by_the_index_of_their_photo():
         (a, b, [f"photo {i}" if i in (0, 2) else "" for i in range(len(a))]) for a, b, _ in batches(x, labels, 3)
     ]
     assert run_batches(model, damaged, True, None)[2] == {i: f"photo {i % 3}" for i in (0, 2, 3, 5, 6)}
-
-
-def with_random_norms(name: str, size: int, box_head: bool = False) -> FashionModel:
-    model = build_model(name, CLASSES, size, box_head=box_head)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for values in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
-                values.uniform_(0.5, 1.5)
-    return model.eval()
-
-
-@mark.parametrize("name", ["test_resnet", "test_efficientnet", "tf_efficientnet_lite0"])
-@torch.inference_mode()
-def test_folded_batch_norms_give_the_same_outputs(name):
-    model = with_random_norms(name, 64, box_head=True)
-    folded, x = fold_batch_norms(model), images(3, 64)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
-    for head, values in model(x).items():
-        assert (folded(x)[head] - values).abs().max() < 1e-4 * values.abs().max()
-
-
-@torch.inference_mode()
-def test_batch_norms_that_cannot_be_folded_stay():
-    model = with_random_norms("test_resnet", 64)
-    convolution = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
-    convolution.__class__ = timm.layers.StdConv2d  # it standardises its weights: a factor on them has no effect
-    convolution.eps = 1e-6
-    assert fold_batch_norms(model) is model
-    vit = build_model("test_vit", CLASSES, 32)
-    assert fold_batch_norms(vit) is vit
-    model = with_random_norms("test_resnet", 64)
-    name = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d))
-    batch_statistics = torch.nn.BatchNorm2d(model.get_submodule(name).num_features, track_running_stats=False)
-    model.set_submodule(name, batch_statistics.eval())
-    assert fold_batch_norms(model) is model
 
 
 @mark.parametrize("name", ["test_vit", param("tiny_vit_5m_224", marks=mark.slow)])
