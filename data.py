@@ -121,6 +121,9 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     elif not root.exists():
         problem = "does not exist (where it was moved, --data says its new place)"
     elif not others:
+        train = photo_folder(root, "train")
+        if train.is_dir():
+            problem += f" ({train.name}/ has none in it)"
         classes = [path.name for path in _class_folders(root, root) if find_photos(path)]
         if len(classes) == 1:
             problem = f"has one class folder, {classes[0]}, and classes are two or more"
@@ -495,17 +498,17 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
         if not words or (len(words) == 1 and label not in CLASS_NAMES):
             problem = f"the label {label} {'has the same class' if words else 'is empty'} in every row"
             raise ValueError(f"{path}: {problem}; remove the column, or add photos of other classes")
-        classes[label] = _classes_of(label, {word for word in words if word.lower() not in NO_CLASSES})
+        words = {word for word in words if word.lower() not in NO_CLASSES}
+        classes[label] = _classes_of(label, words, are_folders=not any(source.csv.is_file() for source in train))
     return classes
 
 
-def _classes_of(label: str, words: set[str]) -> tuple[str, ...]:
-    """Numbers up to the largest one, or the words in sorted order."""
+def _classes_of(label: str, words: set[str], are_folders: bool) -> tuple[str, ...]:
+    """Numbers up to the largest one, or the words in sorted order; folders called by other numbers are words."""
     if label in CLASS_NAMES:
         return NUMBERS[: len(CLASS_NAMES[label])]
     numbers = [_number(word) for word in words]
-    # class folders may be called by other numbers
-    are_names = label == "class" and any(not n.is_integer() or not 0 <= n < len(NUMBERS) for n in numbers)
+    are_names = are_folders and any(not n.is_integer() or not 0 <= n < len(NUMBERS) for n in numbers)
     if not any(map(math.isnan, numbers)) and not are_names:
         return NUMBERS[: 1 + int(max((number for number in numbers if 0 <= number < len(NUMBERS)), default=0))]
     _check_spelling(label, words)

@@ -406,11 +406,12 @@ def compare_to_base(line: Line, runs: list[Run], groups: list[list[Run]]) -> Non
     more = runs[0].more
     bases = [group for group in groups if group[0].row == BASE]
     if line.row == BASE:
-        bases = [base for base in bases if base[0].more.items() < more.items()]
+        bases = [base for base in bases if base[0].more.items() < more.items() and base[0].data == runs[0].data]
     else:
         bases = [base for base in bases if base[0].more == more]
         if NAMED[line.row].data == "raw":
             bases = [base for base in bases if base[0].data == runs[0].data]
+    bases = [base for base in bases if base[0].images == runs[0].images] or bases
     if not bases:
         line.verdict = "the base" if line.row == BASE else "no base run with these flags"
         return

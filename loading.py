@@ -422,10 +422,12 @@ def write_views(
 
     problems = []
     with ThreadPoolExecutor(max(1, workers)) as pool, progress(len(samples), "decoding", "photos") as bar:
-        for result in pool.map(decode, samples):  # cancels the rest where one raises
-            if isinstance(result, ValueError):
-                problems.append(str(result))
-            else:
-                file.write(result)
-            bar.advance(1)
+        step = 16 * max(1, workers)  # what is decoded waits in memory
+        for start in range(0, len(samples), step):
+            for result in pool.map(decode, samples[start : start + step]):  # cancels the rest where one raises
+                if isinstance(result, ValueError):
+                    problems.append(str(result))
+                else:
+                    file.write(result)
+                bar.advance(1)
     return problems

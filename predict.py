@@ -73,10 +73,13 @@ def predict(
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     if boxes and view != "learned":
         raise usage_error("--boxes", f"the view {view} predicts none; --view learned does (train.py --box-head)")
+    if boxes and is_cropped(preparation):
+        raise usage_error("--boxes", "they are of photos as preprocess.py crops them; give a copy that it made")
     prepare = start_preparing(preparation, view, saved)
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
     rows, prediction = drop_unread(rows, prediction)
+    prediction.boxes = None if is_cropped(preparation) else prediction.boxes  # they are of the cropped photos
     if not rows.samples:
         raise ValueError(list_problems("no photo could be predicted", problems))
 
@@ -271,10 +274,14 @@ def choose_treatment(
     view = choose_view(view, saved, rows, cleans=preparation is not None, raw=prepared is None)
     if view == "mask" and not preparation and not rows.has("mask"):
         preparation = treated | {"keep_background": True, "crop": "none"}  # only to find the foreground's box
-    if view == "learned" and preparation and preparation["crop"] != "none":
+    if view == "learned" and is_cropped(preparation) and saved.resize == "letterbox":
         remedy = "give a copy that preprocess.py made, or --view full"
         raise usage_error("--view", f"the model predicts boxes in photos that preprocess.py cropped; {remedy}")
     return view, preparation
+
+
+def is_cropped(preparation: dict | None) -> bool:
+    return preparation is not None and preparation["crop"] != "none"
 
 
 def described(preparation: dict | None) -> str:

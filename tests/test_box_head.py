@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -360,14 +361,17 @@ def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
     assert all(torch.equal(plain.logits[key], prediction.logits[key]) for key in plain.logits)
 
 
-def test_photos_that_are_cropped_on_the_fly_are_not_looked_at_twice(drawn):
+def test_letterboxed_photos_that_are_cropped_on_the_fly_are_not_looked_at_twice(drawn):
     """A box in the crop would be taken for one in the photo."""
     model = build_model("test_vit", {"Daily": tuple("012345")}, 32, box_head=True)
     preparation = {"crop": "mask", "keep_background": True, "rembg_model": "u2netp", "background_color": [0, 0, 0]}
-    saved = new_checkpoint(Settings(box_head=True), model, read_split(drawn, "val"), "learned", preparation)
+    saved = new_checkpoint(
+        Settings(box_head=True, resize="letterbox"), model, read_split(drawn, "val"), "learned", preparation
+    )
     with pytest.raises(typer.BadParameter, match=r"preprocess\.py cropped"):
         choose_treatment(saved, read_split(drawn, "test", model.classes))
     assert choose_treatment(saved, read_split(drawn, "test", model.classes), "full") == ("full", preparation)
+    assert choose_treatment(replace(saved, resize="squash"), read_split(drawn, "test", model.classes))[0] == "learned"
 
 
 def test_there_is_no_learned_view_without_the_head(run, drawn):

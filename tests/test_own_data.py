@@ -301,6 +301,12 @@ def test_other_folders_beside_class_folders_are_no_classes(tmp_path):
     assert (len(train.samples), len(val.samples)) == (24, 2)
 
 
+def test_a_column_called_class_holds_numbers(dataset):
+    write(dataset, [HEADER.replace("Daily", "class"), *ROWS, ROWS[0].replace(",1,2,0", ",-1,2,0")])
+    with pytest.raises(ValueError, match=r"class is -1, not a whole number in 0\.\.999"):
+        read_split(dataset, "train")
+
+
 @pytest.mark.parametrize("name", ["1001", "1.5", "-1"])
 def test_other_numbers_as_class_folders_are_names(tmp_path, name):
     class_folders(tmp_path / "train", {name: 2, "90": 2})
