@@ -94,5 +94,6 @@ def test_ctrl_c_while_torch_is_imported(tmp_path):
     """It ends a script at once, without a traceback. A module in torch's place sends the signal in the import."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)")
     options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}, "stderr": subprocess.PIPE}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
     process = subprocess.Popen([sys.executable, ROOT / "train.py"], text=True, **options)
     assert process.communicate(timeout=30)[1] == "" and process.returncode == -signal.SIGINT
