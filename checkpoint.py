@@ -127,7 +127,8 @@ def new_checkpoint(
     for label, names in model.classes.items():
         counts = Counter(sample.labels.get(label, -1) for sample in split.samples)
         common[label] = max(range(len(names)), key=counts.__getitem__)
-    scores = [f"{kind}_{label}" for label in [*model.classes, "mean"] for kind in ("top1", "acsa")]
+    scores = ["loss", *(f"{kind}_{label}" for label in [*model.classes, "mean"] for kind in ("top1", "acsa"))]
+    scores += ["iou", "iou_over_0.5", "iou_over_0.8"] if view == "learned" else []
     return Checkpoint(
         backbone=settings.model,
         image_size=model.image_size,

@@ -282,7 +282,7 @@ def finish_epoch(
     run: Run,
 ) -> None:
     """Add the epoch to the state, keep it where it is the best, write the run's files."""
-    scores = dict.fromkeys(["loss", *run.checkpoint.scores], math.nan)
+    scores = dict.fromkeys(run.checkpoint.scores, math.nan)
     if prediction:
         scores = evaluate.validation_loss(prediction, criterion) | evaluate.score(prediction.logits, prediction.targets)
         boxes = loading.relative_boxes(run.val_split.samples, settings.train_view)

@@ -234,6 +234,9 @@ def test_a_run_with_a_box_head(run, drawn, tmp_path):
     assert "validation (learned)" in done.out and "boxes given (bbox)" in done.out and "mean IoU" in done.out
     saved = read("runs/a/best.pt")
     assert saved["view"] == "learned" and saved["box_head"]
+    model, split = load_model("runs/a/best.pt")[0], read_split(drawn, "val")
+    foreseen = new_checkpoint(Settings(box_head=True), model, split, "learned", None)
+    assert foreseen.scores.keys() == saved["scores"].keys()  # its size decides before training
     history = rows("runs/a/metrics.csv")
     best = history[saved["epoch"] - 1]
     assert float(best["val_iou"]) == saved["scores"]["iou"]
