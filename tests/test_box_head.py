@@ -1,6 +1,7 @@
 """The box head and the view `learned`: boxes move with the pixels, the head learns them, two looks are joined."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -375,6 +376,19 @@ def test_letterboxed_photos_that_are_cropped_on_the_fly_are_not_looked_at_twice(
         choose_treatment(saved, read_split(drawn, "test", model.classes))
     assert choose_treatment(saved, read_split(drawn, "test", model.classes), "full") == ("full", preparation)
     assert choose_treatment(replace(saved, resize="squash"), read_split(drawn, "test", model.classes))[0] == "learned"
+
+
+def test_boxes_are_scored_against_those_that_training_saw(run, drawn, tmp_path):
+    data = shutil.copytree(drawn, tmp_path / "Data")
+    for split in ("train", "val"):
+        path = data / f"Fashion-How24_sub1_{split}.csv"
+        header, *lines = path.read_text().splitlines()
+        text = [f"{header},Mask_xmin,Mask_ymin,Mask_xmax,Mask_ymax", *(f"{line},0,0,40,50" for line in lines)]
+        path.write_text("\n".join(text) + "\n")
+    done = run("train", "--data", data, *TINY, *HEAD, "--train-view", "mask", "--amp", "off", "--name", "a")
+    trained = re.search(r"predicted boxes: mean IoU .*", done.out)[0]
+    assert done.code == 0 and read("runs/a/best.pt")["train_view"] == "mask"
+    assert trained in run("predict", "runs/a/best.pt", "--split", "val").out
 
 
 def test_there_is_no_learned_view_without_the_head(run, drawn):

@@ -342,6 +342,10 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
     lines = dry.out.splitlines()
     assert dry.code == 0 and sum(line.startswith("# finished before: runs/") for line in lines) == 3 and len(lines) == 4
     assert shlex.split(lines[0])[2:] == ["--resume", str(failed)]
+    (failed / "config.json").write_text('{"settings": {"data": ["/before"]}}')  # Raw lay elsewhere
+    dry = run("experiments", "run", *args, "--dry-run")
+    assert shlex.split(dry.out.splitlines()[0])[2:] == ["--resume", str(failed), "--data", "Raw"]
+    (failed / "config.json").write_text("{}")
     stub.commands.clear()
     assert run("experiments", "run", *args).code == 0
     assert (
@@ -576,13 +580,15 @@ def test_classes_are_words_and_an_empty_cell_is_not_known(run):
             path.write_text("\n".join(lines))
             right = right.astype(float)
             right[0, 0] = right[5] = np.nan
-            daily, gender = right[1:5, 0].mean(), right[:5, 1].mean()
-            means.append((daily + gender) / 2)
+            means.append(np.nansum(right[:5] / [4 / 5, 1], axis=1) / 2)  # Daily: known in four of five
         expected.append(means[1] - means[0])
     rows, done = found_rows(run)
     assert done.code == 0 and "Warning" not in done.err
     repeat = rows["repeat", ""]
-    assert float(repeat["difference"]) == pytest.approx(np.mean(expected)) and repeat["garments"] == "3"
+    units = per_garment([f"1209/BO{i // 2:05d}-{i % 2 + 1}.jpg" for i in range(5)], np.stack(expected, axis=1))
+    mean, half, _ = interval(units)
+    assert (float(repeat["difference"]), float(repeat["low"])) == pytest.approx((mean, mean - half))
+    assert repeat["garments"] == "3"
     best = [float(rows[row, ""]["best_mean"]) for row in (BASE, "repeat")]
     assert float(repeat["difference"]) == pytest.approx(best[1] - best[0])
 

@@ -320,6 +320,16 @@ def test_a_damaged_run_is_one_line(copy, run, tmp_path):
     assert done.code == 2 and "Gone" in done.err
 
 
+def test_the_pictures_of_data_that_were_moved(copy, drawn, run, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"]["data"] = ["/before"]
+    (copy / "config.json").write_text(json.dumps(config))
+    done = run("report", copy)
+    assert done.code == 2 and "--data says its new place" in done.err
+    done = run("report", copy, "--data", drawn)
+    assert done.code == 0 and "looks.png" in done.out, done.err
+
+
 def test_a_picture_that_fails_leaves_the_others(copy, run, monkeypatch):
     def fail(*given):
         raise RuntimeError("an edit")
