@@ -322,7 +322,7 @@ def _parse(content: dict) -> Checkpoint:
     """Raises ValueError, KeyError or TypeError where the content of a best.pt makes no sense."""
     if "weights" not in content:
         raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
-    content = {"train_view": "bbox"} | content  # files of earlier versions lack it
+    content = {"train_view": Checkpoint.train_view} | content  # files of earlier versions lack it
     found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
     found.classes = {label: tuple(names) for label, names in found.classes.items()}
     names = list(chain(*found.classes.values()))

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -138,7 +138,8 @@ def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
     found = {split: path for split, path in csvs.items() if path.is_file()}
     if not found and root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
         found = {split: folder for split, folder in folders.items() if folder.is_dir()}
-        if "train" not in found and sum(bool(find_photos(path)) for path in _class_folders(root, root)) > 1:
+        two = islice(filter(find_photos, _class_folders(root, root)), 2)
+        if "train" not in found and len([*two]) == 2:
             found["train"] = root
         if not any(_class_folders(folder, root) for folder in found.values()):
             found = {}
@@ -687,7 +688,8 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
 def note_doubts(train: Split, val: Split) -> None:
     """Say in a line each what spoils the result of a run."""
     for doubt in find_doubts("train", train) + find_doubts("val", val, train):
-        note(f"{doubt.splitlines()[0]} (python data.py names them)")
+        first, *rows = doubt.splitlines()
+        note(f"{first} (python data.py names them)" if rows else first)
 
 
 def _choose_validation(source: _Source, rows: Rows) -> set[int]:

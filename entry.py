@@ -127,12 +127,17 @@ def trial_photos(data: str | None, trained_on: str, drawn: Path) -> tuple[str, l
         source, test = "the demo set", drawn / "test"
     found = find_photos(test)
     try:
-        some = [str(found[i * len(found) // TRIAL]) for i in range(TRIAL)] if found else [str(test)]
-        photos = [Path(sample.path) for sample in image_samples(some)[0].samples]
+        some = spread(found) if found else [test]
+        photos = [Path(sample.path) for sample in image_samples([*map(str, some)])[0].samples]
     except (ValueError, OSError) as error:
         problem = f"no photos in {test} to time the entry on ({error})"
         raise usage_error("--data", f"{problem}; --data demo draws some") from None
-    return source, [photos[i * len(photos) // TRIAL] for i in range(TRIAL)]  # repeated where there are fewer
+    return source, spread(photos)
+
+
+def spread(photos: list[Path]) -> list[Path]:
+    """TRIAL of these photos at equal distances; repeated where there are fewer."""
+    return [photos[i * len(photos) // TRIAL] for i in range(TRIAL)]
 
 
 def write_test_split(root: Path, photos: list[Path], subtask: int) -> Path:

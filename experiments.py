@@ -32,6 +32,7 @@ import typer
 
 from cli import NONE, OFF, Debug, as_usage_error, atomic_write, examples, note, run_app, say, show_table, usage_error
 from data import garment, photo_folder
+from settings import read_config, whole_path
 
 # ---------------------------------------------------------------- the rows
 
@@ -180,9 +181,9 @@ def run(
         words = words_of({"--data": paths, **flags, "--seed": [str(seed)], "--name": [folder.name]})
         if (folder / "config.json").exists():
             words = ["--resume", str(folder)]
-            here = [path if path == "demo" else os.path.abspath(path) for path in paths]
             with suppress(ValueError, KeyError, TypeError):  # train.py says what is wrong with it
-                if json.loads((folder / "config.json").read_bytes())["settings"]["data"] != here:  # it was moved since
+                before = read_config(folder)["settings"]["data"]
+                if before != [whole_path(path, "demo") for path in paths]:  # the data were moved since
                     words += words_of({"--data": paths})
         command = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
         is_finished = (folder / "experiment.json").exists()
@@ -193,7 +194,7 @@ def run(
         if start(command) != 0:
             failed.append(str(folder))
             continue
-        record["commit"] = json.loads((folder / "config.json").read_bytes()).get("commit")
+        record["commit"] = read_config(folder).get("commit")
         with atomic_write(folder / "experiment.json") as f:
             f.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if failed:
@@ -263,7 +264,7 @@ def read_run(folder: Path) -> Run:
     try:
         path = folder / "experiment.json"
         record = json.loads(path.read_bytes()) if path.exists() else {"row": "", "more": {}}
-        config, metrics = json.loads((folder / "config.json").read_bytes()), read_csv(folder / "metrics.csv")
+        config, metrics = read_config(folder), read_csv(folder / "metrics.csv")
         rows = read_csv(folder / "val_predictions.csv")
         labels = [label for label in rows[0] if any(row[label] and row.get(f"{label}_predicted") for row in rows)]
         rows = [row for row in rows if any(row[label] for label in labels)]

@@ -79,7 +79,8 @@ def predict(
     prediction = predict_rows(model, saved, rows, view, prepare, workers)
     problems += [problem for _, problem in sorted(prediction.problems.items())]
     rows, prediction = drop_unread(rows, prediction)
-    prediction.boxes = None if is_cropped(preparation) else prediction.boxes  # they are of the cropped photos
+    if is_cropped(preparation):
+        prediction.boxes = None  # they are of the cropped photos
     if not rows.samples:
         raise ValueError(list_problems("no photo could be predicted", problems))
 

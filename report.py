@@ -425,12 +425,13 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     heats = {label: (heat[eighth], logits[eighth]) for label, (heat, logits) in heats.items()}
     parts = {"whole photos": (images[eighth], heats, boxes[eighth])}
     if view != "full":
-        regions = [box.get(view) for box in given[eighth]]
         if view == "learned":
             sizes = [photo.size for photo in photos[eighth]]
             with torch.no_grad():
                 found = second_look(model(images[eighth])[BOX], sizes, size, resize).tolist()
             regions = [crop_box(box, photo) for box, photo in zip(found, sizes)]
+        else:
+            regions = [box.get(view) for box in given[eighth]]
         pairs = zip(photos[eighth], regions)
         crops = torch.stack([view_pixels(photo, region, size, resize) for photo, region in pairs])
         parts = {f"validation's view:\n{view}": (crops, heat_maps(model, crops), [{}] * len(crops))} | parts

@@ -148,11 +148,13 @@ def checked_settings(settings: Settings) -> Settings:
     """The settings with whole paths, so that config.json holds from any folder. Checks them, and prints notes."""
     check_settings(settings)
     print_notes(settings)
-    paths = {"data": tuple(data if data == "demo" else os.path.abspath(data) for data in settings.data)}
-    for key in ("weights", "teacher", "cache"):
-        path = getattr(settings, key)
-        paths[key] = os.path.abspath(path) if path and path != "off" else path
-    return dataclasses.replace(settings, **paths)
+    paths = {key: whole_path(getattr(settings, key), "off") for key in ("weights", "teacher", "cache")}
+    return dataclasses.replace(settings, data=tuple(whole_path(path, "demo") for path in settings.data), **paths)
+
+
+def whole_path(path: str | None, name: str) -> str | None:
+    """A path that holds from any folder; None, and `name`, which is no path, as they are."""
+    return path if not path or path == name else os.path.abspath(path)
 
 
 def choose_view(settings: Settings, train_split: "Split", val_split: "Split") -> str:
@@ -260,7 +262,7 @@ def resumed_settings(given: Settings, names: Collection[str]) -> Settings:
     before = read_settings(given.resume)
     changes = {name: getattr(given, name) for name in names}
     for name, value in changes.items():
-        value = os.path.abspath(value) if name == "weights" and value else value
+        value = whole_path(value, "off") if name == "weights" else value
         if name not in CHANGEABLE and value != getattr(before, name):
             may = ", ".join(flag_of(key) for key in sorted(CHANGEABLE - {"resume", "save_every"}))
             raise usage_error(flag_of(name), f"the run was started with {getattr(before, name)}; only {may} may change")

@@ -770,10 +770,11 @@ def test_an_interrupted_run_ends_its_training(tmp_path):
     """SIGTERM to experiments.py alone: the command it started ends too, and nothing counts as finished."""
     (tmp_path / "Raw").mkdir()
     (tmp_path / "train.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(100)\n")
-    for name in ("experiments.py", "cli.py", "data.py", "photos.py"):
+    for name in ("experiments.py", "cli.py", "data.py", "photos.py", "settings.py"):
         shutil.copy(ROOT / name, tmp_path)
     process = subprocess.Popen([sys.executable, "experiments.py", "run", "repeat", "--data", "Raw"], cwd=tmp_path)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 130
