@@ -70,6 +70,15 @@ class FashionModel(nn.Module):
             outputs[BOX] = self.box_head(maps)
         return {label: head(features) for label, head in zip(self.classes, self.heads)} | outputs
 
+    def keep_statistics(self) -> None:
+        """In train mode: batch norms normalise by their running statistics, and leave these as they are.
+
+        A batch of crops and whole photos has the statistics of neither; a look at predict time sees one kind alone.
+        """
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
     @property
     def min_images(self) -> int:
         """How many images a process trains on at least: batch norm cannot train on one."""

@@ -156,6 +156,8 @@ def train_one_epoch(
     Raises ValueError where a loss is not finite, Stopped where a signal asked for it.
     """
     model, sampler, device, amp = run.model.train(), loader.batch_sampler, state.model.mean.device, run.amp_dtype
+    if settings.box_head and (settings.pretrained or settings.weights):
+        state.model.keep_statistics()
     sampler.epoch, sampler.skip = state.epoch + 1, state.step
     run.epoch_start = time.monotonic() - state.seconds
     recent: list[tuple[int, dict[str, Tensor]]] = []  # images and losses of the steps since the last check
