@@ -5,7 +5,7 @@ A transform takes a uint8 image (3, H, W) and draws from torch's generator. One 
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def augmentation(kind: str) -> Callable:
     if kind == "none":
         return v2.Identity()
     if kind == "randaugment":
-        return v2.Compose([randaugment, KeepBoxes(v2.RandomErasing(0.5))])
+        return v2.Compose([RandAugment(), KeepBoxes(v2.RandomErasing(0.5))])
     return v2.Compose(
         [
             v2.RandomVerticalFlip(0.5),
@@ -78,43 +78,22 @@ def bounds(masks: Tensor, boxes: BoundingBoxes) -> BoundingBoxes:
     return wrap(moved, like=boxes)
 
 
-def randaugment(image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
-    """v2.RandAugment() (Cubuk et al. 2020), which takes no boxes: the same image from the same generator state."""
-    height, width = image.shape[-2:]
-    if boxes is not None:
-        masks = inside(boxes, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8)
-    for _ in range(2):
-        index = int(torch.randint(14, ()))
-        sign = -1 if 1 <= index <= 9 and torch.rand(()) <= 0.5 else 1
-        operation = operations(height, width, sign)[index]
-        image = operation(image)
-        if 1 <= index <= 5 and boxes is not None:
-            masks = operation(masks)
-    return image if boxes is None else (image, bounds(masks, boxes))
+class RandAugment(v2.RandAugment):
+    """torchvision's (Cubuk et al. 2020), which takes no boxes: here a mask of each is moved as the image is."""
 
+    def forward(self, image: Tensor, boxes: BoundingBoxes | None = None) -> Tensor | tuple[Tensor, BoundingBoxes]:
+        self.masks = None
+        if boxes is None:
+            return super().forward(image)
+        height, width = image.shape[-2:]
+        self.masks = inside(boxes, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8)
+        return super().forward(image), bounds(self.masks, boxes)
 
-def operations(height: int, width: int, sign: int) -> list[Callable[[Tensor], Tensor]]:
-    """The operations of v2.RandAugment() in its order, at number 9 of 31 magnitudes, rounded to float32 as there."""
-    shear, shift_x, shift_y, degrees, change = (
-        sign * torch.linspace(0, most, 31)[9].item() for most in (0.3, 150 / 331 * width, 150 / 331 * height, 30, 0.9)
-    )
-    shear = math.degrees(math.atan(shear))
-    return [
-        v2.Identity(),
-        partial(VF.affine, angle=0, translate=[0, 0], scale=1, shear=[shear, 0], center=[0, 0]),
-        partial(VF.affine, angle=0, translate=[0, 0], scale=1, shear=[0, shear], center=[0, 0]),
-        partial(VF.affine, angle=0, translate=[int(shift_x), 0], scale=1, shear=[0, 0]),
-        partial(VF.affine, angle=0, translate=[0, int(shift_y)], scale=1, shear=[0, 0]),
-        partial(VF.rotate, angle=degrees),
-        partial(VF.adjust_brightness, brightness_factor=1 + change),
-        partial(VF.adjust_saturation, saturation_factor=1 + change),
-        partial(VF.adjust_contrast, contrast_factor=1 + change),
-        partial(VF.adjust_sharpness, sharpness_factor=1 + change),
-        partial(VF.posterize, bits=7),
-        partial(VF.solarize, threshold=0.7 * 255),
-        VF.autocontrast,
-        VF.equalize,
-    ]
+    def _apply_image_or_video_transform(self, image: Tensor, kind: str, *how: object, **more: object) -> Tensor:
+        apply = super()._apply_image_or_video_transform
+        if self.masks is not None and kind in ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"):
+            self.masks = apply(self.masks, kind, *how, **more)
+        return apply(image, kind, *how, **more)
 
 
 def color_jitter(image: Tensor, limit: float = 0.2) -> Tensor:
@@ -283,12 +262,6 @@ def shift_scale_rotate(x: Tensor, y: Tensor, shift: float = 0.1, scale: float = 
     return x * cos + (y * (sin * aspect) + dx), x * (-sin / aspect) + (y * cos + dy)
 
 
-@lru_cache
-def middles(side: int) -> Tensor:
-    """The middles of the pixels along a side, in half sides from the middle of the image."""
-    return torch.arange(1, 2 * side, 2) / side - 1
-
-
 class Warp:
     """Apply groups of distortions in one resampling: several cost as much as one. The border is reflected.
 
@@ -307,7 +280,8 @@ class Warp:
         if not chosen:
             return image if boxes is None else (image, boxes)
         height, width = image.shape[-2:]
-        x, y = middles(width), middles(height)[:, None]
+        x = torch.arange(1, 2 * width, 2) / width - 1  # the pixels' middles, in half sides from the image's
+        y = torch.arange(1, 2 * height, 2)[:, None] / height - 1
         mirrored = torch.tensor(False)
         for distort in reversed(chosen):  # from the result back to the image
             x, y = distort(x, y)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import cli
-from cli import Stopped, atomic_write, console, locked, note, remove_leftovers, say, usage_error
+from cli import Stopped, atomic_write, console, locked, note, say, usage_error
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -116,7 +116,7 @@ class Checkpoint:
     train_view: str = "bbox"  # whose boxes training saw, and a box head learned
 
     def content(self) -> dict:
-        return {"format": FORMAT} | {key.name: getattr(self, key.name) for key in fields(self)}
+        return {"format": FORMAT} | vars(self)
 
 
 def new_checkpoint(
@@ -498,13 +498,11 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
 def opened(settings: Settings, state: "TrainState", run: "Run", fingerprint: dict[str, str]) -> Iterator[None]:
     """Hold the run's folder; save when a signal stops the run, remove what holds nothing."""
     if console.quiet:  # the first process writes
-        with run.signals:
-            yield
+        yield
         return
     folder, device = run.folder, state.model.mean.device
-    with locked(folder), run.signals:
+    with locked(folder):
         try:
-            remove_leftovers(folder)
             write_config(settings, folder, machine(device, run.amp_dtype), fingerprint)
             size = f"{run.checkpoint.image_size} px, best.pt {megabytes(run.checkpoint):.2f} MB"
             among = f", {world_size()} processes" if world_size() > 1 else ""

@@ -38,14 +38,10 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 alarm = getattr(signal, "alarm", lambda seconds: 0)  # Windows has none
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Go on in silence where nobody reads the output any more: the files are the result."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-console = _Console(highlight=False)  # quiet in all but the first process of a run
+console = Console(highlight=False)  # quiet in all but the first process of a run
 console.soft_wrap = not console.is_terminal
+# Where nobody reads the output any more, go on in silence: the files are the result.
+console.on_broken_pipe = lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str) -> None:
@@ -89,15 +85,6 @@ def command(script: str, *words: object) -> str:
 def usage_error(flag: str, message: object) -> typer.BadParameter:
     """The exception for a wrong value of `flag`; `run_app` turns it into one line and exit code 2."""
     return typer.BadParameter(str(message), param_hint=flag)
-
-
-@contextmanager
-def as_usage_error(flag: str) -> Iterator[None]:
-    """Turn a ValueError within into a usage error of `flag`."""
-    try:
-        yield
-    except ValueError as error:
-        raise usage_error(flag, error) from None
 
 
 class Stopped(KeyboardInterrupt):
@@ -267,11 +254,6 @@ def rough_time(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def say_time_left(seconds: float, epochs: int) -> None:
-    if seconds > 600:
-        say(f"about {rough_time(seconds)} to epoch {epochs}; Ctrl-C and --resume at any time")
-
-
 def warn_of_days(seconds: float) -> None:
     if seconds > 86_400:
         note(f"about {rough_time(seconds)} on this CPU; README (The organisers' data) has a command for one")
@@ -344,12 +326,6 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
             temporary.unlink()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what `atomic_write` left in a folder and below when its process was killed. Call it under `locked`."""
-    for leftover in folder.rglob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
 # The folders that are locked. A forked loading process must not hold them after its parent was killed.
 _held: list[int] = []
 if fcntl:
@@ -371,6 +347,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
         except OSError:  # some clusters' disks have no locks
             pass
+        for leftover in folder.rglob(".*.tmp"):  # of `atomic_write`, whose process was killed
+            leftover.unlink(missing_ok=True)
         yield
     finally:
         _held.remove(handle)

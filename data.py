@@ -133,11 +133,9 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
 
 def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
     """The CSV or the folder of class folders of each split; that of `train` for validation that will be held out."""
-    csvs = {split: root / csv_name(split, subtask) for split in SPLITS}
-    folders = {split: photo_folder(root, split) for split in SPLITS}
-    found = {split: path for split, path in csvs.items() if path.is_file()}
-    if not found and root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
-        found = {split: folder for split, folder in folders.items() if folder.is_dir()}
+    found = {split: path for split in SPLITS if (path := root / csv_name(split, subtask)).is_file()}
+    if root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
+        found = {split: path for split in SPLITS if (path := photo_folder(root, split)).is_dir()}
         two = islice(filter(find_photos, _class_folders(root, root)), 2)
         if "train" not in found and len([*two]) == 2:
             found["train"] = root

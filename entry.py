@@ -19,7 +19,7 @@ import typer
 
 import demo
 from cli import Debug, examples, note, run_app, say, usage_error, write_csv
-from data import CLASS_NAMES, csv_name, find_photos, image_samples, needs_remover, photo_folder, read_split
+from data import CLASS_NAMES, csv_name, image_samples, needs_remover, photo_folder, read_split
 from preprocess import find_weights
 
 MAX_MB = 25  # what the competition admits, 1 MB = 1,000,000 bytes
@@ -125,19 +125,12 @@ def trial_photos(data: str | None, trained_on: str, drawn: Path) -> tuple[str, l
     if source == "demo" or not (data or test.is_dir()):
         demo.draw(drawn, 0, 0, TRIAL, processes=1)
         source, test = "the demo set", drawn / "test"
-    found = find_photos(test)
     try:
-        some = spread(found) if found else [test]
-        photos = [Path(sample.path) for sample in image_samples([*map(str, some)])[0].samples]
+        photos = [Path(sample.path) for sample in image_samples([str(test)])[0].samples]
     except (ValueError, OSError) as error:
         problem = f"no photos in {test} to time the entry on ({error})"
         raise usage_error("--data", f"{problem}; --data demo draws some") from None
-    return source, spread(photos)
-
-
-def spread(photos: list[Path]) -> list[Path]:
-    """TRIAL of these photos at equal distances; repeated where there are fewer."""
-    return [photos[i * len(photos) // TRIAL] for i in range(TRIAL)]
+    return source, [photos[i * len(photos) // TRIAL] for i in range(TRIAL)]  # repeated where there are fewer
 
 
 def write_test_split(root: Path, photos: list[Path], subtask: int) -> Path:

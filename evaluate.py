@@ -1,6 +1,5 @@
 """The logits of a split, by one look or two; scores. Used alike by validation and prediction."""
 
-import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cli import write_csv
@@ -196,14 +194,6 @@ def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, fl
     return scores
 
 
-def validation_loss(prediction: Prediction, criterion: nn.Module) -> dict[str, float]:
-    """{"loss": sum of the labels' mean losses}. Raises ValueError where it is not finite."""
-    loss = sum(value.item() for value in criterion(prediction.logits, prediction.targets).values())
-    if not math.isfinite(loss):
-        raise ValueError("the validation loss is not finite; lower --lr, or try --amp off")
-    return {"loss": loss}
-
-
 def score_boxes(boxes: Tensor, targets: Tensor) -> dict[str, float]:
     """`iou`: mean IoU of boxes with the given ones where these are known, both (N, 4); the shares above 0.5 and 0.8."""
     iou = box_iou(boxes, targets)[targets.isfinite().all(-1)]
@@ -242,11 +232,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def parallel(model: FashionModel) -> nn.Module:
-    """The model, or in several processes its DistributedDataParallel."""
-    return model if world_size() == 1 else DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def from_first(value: object) -> object:

@@ -14,7 +14,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -30,8 +29,8 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 
-from cli import NONE, OFF, Debug, as_usage_error, atomic_write, examples, note, run_app, say, show_table, usage_error
-from data import garment, photo_folder
+from cli import NONE, OFF, Debug, atomic_write, examples, note, run_app, say, show_table, usage_error
+from data import find_photos, garment, photo_folder
 from settings import read_config, whole_path
 
 # ---------------------------------------------------------------- the rows
@@ -214,12 +213,10 @@ def content_of(flag: str, data: str) -> str:
     for path in [*tables, *root.glob("preprocess.json")]:
         digest.update(path.name.encode() + path.read_bytes())
     for top in [photo_folder(root, split) for split in ("train", "val")] if tables else [root]:
-        for folder, subfolders, files in os.walk(top, followlinks=True):
-            used = [name for name in subfolders if name.lower() not in ("test", "runs") and not name.startswith(".")]
-            subfolders[:] = sorted(used)
-            for path in [Path(folder, file) for file in sorted(files)]:
-                line = f"{path.relative_to(root)}\0{path.stat().st_size}\0"
-                digest.update(line.encode(errors="surrogateescape"))
+        for path in find_photos(top):
+            place = path.relative_to(root)
+            if path.is_file() and place.parts[0].lower() not in ("test", "runs"):
+                digest.update(f"{place}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -229,10 +226,9 @@ def start(command: list[str]) -> int:
     process = subprocess.Popen(command)
     try:
         return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()  # train.py saves its state
-        raise
+    finally:
+        process.terminate()  # where it has not ended: train.py saves its state
+        process.wait()
 
 
 # ---------------------------------------------------------------- table and compare
@@ -448,7 +444,7 @@ def table(markdown: Markdown = False, as_csv: AsCsv = False, debug: Debug = Fals
 def compare(folders: Folders, markdown: Markdown = False, as_csv: AsCsv = False, debug: Debug = False) -> None:
     """Compare runs of train.py, or groups of them over seeds, with the first of them."""
     groups: dict[str, list[Run]] = {}
-    with as_usage_error("RUN"):
+    try:
         for folder in dict.fromkeys(folders):
             found = read_run(folder)
             name = re.sub(r"-seed\d+(-[0-9a-f]{8})?$", "", str(folder))
@@ -461,6 +457,8 @@ def compare(folders: Folders, markdown: Markdown = False, as_csv: AsCsv = False,
         check_images(groups[lines[0].row])
         for line in lines[1:]:
             compare_runs(line, groups[line.row], groups[lines[0].row])
+    except ValueError as error:
+        raise usage_error("RUN", error) from None
     print_lines(lines, lines[0].row, markdown, as_csv)
 
 

@@ -37,13 +37,10 @@ class MultiHeadLoss(nn.Module):
     def forward(
         self, logits: dict[str, Tensor], targets: dict[str, Tensor], teacher_logits: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        losses = {}
-        for head, values in logits.items():
-            loss = self.losses[head](values, targets[head])
-            if teacher_logits is not None and head in teacher_logits:
-                soft = distillation(values, teacher_logits[head])
-                loss = (1 - self.distill_weight) * loss + self.distill_weight * soft
-            losses[head] = loss
+        losses = {head: self.losses[head](values, targets[head]) for head, values in logits.items()}
+        for label, values in (teacher_logits or {}).items():
+            soft = distillation(logits[label], values)
+            losses[label] = (1 - self.distill_weight) * losses[label] + self.distill_weight * soft
         return losses
 
 
@@ -80,9 +77,7 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy with label smoothing (Szegedy et al. 2016, section 7). `class_weights`: (C,) or None."""
     log_p, targets = _prepare(logits, targets)
-    smoothed = targets
-    if smoothing:
-        smoothed = targets * (1 - smoothing) + targets.sum(-1, keepdim=True) * (smoothing / targets.shape[-1])
+    smoothed = targets * (1 - smoothing) + targets.sum(-1, keepdim=True) * (smoothing / targets.shape[-1])
     return _reduce(-smoothed * log_p, targets, class_weights, reduction)
 
 

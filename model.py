@@ -165,9 +165,8 @@ def build_model(
         raise usage_error("--model", f"timm has no pretrained weights for {name}; --no-pretrained or --weights FILE")
     if pretrained:
         _stay_offline_without_network()
-    more = {"drop_path_rate": drop_path} if drop_path else {}  # else the backbone's own
     try:
-        backbone = _create(name, pretrained, img_size=size, **more)
+        backbone = _create(name, pretrained, img_size=size, drop_path_rate=drop_path or None)  # None: its own
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if not pretrained:
@@ -286,20 +285,20 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, Apple's MPS or the CPU, the first that is there. Raises ValueError for a device that is not."""
+    """`auto` is CUDA, Apple's MPS or the CPU, the first that is there. Raises BadParameter for a device that is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise usage_error("--device", f"{name} cannot be used here ({str(error).splitlines()[0]})") from None
     if torch.device(name).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN does anyway
     return torch.device(name)
 
 
 def choose_amp(choice: str, device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype, None for float32.
+    """Autocast's dtype, None for float32. Raises BadParameter for fp16 without CUDA.
 
     `auto`: on CUDA bf16 where the GPU has it, else fp16; on CPUs bf16 with AVX-512 bf16 or AMX; float32 elsewhere.
     """
@@ -308,7 +307,7 @@ def choose_amp(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "auto" and device.type == "cpu" and Path("/proc/cpuinfo").exists():
         choice = "bf16" if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()) else "off"
     if choice == "fp16" and device.type != "cuda":
-        raise ValueError("fp16 needs a CUDA GPU; use bf16 or off")
+        raise usage_error("--amp", "fp16 needs a CUDA GPU; use bf16 or off")
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(choice)
 
 

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperCommand
 
 import cli
-from cli import NONE, OFF, as_usage_error, note, progress, say, show_scores, show_table, usage_error, write_csv
+from cli import NONE, OFF, note, progress, say, show_scores, show_table, usage_error, write_csv
 from settings import Amp, in_run
 
 View = Literal["auto", "full", "bbox", "mask", "learned"]
@@ -62,10 +62,8 @@ def predict(
 ) -> None:
     """Predict the labels of a dataset's split, or of photos and folders."""
     model, saved = load_model(checkpoint)
-    with as_usage_error("--device"):
-        model.to(choose_device(device))
-    with as_usage_error("--amp"):
-        choose_amp(amp or "auto", model.mean.device)
+    model.to(choose_device(device))
+    choose_amp(amp or "auto", model.mean.device)  # refuses what cannot be here
     saved = replace(saved, amp=amp or saved.amp, batch_size=batch_size or saved.batch_size)
     rows, problems = image_samples(inputs) if inputs else read_rows(saved, data, split)
     out = out or checkpoint.with_name("predictions.csv")

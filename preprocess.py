@@ -26,10 +26,10 @@ import typer
 from PIL import Image, ImageChops, ImageColor
 
 import cli
-from cli import OFF, as_usage_error, atomic_write, locked, note, progress, remove_leftovers, run_app, say, usage_error
+from cli import OFF, atomic_write, locked, note, progress, run_app, say, usage_error
 from data import BOX_COLUMNS, PREPARED, Sample, csv_name, find_dataset, list_problems, read_table, record_of, splits_of
 from photos import Box, clip_box, load_photo, move_into
-from settings import SHARE, in_run
+from settings import SHARE, flag_of, in_run
 
 RESULTS = "preprocess.jsonl"
 SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {"compress_level": 1}, "BMP": {}, "TIFF": {}}
@@ -206,8 +206,10 @@ def preprocess(
 ) -> None:
     """Write a copy of a dataset with backgrounds removed, garments found, and photos cropped if asked."""
     root = find_dataset(data, subtask)
-    with as_usage_error("--background-color"):
+    try:
         color = ImageColor.getcolor(background_color, "RGB")
+    except ValueError as error:
+        raise usage_error("--background-color", error) from None
     settings = {"rembg_model": rembg_model, "background_color": list(color), "keep_background": keep_background}
     settings |= {"crop": crop, "box_margin": box_margin}
     record = open_record(root, out, subtask, settings)
@@ -218,7 +220,6 @@ def preprocess(
     out.mkdir(parents=True, exist_ok=True)
     changed = bool(todo)
     with locked(out):
-        remove_leftovers(out)
         if todo:
             record["unfinished"] = sorted({*tables, *record["unfinished"]})
             update(out / PREPARED, json.dumps(record, indent=2, sort_keys=True))
@@ -249,11 +250,10 @@ def open_record(root: Path, out: Path, subtask: int, settings: dict) -> dict:
             raise ValueError(f"{out} exists and was not made by preprocess.py; choose a new folder")
         return new
     before, asked = record | record["preparation"], new | settings
-    for name in ("data", "subtask", *settings):
-        if before.get(name) != asked[name]:
-            flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
-            problem = f"{out} was begun with {before.get(name)}, not {asked[name]}"
-            raise usage_error(flag, f"{problem}; choose another folder")
+    for key in ("data", "subtask", *settings):
+        if before.get(key) != asked[key]:
+            flag = "DATA" if key == "data" else flag_of(key)
+            raise usage_error(flag, f"{out} was begun with {before.get(key)}, not {asked[key]}; choose another folder")
     return record
 
 

@@ -10,7 +10,7 @@ import os
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -52,7 +52,6 @@ os.environ.pop("MPLBACKEND", None)  # a notebook's, which need not be installed 
 from matplotlib import font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
@@ -61,9 +60,9 @@ from augment import cutmix
 from checkpoint import Checkpoint, load_model, read
 from data import BOX, Classes, Split, class_names, find_dataset, read_splits
 from evaluate import Prediction, score, second_look
-from loading import EpochSampler, TrainPhotos, derive_seed
+from loading import EpochSampler, EvalPhotos, TrainPhotos, derive_seed
 from model import FashionModel
-from photos import Box, boxes_in_image, crop_box, load_photo, view_pixels
+from photos import Box, boxes_in_image, crop_box, load_photo
 from settings import Settings, read_settings, restart_epochs
 
 HANGUL_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
@@ -192,11 +191,11 @@ def grid(title: str, n_rows: int, n_columns: int, side: float = SIDE) -> Iterato
     """A figure and its axes (n_rows, n_columns) for `draw_image`, `side` inches each and higher by their texts."""
     figure = Figure((n_columns * side + 0.4, n_rows * side + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=11, wrap=True)
-    axes = figure.subplots(n_rows, n_columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], box_aspect=1)
-        ax.spines[:].set_visible(False)
+    bare = {"xticks": [], "yticks": [], "box_aspect": 1, "frameon": False}
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, subplot_kw=bare)
     yield figure, axes
+    if boxes := {name: box for ax in axes.flat for box, name in zip(*ax.get_legend_handles_labels())}:
+        figure.legend(boxes.values(), boxes, loc="outside lower center", ncols=3, frameon=False)
     for row in axes:
         lines = [f"{ax.get_title()}\n{ax.get_xlabel()}".strip().count("\n") + 1 for ax in row]
         figure.set_figheight(figure.get_figheight() + 0.15 * max(lines))
@@ -210,8 +209,8 @@ def draw_image(ax: Axes, image: np.ndarray, title: str, captions: list[str], col
     ax.set_xlabel("\n".join(wrapped(caption) for caption in captions), fontsize=8, color=color, labelpad=3)
     for kind, box in boxes.items():
         x0, y0, x1, y1 = (side - 0.5 for side in box)  # the first pixel's middle is at 0
-        _, edge, line = BOX_LINES[kind]
-        for pen in ({"ec": "white", "lw": 3}, {"ec": edge, "ls": line, "lw": 1.5}):
+        name, edge, line = BOX_LINES[kind]
+        for pen in ({"ec": "white", "lw": 3}, {"ec": edge, "ls": line, "lw": 1.5, "label": f"{name} box"}):
             ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, clip_on=False, **pen))
 
 
@@ -293,7 +292,7 @@ def mistakes(answers: Answers, split: Split) -> Figure:
     """The most confident errors of each label: the photo with its boxes, truth and prediction."""
     if answers.names != [sample.name for sample in split.samples]:
         raise ValueError(f"val_predictions.csv does not hold the photos of {split.csv}; were the data changed since?")
-    n_labels, kinds = len(answers.truth), {}
+    n_labels = len(answers.truth)
     with grid("The most confident errors of validation", n_labels * max(1, 3 // n_labels), 6) as (figure, axes):
         for row, label in zip(axes.reshape(n_labels, -1), answers.truth):
             names, errors = class_names(label, split.classes[label]), most_confident_errors(answers, label)
@@ -303,16 +302,7 @@ def mistakes(answers: Answers, split: Split) -> Figure:
                 truth, predicted = names[answers.truth[label][i]], names[answers.predicted[label][i]]
                 captions = [f"is {truth}", f"said {predicted} {confidence:.2f}"]
                 draw_photo(ax, load_photo(sample.path), sample.name, captions, WRONG, boxes)
-                kinds |= boxes
-        draw_legend(figure, kinds)
     return figure
-
-
-def draw_legend(figure: Figure, kinds: Iterable[str]) -> None:
-    """Say which box is which, below."""
-    styles = [BOX_LINES[kind] for kind in kinds]
-    lines = [Line2D([], [], color=color, ls=line, label=f"{name} box") for name, color, line in styles]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
 
 
 def inputs(photos: TrainPhotos, settings: Settings, classes: Classes) -> Figure:
@@ -347,7 +337,7 @@ def draw_answers(rows: Split, prediction: Prediction, answers: dict, prepare: Ca
     """A sheet of the first 48 photos with their boxes and answers, {label: a text for each photo}."""
     samples = rows.samples[:48]
     n_columns = min(8, max(3, len(samples)))  # room for the title
-    n_rows, kinds = math.ceil(len(samples) / n_columns), {}
+    n_rows = math.ceil(len(samples) / n_columns)
     with drawing():
         with grid(f"Predictions: {', '.join(answers)}", n_rows, n_columns) as (figure, axes):
             for i, (ax, sample) in enumerate(zip(axes.flat, samples)):
@@ -357,8 +347,6 @@ def draw_answers(rows: Split, prediction: Prediction, answers: dict, prepare: Ca
                 if prediction.boxes is not None:
                     boxes["learned"] = crop_box(prediction.boxes[i].tolist(), photo.size)
                 draw_photo(ax, photo, sample.name, captions, "black", boxes)
-                kinds |= boxes
-            draw_legend(figure, kinds)
         save(figure, path)
 
 
@@ -410,11 +398,11 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     size, view, resize = saved.image_size, saved.view, saved.resize
     chosen = sorted({round(i * (len(split.samples) - 1) / 31) for i in range(32)})
     samples = [split.samples[i] for i in chosen]
-    photos = [load_photo(sample.path) for sample in samples]
-    images = torch.stack([view_pixels(photo, None, size, resize) for photo in photos])
-    given = [split.samples[i].boxes | (answers.learned[i] if answers else {}) for i in chosen]
+    whole = EvalPhotos(samples, size, "full", resize)
+    images = torch.stack([whole.read(i, None) for i in range(len(samples))])
     boxes = []
-    for sample, of_photo in zip(samples, given):
+    for i, sample in zip(chosen, samples):
+        of_photo = sample.boxes | (answers.learned[i] if answers else {})
         moved = boxes_in_image(of_photo.values(), sample.size, size, resize).round().int()
         boxes.append(dict(zip(of_photo, map(tuple, moved.tolist()))))
     heats = heat_maps(model, images)
@@ -425,22 +413,19 @@ def looks(model: FashionModel, saved: Checkpoint, split: Split, answers: Answers
     heats = {label: (heat[eighth], logits[eighth]) for label, (heat, logits) in heats.items()}
     parts = {"whole photos": (images[eighth], heats, boxes[eighth])}
     if view != "full":
+        seen = EvalPhotos(samples[eighth], size, view, resize)
+        regions = [None] * len(seen)
         if view == "learned":
-            sizes = [photo.size for photo in photos[eighth]]
+            sizes = [sample.size for sample in seen.samples]
             with torch.no_grad():
-                found = second_look(model(images[eighth])[BOX], sizes, size, resize).tolist()
-            regions = [crop_box(box, photo) for box, photo in zip(found, sizes)]
-        else:
-            regions = [box.get(view) for box in given[eighth]]
-        pairs = zip(photos[eighth], regions)
-        crops = torch.stack([view_pixels(photo, region, size, resize) for photo, region in pairs])
+                regions = second_look(model(images[eighth])[BOX], sizes, size, resize).tolist()
+        crops = torch.stack([seen.read(i, region) for i, region in enumerate(regions)])
         parts = {f"validation's view:\n{view}": (crops, heat_maps(model, crops), [{}] * len(crops))} | parts
     title = "Where the model looks (Grad-CAM): red is most, blue least"
     with grid(title, len(parts) * (1 + len(model.classes)), 8) as (figure, axes):
         for rows, (name, part) in zip(np.split(axes, len(parts)), parts.items()):
             rows[0, 0].set_ylabel(name)
             draw_heats(rows, *part, samples[eighth], model.classes)
-        draw_legend(figure, dict.fromkeys(kind for kinds in boxes[eighth] for kind in kinds))
     return figure
 
 

@@ -15,14 +15,14 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import typer
 
 import cli
-from cli import Stopped, as_usage_error, console, note, progress, say, usage_error
+from cli import Stopped, console, note, progress, say, usage_error
 from settings import Settings, SettingsCommand, checked_settings, choose_view, data_fingerprint, learning_rate
 
 
@@ -40,6 +40,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.utils.data import DataLoader
 
@@ -56,6 +57,8 @@ from model import FashionModel, build_model, choose_amp, choose_device, paramete
 
 MONITORS = {"top1": ("val_top1_mean", 1), "acsa": ("val_acsa_mean", 1), "loss": ("val_loss", -1)}  # column, sign
 CHECK_EVERY = 20  # steps between two checks of the losses, each of which waits for the device
+
+Weights = dict[str, Tensor]  # by name, as best.pt holds them
 
 
 @dataclass
@@ -76,16 +79,14 @@ class TrainState:
     metrics: list[dict] = field(default_factory=list)
 
     def state_dict(self) -> dict:
-        values = {key.name: getattr(self, key.name) for key in fields(self)}
-        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in values.items()}
+        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items()}
 
     def load_state_dict(self, state: dict) -> None:
-        for key in fields(self):
-            value = getattr(self, key.name)
+        for name, value in vars(self).items():
             if hasattr(value, "load_state_dict"):
-                value.load_state_dict(state[key.name])
+                value.load_state_dict(state[name])
             else:
-                setattr(self, key.name, state[key.name])
+                setattr(self, name, state[name])
 
 
 @dataclass
@@ -95,6 +96,8 @@ class Run:
     folder: Path
     checkpoint: Checkpoint  # best.pt so far
     model: nn.Module  # the state's model, or its DistributedDataParallel
+    criterion: MultiHeadLoss
+    teacher: nn.Module | None
     val_split: Split
     amp_dtype: torch.dtype | None
     signals: cli.StopSignals = field(default_factory=cli.StopSignals)
@@ -132,25 +135,25 @@ def train(settings: Settings) -> None:
     if finished(settings, state):
         say(f"{folder} is finished after {state.epoch} epochs; nothing was changed")
         return
-    run = Run(folder, checkpoint, evaluate.parallel(model), val_split, amp_dtype)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
+    run = Run(folder, checkpoint, parallel, criterion, teacher, val_split, amp_dtype)
     first = state.epoch + 1
-    with checkpoints.opened(settings, state, run, fingerprint):
+    with run.signals, checkpoints.opened(settings, state, run, fingerprint):
         while not finished(settings, state):
-            loss = train_one_epoch(settings, state, train_loader, criterion, teacher, run)
+            loss = train_one_epoch(settings, state, train_loader, run)
             weights = checkpoints.exported_weights(state.ema or model, settings.export_dtype)
             prediction = None if settings.fit_all else validate(settings, state, weights, val_loader, run)
-            finish_epoch(settings, state, loss, weights, prediction, criterion, run)
-            if state.epoch == first:
-                cli.say_time_left(state.metrics[-1]["seconds"] * (settings.epochs - first), settings.epochs)
+            finish_epoch(settings, state, loss, weights, prediction, run)
+            left = state.metrics[-1]["seconds"] * (settings.epochs - state.epoch)
+            if state.epoch == first and left > 600:
+                say(f"about {cli.rough_time(left)} to epoch {settings.epochs}; Ctrl-C and --resume at any time")
     if dist.is_initialized():
         dist.destroy_process_group()
     if not console.quiet:
         finish(settings, state, train_loader.dataset, run)
 
 
-def train_one_epoch(
-    settings: Settings, state: TrainState, loader: DataLoader, criterion: nn.Module, teacher: nn.Module | None, run: Run
-) -> float:
+def train_one_epoch(settings: Settings, state: TrainState, loader: DataLoader, run: Run) -> float:
     """The steps of the next epoch from `state.step` on; returns the epoch's mean loss, summed over the heads.
 
     Raises ValueError where a loss is not finite, Stopped where a signal asked for it.
@@ -161,8 +164,8 @@ def train_one_epoch(
     sampler.epoch, sampler.skip = state.epoch + 1, state.step
     run.epoch_start = time.monotonic() - state.seconds
     recent: list[tuple[int, dict[str, Tensor]]] = []  # images and losses of the steps since the last check
-    title = f"epoch {sampler.epoch}/{settings.epochs}"
-    with progress(sampler.n, title) as bar, losses_added(state, recent):
+    with progress(sampler.n, f"epoch {sampler.epoch}/{settings.epochs}") as bar, ExitStack() as at_the_end:
+        at_the_end.callback(add_losses, state, recent)  # of a stop too: the state is then saved
         bar.advance(state.step * settings.batch_size)
         for images, targets in run.signals.waiting_for(loader):
             state.step += 1
@@ -172,13 +175,13 @@ def train_one_epoch(
             if settings.cutmix:
                 seed = step_seed(settings, state, "cutmix")
                 images, targets = cutmix(images, targets, state.model.classes, settings.cutmix, seed)
-            step_losses = dict.fromkeys(criterion.losses, 0.0)
+            step_losses = dict.fromkeys(run.criterion.losses, 0.0)
             for part in micro_batches(len(images), settings.grad_accum, state.model.min_images):
                 weight = (part.stop - part.start) / len(images)
                 with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
                     logits = model(images[part])
-                    teacher_logits = teacher(images[part]) if teacher else None
-                losses = criterion(logits, {head: values[part] for head, values in targets.items()}, teacher_logits)
+                    teacher_logits = run.teacher(images[part]) if run.teacher else None
+                losses = run.criterion(logits, {head: values[part] for head, values in targets.items()}, teacher_logits)
                 state.scaler.scale(sum(losses.values()) * weight).backward()
                 step_losses = {head: step_losses[head] + loss.detach() * weight for head, loss in losses.items()}
             optimizer_step(settings, state, sampler.steps)
@@ -221,7 +224,7 @@ def after_step(settings: Settings, state: TrainState, recent: list[tuple[int, di
     """Check the losses, save, or stop, where it is time. Raises ValueError, Stopped."""
     stop = evaluate.in_any_process(run.signals.received)
     save = time.monotonic() - run.saved_at >= settings.save_every
-    if stop or save or len(recent) == CHECK_EVERY:
+    if save or len(recent) == CHECK_EVERY:
         add_losses(state, recent)
     if stop:
         raise Stopped
@@ -243,20 +246,7 @@ def add_losses(state: TrainState, recent: list[tuple[int, dict[str, Tensor]]]) -
     recent.clear()
 
 
-@contextmanager
-def losses_added(state: TrainState, recent: list[tuple[int, dict[str, Tensor]]]) -> Iterator[None]:
-    """Add the losses of the last steps at the end, and where a signal stops the run, whose state is then saved."""
-    try:
-        yield
-    except Stopped:
-        add_losses(state, recent)
-        raise
-    add_losses(state, recent)
-
-
-def validate(
-    settings: Settings, state: TrainState, weights: dict[str, Tensor], loader: DataLoader, run: Run
-) -> Prediction:
+def validate(settings: Settings, state: TrainState, weights: Weights, loader: DataLoader, run: Run) -> Prediction:
     """What a model with these weights, as they are saved, predicts. Raises ValueError for damaged photos, Stopped."""
     view, n = run.checkpoint.view, len(loader.batch_sampler.part)
     model = copy.deepcopy(state.model)
@@ -275,18 +265,15 @@ def validate(
 
 
 def finish_epoch(
-    settings: Settings,
-    state: TrainState,
-    loss: float,
-    weights: dict[str, Tensor],
-    prediction: Prediction | None,
-    criterion: MultiHeadLoss,
-    run: Run,
+    settings: Settings, state: TrainState, loss: float, weights: Weights, prediction: Prediction | None, run: Run
 ) -> None:
     """Add the epoch to the state, keep it where it is the best, write the run's files."""
     scores = dict.fromkeys(run.checkpoint.scores, math.nan)
     if prediction:
-        scores = evaluate.validation_loss(prediction, criterion) | evaluate.score(prediction.logits, prediction.targets)
+        val_loss = sum(value.item() for value in run.criterion(prediction.logits, prediction.targets).values())
+        if not math.isfinite(val_loss):
+            raise ValueError("the validation loss is not finite; lower --lr, or try --amp off")
+        scores = {"loss": val_loss} | evaluate.score(prediction.logits, prediction.targets)
         boxes = loading.relative_boxes(run.val_split.samples, settings.train_view)
         scores |= {} if prediction.boxes is None else evaluate.score_boxes(prediction.boxes, boxes)
     lr = learning_rate(settings, state.scheduler.get_last_lr()[0], state.epoch + 1)
@@ -358,10 +345,8 @@ def set_up_torch(settings: Settings) -> tuple[torch.device, torch.dtype | None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    with as_usage_error("--device"):
-        device = choose_device(settings.device)
-    with as_usage_error("--amp"):
-        amp_dtype = choose_amp(settings.amp, device)
+    device = choose_device(settings.device)
+    amp_dtype = choose_amp(settings.amp, device)
     torch.set_num_threads(settings.threads or min(torch.get_num_threads(), loading.cpu_cores()))
     set_deterministic(settings.deterministic, device)
     return device, amp_dtype

@@ -71,15 +71,15 @@ class Training:
     def __init__(self, settings: Settings, model: FashionModel, teacher: nn.Module | None = None):
         split = Split(Path(), [], model.classes, (), "")
         self.settings = replace(settings, save_every=math.inf)  # there is no folder to save into
-        self.teacher, self.state = teacher, new_state(settings, model)
-        self.criterion = MultiHeadLoss(settings, split)
-        self.run = Run(Path(), None, model, split, choose_amp(settings.amp, model.mean.device))
+        self.state, criterion = new_state(settings, model), MultiHeadLoss(settings, split)
+        amp_dtype = choose_amp(settings.amp, model.mean.device)
+        self.run = Run(Path(), None, model, criterion, teacher, split, amp_dtype)
 
     def steps(self, batches: Iterable, n: int) -> list[float]:
         """Train on the first n batches; returns when each was at the model, and when one more was."""
         loader = TimedBatches(batches, n, self.settings.batch_size)
         self.state.step, self.state.loss_sum, self.run.saved_at = 0, 0.0, time.monotonic()
-        train_one_epoch(self.settings, self.state, loader, self.criterion, self.teacher, self.run)
+        train_one_epoch(self.settings, self.state, loader, self.run)
         return loader.times
 
 

@@ -42,8 +42,8 @@ class Watched:
                 os._exit(0)
             yield batch
 
-def watch(settings, state, loader, criterion, teacher, run):
-    train_one_epoch(settings, state, Watched(loader), criterion, teacher, run)
+def watch(settings, state, loader, run):
+    train_one_epoch(settings, state, Watched(loader), run)
 
 train.train_one_epoch = watch
 cli.run_app(train.app)
