@@ -41,8 +41,8 @@ def convert(
     debug: cli.Debug = False,
 ) -> None:
     """Store a best.pt in another precision."""
-    if out.exists():
-        raise usage_error("OUT", f"{out} exists")
+    if out.exists() or out.suffix == ".safetensors":
+        raise usage_error("OUT", f"{out} {'exists' if out.exists() else 'is no name of a best.pt'}; choose NAME.pt")
     model, saved = load_model(checkpoint)
     split = data and read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
     if split and read_preparation(split.csv.parent) != saved.preparation:
@@ -52,13 +52,14 @@ def convert(
     say(f"{checkpoint}: {megabytes(saved):.2f} MB; {out}: {megabytes(converted):.2f} MB")
     if not split:
         return
+    view = saved.view if saved.view == "learned" or split.has(saved.view) else "full"
     how = (saved.resize, saved.batch_size, None, choose_eval_amp(saved.amp, torch.device("cpu")))
     answers = []
     for path in (checkpoint, out):
-        prediction = predict_samples(load_model(path)[0], split.samples, saved.view, *how)
+        prediction = predict_samples(load_model(path)[0], split.samples, view, *how)
         if prediction.problems:
             raise ValueError(list_problems(f"{out} is written, but not scored", [*prediction.problems.values()]))
-        cli.show_scores(f"{path} on {split.csv.name} ({saved.view})", score(prediction.logits, prediction.targets))
+        cli.show_scores(f"{path} on {split.csv.name} ({view})", score(prediction.logits, prediction.targets))
         answers.append(torch.stack([logits.argmax(-1) for logits in prediction.logits.values()]))
     say(f"{(answers[0] != answers[1]).float().mean():.2%} of the answers differ")
 
@@ -345,6 +346,8 @@ def _parse(content: dict) -> Checkpoint:
 
 def load_teacher(path: str, classes: dict[str, tuple[str, ...]], device: torch.device) -> "Teacher":
     """The model of a best.pt as a teacher of these labels. Raises BadParameter where its labels are others."""
+    if not Path(path).is_file():
+        raise usage_error("--teacher", f"{path} does not exist; where it was moved, --teacher says its new place")
     model, checkpoint = load_model(path)
     for label in classes | checkpoint.classes:
         if classes.get(label) != checkpoint.classes.get(label):
@@ -483,12 +486,12 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
     if not (folder / "last.pt").exists():
         note(f"{folder} was stopped before its first state was saved: it starts again")
         return folder
-    saved = read(folder / "last.pt")
     try:
-        state.load_state_dict(saved)
+        state.load_state_dict(read(folder / "last.pt"))
     except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(f"{folder}/last.pt fits no run of these scripts and settings ({reason})") from None
+        remedy = f"start a new run; --weights {folder}/best.pt begins with what this one learned"
+        raise ValueError(f"{folder}/last.pt fits no run of these scripts and settings ({reason}); {remedy}") from None
     if state.best_epoch and not (folder / "best.pt").is_file():
         raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
     return folder

@@ -109,13 +109,15 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     if data == "demo":
         import demo
 
+        if subtask != 1:
+            raise FileNotFoundError("--data demo is of sub-task 1; leave out --subtask")
         return demo.cached()
     root = Path(data)
     is_inside = root.name.lower() in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
     if data and not is_inside and splits_of(root, subtask):
         return root
     others = [path.name for path in sorted(root.glob("Fashion-How24_sub*.csv"))]
-    problem = f"holds {others[0]} alone; see --subtask" if others else "holds no Fashion-How24 CSV or class folders"
+    problem = f"holds {others[0]}, of another --subtask" if others else "holds no Fashion-How24 CSV or class folders"
     if root.is_file() or is_inside:
         problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
     elif not root.exists():
@@ -281,7 +283,7 @@ def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
 
     Raises FileNotFoundError where an input does not exist, ValueError where no photo can be read.
     """
-    photos, unreadable, problems, samples = [], [], [], []
+    photos, problems, samples = [], [], []
     for given in inputs:
         if not os.path.isfile(given) and not os.path.isdir(given):
             raise FileNotFoundError(f"{given}: no such image or folder")
@@ -293,12 +295,8 @@ def image_samples(inputs: Sequence[str]) -> tuple[Split, list[str]]:
         checked = check_header(Sample(str(path), str(path), str(path), Path(inputs[0]), {}, {}))
         if isinstance(checked, Sample):
             samples.append(checked)
-        elif path.suffix.lower() in UNREADABLE:
-            unreadable.append(path)
         else:
-            problems.append(str(checked))
-    if unreadable:
-        problems.append(f"{_name_unreadable(unreadable)}; save as JPEG")
+            problems.append(f"{checked}; save it as JPEG" if path.suffix.lower() in UNREADABLE else str(checked))
     if not samples:
         raise ValueError(problems[0] if len(problems) == 1 else list_problems("no image can be used", problems))
     return Split(Path(inputs[0]), samples, {}, (), ""), problems
@@ -366,6 +364,9 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
         raise FileNotFoundError(f"{path}: no such file ({command('data.py', root)} shows what is there)")
     held_out = split != "test" and found.get("train") == found.get("val")
     if found[split].is_dir():
+        if split == "train" and (tables := sorted(root.glob("*.[cC][sS][vV]"))):
+            named = f"the folders are the classes; labels are read from {csv_name('train', subtask)}"
+            note(f"{tables[0]} is not read: {named}")
         path, source = root / split, _list_class_folders(root, found[split], split == "test")
     else:
         folder = photo_folder(root, "train" if held_out else split)
@@ -380,6 +381,12 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
     if not class_folders and not is_test:
         raise ValueError(f"{folder} holds no class folders; put its photos into {folder}/CLASS/")
     lines, unreadable = [], []
+    loose = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES] if class_folders else []
+    loose = sorted(path for path in loose if path.is_file() and not path.name.startswith(HIDDEN))
+    if is_test:
+        lines += [(str(path), [path.name, ""]) for path in loose]
+    elif loose:
+        note(f"{folder}: {len(loose):,} photos lie in no class folder and are left out, first {loose[0].name}")
     for class_folder in class_folders or [folder]:
         found = find_photos(class_folder)
         photos = [path for path in found if path.suffix.lower() not in UNREADABLE]
@@ -413,7 +420,7 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
         raise ValueError(f"{path}, line {reader.line_num}: not a CSV row ({error})") from None
     rows = [(line, cells) for line, cells in rows[1 if sep_line else 0 :] if any(cells)]
     if len(rows) < 2:
-        raise ValueError(f"{path}: holds no rows")
+        raise ValueError(f"{path}: holds no rows; add some, or delete the file")
     header = rows[0][1]
     named = [i for i, name in enumerate(header) if name and not name.startswith("Unnamed:")]
     lines, nameless = [], set()
@@ -437,6 +444,7 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
         if is_test and is_silent and not name.startswith("Mask_"):
             absent.add(name)
     ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
+    ours |= {name.lower().removeprefix("bbox_"): name for name in BOX_COLUMNS["bbox"]}
     for name in header:
         if header.count(name) > 1:
             raise ValueError(f"{path}: the column {name} occurs more than once")
@@ -452,7 +460,8 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
         if not missing and not absent.issuperset(names):
             boxes[view] = names
     labels = [name for name in header if name not in absent and not name.startswith(("BBox_", "Mask_"))]
-    columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: the tables' last row
+    answers = [f"{submission_column(label)}_predicted" for label in labels]
+    columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels), *answers])  # mean: a table's row
     for label in labels:
         column = submission_column(label)
         if columns[column] > 1:
@@ -461,10 +470,7 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
 
 
 def _number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
+    return float(cell) if re.fullmatch(r"[+-]?\d+(\.\d*)?", cell) else math.nan
 
 
 def _usable_labels(source: _Source) -> list[str]:
@@ -491,6 +497,8 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
     for source in train:
         if set(source.labels) != set(labels):
             raise ValueError(f"{source.csv} has the labels {', '.join(source.labels)}; {path} has {', '.join(labels)}")
+    # preprocess.py writes class folders into a column `class`
+    are_folders = not any(source.csv.is_file() and not (source.root / PREPARED).exists() for source in train)
     classes = {}
     for label in labels:
         words = set().union(*(source.column(label) for source in [*train, *val])) - {""}
@@ -498,16 +506,16 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
             problem = f"the label {label} {'has the same class' if words else 'is empty'} in every row"
             raise ValueError(f"{path}: {problem}; remove the column, or add photos of other classes")
         words = {word for word in words if word.lower() not in NO_CLASSES}
-        classes[label] = _classes_of(label, words, are_folders=not any(source.csv.is_file() for source in train))
+        classes[label] = _classes_of(label, words, are_folders)
     return classes
 
 
 def _classes_of(label: str, words: set[str], are_folders: bool) -> tuple[str, ...]:
-    """Numbers up to the largest one, or the words in sorted order; folders called by other numbers are words."""
+    """Numbers up to the largest one, or the words in sorted order; folders are words where one is called 1950 or 01."""
     if label in CLASS_NAMES:
         return NUMBERS[: len(CLASS_NAMES[label])]
     numbers = [_number(word) for word in words]
-    are_names = are_folders and any(not n.is_integer() or not 0 <= n < len(NUMBERS) for n in numbers)
+    are_names = are_folders and label == "class" and not words <= set(NUMBERS)
     if not any(map(math.isnan, numbers)) and not are_names:
         return NUMBERS[: 1 + int(max((number for number in numbers if 0 <= number < len(NUMBERS)), default=0))]
     _check_spelling(label, words)
@@ -550,6 +558,8 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
     expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class"
     for cell in unknown:
         remedy = "leave the cell empty where the class is not known"
+        if not source.csv.is_file():
+            remedy = "rename the folder"
         if _number(cell) >= len(NUMBERS):
             remedy = "is it a row number? take the column out"
         indices[cell] = ValueError(f"{label} is {cell}, {expected}; {remedy}")
@@ -604,6 +614,8 @@ def _parse_box(cells: list[str]) -> Box:
         raise ValueError(f"the box {'; '.join(cell or '(empty)' for cell in cells)} is not four numbers") from None
     if xmin >= xmax or ymin >= ymax:
         raise ValueError(f"the box {box} is empty or inverted; leave the four cells empty where there is no box")
+    if max(xmax, ymax) <= 1:
+        raise ValueError(f"the box {'; '.join(cells)} is in fractions of the photo; boxes are in pixels")
     return box
 
 
@@ -626,7 +638,8 @@ def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str
     stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
     similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
     if len(similar) != 1 or not os.path.isfile(similar[0]):  # a link to nothing
-        raise ValueError(f"no image {path}" if name else "image_name is empty")
+        remedy = f"; leave out {below.split('/')[0]}/" if os.path.isfile(f"{folder}/../{below}") else ""
+        raise ValueError(f"no image {path}{remedy}" if name else "image_name is empty")
     return similar[0]
 
 
@@ -683,11 +696,11 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
     return doubts
 
 
-def note_doubts(train: Split, val: Split) -> None:
+def note_doubts(train: Split, val: Split, root: Path) -> None:
     """Say in a line each what spoils the result of a run."""
     for doubt in find_doubts("train", train) + find_doubts("val", val, train):
         first, *rows = doubt.splitlines()
-        note(f"{first} (python data.py names them)" if rows else first)
+        note(f"{first} ({command('data.py', root)} names them)" if rows else first)
 
 
 def _choose_validation(source: _Source, rows: Rows) -> set[int]:
@@ -750,6 +763,7 @@ def describe(
     """Describe and check a dataset: splits, rows, classes, photos, boxes. Exit code 1 where it cannot be used."""
     root = find_dataset(data, subtask)
     say(f"{data}: {root}")
+    read_preparation(root)
     splits: dict[str, Split] = {}
     problems, doubts = [], []
     for name in SPLITS:

@@ -29,7 +29,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 
-from cli import NONE, OFF, Debug, atomic_write, examples, note, run_app, say, show_table, usage_error
+from cli import NONE, OFF, Debug, atomic_write, command, examples, note, run_app, say, show_table, usage_error
 from data import find_photos, garment, photo_folder
 from settings import read_config, whole_path
 
@@ -87,12 +87,13 @@ ROWS = (
 )
 NAMED = {row.name: row for row in ROWS}
 FIRST_SEED = 1103
-NOT_BEHIND = {"--data", "--seed", "--name", "--resume", "--fit-all"}  # of train.py, not behind --
+NOT_BEHIND = {"--data", "--seed", "--name", "--resume", "--fit-all", "--help"}  # of train.py, not behind --
 Flags = dict[str, list[str]]  # {"--lr": ["1e-3"], "--cutmix": ["Daily", "Gender"], "--class-weights": []}
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown.", **OFF)]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV with every digit.", **OFF)]
 Folders = Annotated[list[Path], typer.Argument(help="Folders; NAME-seed1, NAME-seed2, ... are one.", metavar="RUN...")]
 SAME = "every prediction is the same"
+NO_SETTINGS = {"seed", "name", "resume", "workers", "debug", "save_every", "cache", "pictures", "threads"}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=examples(__doc__))
 
 
@@ -158,7 +159,7 @@ def run(
     for flag in NOT_BEHIND & more.keys():
         raise usage_error("--", f"{flag} cannot stand behind it; --data and --seeds stand before it")
     if unknown := [name for name in names if name not in (*NAMED, "all")]:
-        raise usage_error("ROW", f"no row is called {unknown[0]!r}; python experiments.py list prints them")
+        raise usage_error("ROW", f"no row is called {unknown[0]!r}; {command('experiments.py', 'list')} prints them")
     chosen = ROWS if "all" in names else [NAMED[name] for name in names]
     if not chosen:
         raise usage_error("ROW", "name the rows to run, or all")
@@ -167,7 +168,7 @@ def run(
     if clean_data is not None:
         contents[clean_data] = content_of("--clean-data", clean_data)
     elif names := [row.name for row in chosen if row.data != "raw"]:
-        remedy = f"python preprocess.py {shlex.quote(data)} OUT writes one"
+        remedy = f"{command('preprocess.py', data, 'OUT')} writes one"
         raise usage_error("--clean-data", f"needed for {', '.join(names)}; {remedy}")
 
     runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []
@@ -184,22 +185,22 @@ def run(
                 before = read_config(folder)["settings"]["data"]
                 if before != [whole_path(path, "demo") for path in paths]:  # the data were moved since
                     words += words_of({"--data": paths})
-        command = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
+        words = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
         is_finished = (folder / "experiment.json").exists()
         if is_finished or dry_run:
-            print(f"# finished before: {folder}" if is_finished else shlex.join(command), flush=True)
+            print(f"# finished before: {folder}" if is_finished else shlex.join(words), flush=True)
             continue
         say(f"run {i} of {len(runs)}: {folder}")
-        if start(command) != 0:
+        if start(words) != 0:
             failed.append(str(folder))
             continue
-        record["commit"] = read_config(folder).get("commit")
+        record |= {"raw": contents[data], "commit": read_config(folder).get("commit")}
         with atomic_write(folder / "experiment.json") as f:
             f.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     if not dry_run:
-        say(f"{len(runs)} runs are finished; next: python experiments.py table")
+        say(f"{len(runs)} runs are finished; next: {command('experiments.py', 'table')}")
 
 
 def content_of(flag: str, data: str) -> str:
@@ -220,10 +221,10 @@ def content_of(flag: str, data: str) -> str:
     return digest.hexdigest()
 
 
-def start(command: list[str]) -> int:
-    """Run a command to its end and return its exit code. An interruption ends the command too."""
+def start(words: list[str]) -> int:
+    """Run a command line to its end and return its exit code. An interruption ends the command too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(words)
     try:
         return process.wait()
     finally:
@@ -244,6 +245,9 @@ class Run:
     seed: int
     commit: str | None
     data: list[str]  # hashes of the datasets; [] where `run` did not start it
+    raw: str | None  # the hash of --data, for rows without backgrounds too; None: of an earlier version
+    settings: dict  # of config.json, with the fingerprint of the data
+    epochs: int  # that it has
     images: list[tuple[str, ...]]  # sorted: (name, true class of each label)
     predicted: np.ndarray  # str (images, labels)
     correct: np.ndarray  # float64 (images, labels): 1, 0, or NaN where the true class is not known
@@ -261,6 +265,10 @@ def read_run(folder: Path) -> Run:
         path = folder / "experiment.json"
         record = json.loads(path.read_bytes()) if path.exists() else {"row": "", "more": {}}
         config, metrics = read_config(folder), read_csv(folder / "metrics.csv")
+        settings = config["settings"] | {"data": config.get("data")}
+        asked = record.get("flags", {}).get("--epochs", [""])[-1]
+        if asked not in ("", str(settings.get("epochs", asked))):
+            raise ValueError(f"it was resumed to {settings['epochs']} epochs; move it out of runs/ and run it again")
         rows = read_csv(folder / "val_predictions.csv")
         labels = [label for label in rows[0] if any(row[label] and row.get(f"{label}_predicted") for row in rows)]
         rows = [row for row in rows if any(row[label] for label in labels)]
@@ -271,9 +279,10 @@ def read_run(folder: Path) -> Run:
         top1 = np.nanmean(correct, axis=0)
         accuracies = {"best_mean": top1.mean()} | {f"best_{label}": top1[i] for i, label in enumerate(labels)}
         accuracies |= {f"last_{label}": float(metrics[-1][f"val_top1_{label}"]) for label in ("mean", *labels)}
-        asked = (record["row"], record["more"], config["settings"]["seed"], config.get("commit"))
+        setting = (record["row"], record["more"], settings["seed"], config.get("commit"))
         images = [(row["image_name"], *classes) for row, classes in zip(rows, truth.tolist())]
-        return Run(folder, *asked, record.get("data", []), images, predicted, correct, accuracies)
+        started = (record.get("data", []), record.get("raw"), settings, len(metrics))
+        return Run(folder, *setting, *started, images, predicted, correct, accuracies)
     except Exception as error:
         missing = isinstance(error, FileNotFoundError)
         reason = f"no {Path(error.filename).name}" if missing else f"{type(error).__name__}: {error}"
@@ -406,6 +415,7 @@ def compare_to_base(line: Line, runs: list[Run], groups: list[list[Run]]) -> Non
         bases = [base for base in bases if base[0].more.items() < more.items() and base[0].data == runs[0].data]
     else:
         bases = [base for base in bases if base[0].more == more]
+        bases = [base for base in bases if None in (base[0].raw, runs[0].raw) or base[0].raw == runs[0].raw]
         if NAMED[line.row].data == "raw":
             bases = [base for base in bases if base[0].data == runs[0].data]
     bases = [base for base in bases if base[0].images == runs[0].images] or bases
@@ -425,7 +435,7 @@ def table(markdown: Markdown = False, as_csv: AsCsv = False, debug: Debug = Fals
     """Compare finished rows with the base: accuracies over seeds, differences with a 95 % interval, author's scores."""
     groups, lines, refused = read_experiments(), [], []
     if not groups:
-        raise ValueError("runs/ holds no finished experiment; python experiments.py run ROW starts one")
+        raise ValueError(f"runs/ holds no finished experiment; {command('experiments.py', 'run', 'ROW')} starts one")
     for runs in groups:
         line = new_line(runs[0].row, runs[0].more, runs)
         line.author_test = NAMED[line.row].author_test
@@ -457,9 +467,22 @@ def compare(folders: Folders, markdown: Markdown = False, as_csv: AsCsv = False,
         check_images(groups[lines[0].row])
         for line in lines[1:]:
             compare_runs(line, groups[line.row], groups[lines[0].row])
+        for line in lines:
+            line.note = "; ".join(filter(None, [line.note, *remarks(groups[line.row])]))
     except ValueError as error:
         raise usage_error("RUN", error) from None
     print_lines(lines, lines[0].row, markdown, as_csv)
+
+
+def remarks(runs: list[Run]) -> list[str]:
+    """What a mean over these runs hides: settings that differ beside the seed, runs that have not all epochs."""
+    notes = []
+    for run in runs:
+        if run.epochs < run.settings.get("epochs", 0):
+            notes.append(f"{run.folder.name} has {run.epochs} of {run.settings['epochs']} epochs")
+    keys = dict.fromkeys(chain(*(run.settings for run in runs)))
+    differ = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1 and key not in NO_SETTINGS]
+    return notes + ([f"these differ: {', '.join(differ)}"] if differ else [])
 
 
 def print_lines(lines: list[Line], reference: str, markdown: bool, as_csv: bool) -> None:

@@ -116,7 +116,7 @@ class TrainPhotos(Dataset):
         try:
             return read_photo(self.samples[index])
         except ValueError as error:  # what is not in the cache is read when its turn comes: there may be more
-            raise ValueError(f"{error}; `python data.py DATASET --all` finds all such photos") from None
+            raise ValueError(f"{error}; data.py DATASET --all finds all such photos") from None
 
     def draw_with_box(self, index: int, view: str) -> tuple[Tensor, Tensor]:
         """An augmented image of a loose crop, of all or of a part of the photo, and the box in it in 0..1.

@@ -9,8 +9,9 @@ Photos are prepared as the training photos were: where preprocess.py cleaned or 
 fly. Writes predictions.csv beside the checkpoint: image_name and a column a label, in the organisers' format.
 """
 
-import hashlib
+import csv
 import os
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from typer.core import TyperCommand
 
 import cli
 from cli import NONE, OFF, note, progress, say, show_scores, show_table, usage_error, write_csv
-from settings import Amp, in_run
+from settings import Amp, in_run, note_unboxed
 
 View = Literal["auto", "full", "bbox", "mask", "learned"]
 Part = Literal["train", "val", "test"]
@@ -67,7 +68,7 @@ def predict(
     saved = replace(saved, amp=amp or saved.amp, batch_size=batch_size or saved.batch_size)
     rows, problems = image_samples(inputs) if inputs else read_rows(saved, data, split)
     out = out or checkpoint.with_name("predictions.csv")
-    check_outputs(checkpoint, rows, out, picture)
+    check_outputs(checkpoint, saved, rows, out, picture)
     view, preparation = choose_treatment(saved, rows, view, background, rembg_model)
     if boxes and view != "learned":
         raise usage_error("--boxes", f"the view {view} predicts none; --view learned does (train.py --box-head)")
@@ -95,11 +96,11 @@ def predict(
         from report import draw_answers
 
         draw_answers(rows, prediction, answers, prepare, picture)
-    if prediction.targets:
-        show_scores(f"{rows.csv.name} ({view})", score(prediction.logits, prediction.targets))
+    if scores := score(prediction.logits, prediction.targets):
+        show_scores(f"{rows.csv.name} ({view})", scores)
     if prediction.boxes is not None:
         cli.say_boxes(score_boxes(prediction.boxes, relative_boxes(rows.samples, saved.train_view)))
-        if prediction.targets and rows.has("bbox"):
+        if scores and rows.has("bbox"):
             boxed = predict_rows(model, saved, rows, "bbox", prepare, workers)
             show_scores("the same photos, boxes given (bbox)", score(boxed.logits, boxed.targets))
     say(f"{len(rows.samples):,} photos ({view}) predicted: {out}{replaced}")
@@ -129,7 +130,7 @@ from data import (
     submission_column,
 )
 from evaluate import Prediction, box_columns, predict_samples, score, score_boxes
-from loading import Prepare, relative_boxes
+from loading import Prepare, derive_seed, relative_boxes
 from model import FashionModel, choose_amp, choose_device, choose_eval_amp
 from photos import Box
 from preprocess import Remover, find_weights, prepare_photo
@@ -138,8 +139,8 @@ DEFAULTS = {"rembg_model": "u2net", "background_color": [0, 0, 0], "keep_backgro
 DEFAULTS |= {"crop": "none", "box_margin": 0.0}
 
 
-def check_outputs(checkpoint: Path, rows: Split, out: Path, picture: Path | None) -> None:
-    """Raises BadParameter where an output cannot be written, or would replace what is predicted from."""
+def check_outputs(checkpoint: Path, saved: Checkpoint, rows: Split, out: Path, picture: Path | None) -> None:
+    """Raises BadParameter where an output cannot be written, or would replace what predict.py did not write."""
     if picture and picture.suffix.lower() != ".png":
         raise usage_error("--picture", f"{picture}: its name should end in .png")
     given = {checkpoint.resolve(), rows.csv.resolve(), *(Path(sample.path).resolve() for sample in rows.samples)}
@@ -151,6 +152,25 @@ def check_outputs(checkpoint: Path, rows: Split, out: Path, picture: Path | None
             raise usage_error(flag, f"{path.parent} cannot be written; name a file elsewhere")
     if picture and picture.resolve() == out.resolve():
         raise usage_error("--picture", f"{picture} is the CSV's name too; choose another")
+    if picture and picture.is_file() and not is_drawn(picture):
+        raise usage_error("--picture", f"{picture} exists; name the picture to draw (photos to predict have no flag)")
+    if out.is_file() and not is_of_predictions(out, saved.classes):
+        raise usage_error("--out", f"{out} exists and holds no predictions of these labels; choose another name")
+
+
+def is_of_predictions(path: Path, classes: Classes) -> bool:
+    """Whether a CSV begins with the columns of `predictions_table`, and is none of a dataset's or of validation's."""
+    columns = ["image_name", *map(submission_column, classes)]
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = file.readline(10_000).strip()
+    is_other = "_predicted" in header or path.name.startswith("Fashion-How24")
+    return next(csv.reader([header]), [])[: len(columns)] == columns and not is_other
+
+
+def is_drawn(path: Path) -> bool:
+    with suppress(OSError), Image.open(path) as image:
+        return image.info.get("Software", "").startswith("Matplotlib")
+    return False
 
 
 def read_rows(saved: Checkpoint, data: str | None, split: str | None) -> tuple[Split, list[str]]:
@@ -187,7 +207,7 @@ def predict_rows(
 
 def prepare_once(sample: Sample, prepare: Prepare, folder: Path) -> tuple[Image.Image, dict[str, Box]]:
     """What `prepare` gives, the photo from `folder` the second time: removing a background takes longest of all."""
-    file = folder / f"{hashlib.sha256(os.fsencode(sample.path)).hexdigest()}.png"
+    file = folder / f"{derive_seed(sample.path, sample.boxes)}.png"
     if file.exists():
         with Image.open(file) as photo:
             return photo.copy(), {}
@@ -276,6 +296,10 @@ def choose_treatment(
     if view == "learned" and is_cropped(preparation) and saved.resize == "letterbox":
         remedy = "give a copy that preprocess.py made, or --view full"
         raise usage_error("--view", f"the model predicts boxes in photos that preprocess.py cropped; {remedy}")
+    if not preparation:
+        note_unboxed("of these", rows, view)
+    if rembg_model and not prepared and not needs_remover(preparation, view):
+        raise usage_error("--rembg-model", "nothing is removed here; add --view mask or --background remove")
     return view, preparation
 
 

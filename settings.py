@@ -162,19 +162,30 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
     view = settings.val_view or ("learned" if settings.box_head else "bbox")
     for flag, asked, split in (("--train-view", settings.train_view, train_split), ("--val-view", view, val_split)):
         if asked == "mask" and not split.has("mask"):
-            raise usage_error(flag, f"{split.csv} has no Mask_ columns; python preprocess.py writes a dataset that has")
+            raise usage_error(flag, f"{split.csv} has no Mask_ columns; preprocess.py writes a dataset that has")
     without = sum(settings.train_view not in sample.boxes for sample in train_split.samples)
     if settings.box_head and without == len(train_split.samples):
         raise usage_error("--box-head", f"it learns boxes, and {train_split.csv} has no {settings.train_view} boxes")
     if without == len(train_split.samples):
         note("training has no boxes: it sees whole photos")
-    elif settings.crop_prob > 0 and without:
-        note(f"{without:,} training photos have no {settings.train_view} box: they are seen whole")
+    elif settings.crop_prob > 0:
+        note_unboxed("training", train_split, settings.train_view)
     if view in ("bbox", "mask") and not val_split.has(view):
         if settings.val_view or without < len(train_split.samples):
-            note(f"validation has no boxes: it sees whole photos (--val-view {view} cannot act)")
+            instead = (
+                "--val-view mask sees the foreground" if val_split.has("mask") else f"--val-view {view} cannot act"
+            )
+            note(f"validation has no boxes: it sees whole photos ({instead})")
         return "full"
+    note_unboxed("validation", val_split, view)
     return view
+
+
+def note_unboxed(name: str, split: "Split", view: str) -> None:
+    """Say how many photos have no box of the view that they are seen in."""
+    without = sum(view not in sample.boxes for sample in split.samples)
+    if view in ("bbox", "mask") and without:
+        note(f"{without:,} {name} photos have no {view} box: they are seen whole")
 
 
 def print_notes(settings: Settings) -> None:

@@ -115,15 +115,16 @@ def train(settings: Settings) -> None:
     device, amp_dtype = set_up_torch(settings)
 
     roots = [find_dataset(path, settings.subtask) for path in data]
+    preparations = [read_preparation(root) for root in roots]
     train_split, val_split = read_splits(roots, settings.subtask, settings.fit_all)
     view = choose_view(settings, train_split, val_split)
     check_cutmix(settings.cutmix or (), train_split.classes)
     if not settings.fit_all:
-        note_doubts(train_split, val_split)
+        note_doubts(train_split, val_split, roots[-1])
 
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
-    checkpoint = checkpoints.new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
+    checkpoint = checkpoints.new_checkpoint(settings, model, train_split, view, preparations[-1])
     checkpoints.check_budget(checkpoint, model, settings)
     criterion = MultiHeadLoss(settings, train_split, device)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None
@@ -133,7 +134,8 @@ def train(settings: Settings) -> None:
     fingerprint = data_fingerprint(settings, train_split, val_split)
     folder = checkpoints.restore(settings, state, fingerprint) if settings.resume else checkpoints.new_folder(settings)
     if finished(settings, state):
-        say(f"{folder} is finished after {state.epoch} epochs; nothing was changed")
+        early = f" (no better {settings.monitor} for {settings.patience})" if state.epoch < settings.epochs else ""
+        say(f"{folder} is finished after {state.epoch} epochs{early}; nothing was changed")
         return
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
     run = Run(folder, checkpoint, parallel, criterion, teacher, val_split, amp_dtype)
