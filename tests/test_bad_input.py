@@ -332,6 +332,46 @@ def test_a_photo_that_cannot_be_read_is_left_out_at_the_end(run, checkpoint, tmp
     assert names == ["image_name", "x.jpg"]
 
 
+@pytest.mark.parametrize(
+    "flag, name, content",
+    [
+        ("--picture", "mine.png", None),
+        ("--out", "Fashion-How24_sub1_test.csv", "image_name,Daily,Gender,Embellishment\n"),
+        ("--out", "val_predictions.csv", "image_name,Daily,Daily_predicted\n"),
+        ("--out", "last.pt", "x"),
+    ],
+)
+def test_what_predict_did_not_write_is_not_replaced(run, checkpoint, tmp_path, flag, name, content):
+    (tmp_path / "best.pt").write_bytes(checkpoint)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("mine.png")
+    if content:
+        Path(name).write_text(content)
+    before = Path(name).read_bytes()
+    done = run("predict", "best.pt", "x.jpg", flag, name)
+    assert done.code == 2 and f"{name} exists" in done.err and Path(name).read_bytes() == before
+    for _ in range(2):  # its own files are
+        again = run("predict", "best.pt", "x.jpg", "--probs", "--out", "p.csv", "--picture", "drawn.png")
+        assert again.code == 0, again.err
+
+
+def test_an_output_in_a_folder_that_cannot_be_written(run, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "best.pt").write_bytes(checkpoint)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **how: Path(path) != Path("shut") and allowed(path, mode))
+    Path("shut").mkdir()
+    done = run("predict", "best.pt", "x.jpg", "--out", "shut/p.csv")
+    assert done.code == 2 and "shut cannot be written" in done.err and not Path("shut/p.csv").exists()
+
+
+def test_a_flag_that_removes_nothing_is_refused(run, checkpoint, tmp_path):
+    (tmp_path / "best.pt").write_bytes(checkpoint)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
+    done = run("predict", "best.pt", "x.jpg", "--rembg-model", "u2netp")
+    assert done.code == 2 and "--rembg-model" in done.err and "--background remove" in done.err
+
+
 @pytest.mark.parametrize("flags", [[], ["--picture", "a.png"]])
 def test_where_no_photo_can_be_read_the_earlier_answers_stay(run, checkpoint, tmp_path, flags):
     (tmp_path / "best.pt").write_bytes(checkpoint)

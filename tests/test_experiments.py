@@ -227,13 +227,16 @@ def leave(
     commit="c",
     truth=1,
     data=(),
+    raw=None,
+    settings=(),
 ):
     """A run's files; experiment.json where `row` is given. `right`: bool (images, labels); a wrong prediction is 9."""
     folder = Path("runs") / name
     folder.mkdir(parents=True, exist_ok=True)
     right = np.array([[True] * len(labels)] * 4 if right is None else right, dtype=bool)
     images = images or [f"1209/BO{i // 2:05d}-{i % 2 + 1}.jpg" for i in range(len(right))]
-    (folder / "config.json").write_text(json.dumps({"settings": {"monitor": "loss", "seed": seed}, "commit": commit}))
+    config = {"settings": {"monitor": "loss", "seed": seed, **dict(settings)}, "commit": commit}
+    (folder / "config.json").write_text(json.dumps(config))
     best = {f"val_top1_{label}": right[:, i].mean() for i, label in enumerate(labels)} | {"val_top1_mean": right.mean()}
     end = dict.fromkeys(best, 0.25 if last is None else last)
     with open(folder / "metrics.csv", "w") as f:
@@ -260,6 +263,7 @@ def leave(
             "flags": merge_flags(NAMED[row], more or {}),
             "seed": seed,
             "data": list(data),
+            "raw": raw,
             "commit": commit,
         }
         (folder / "experiment.json").write_text(json.dumps(record))
@@ -605,6 +609,37 @@ def test_runs_on_other_data_are_not_seeds_of_one_setting(run):
     leave("b-seed2", seed=2, images=["a", "b", "c", "d"])
     done = run("experiments", "compare", "runs/b-seed1", "runs/b-seed2")
     assert done.code == 2 and "runs/b-seed2 and runs/b-seed1 were validated on different images" in done.err
+
+
+def test_a_row_without_backgrounds_is_compared_with_the_base_of_its_own_photos(run):
+    for seed in (1103, 1104, 1105):
+        leave(f"{BASE}-seed{seed}-a", row=BASE, seed=seed, data=["A"], raw="A", right=[[True, True]] * 4)
+        leave(f"{BASE}-seed{seed}-b", row=BASE, seed=seed, data=["B"], raw="B", right=[[True, False]] * 4)
+        for key, of in (("c", "A"), ("d", "B")):
+            name = f"20240815_182900-seed{seed}-{key}"
+            leave(name, row="20240815_182900", seed=seed, data=[f"{of}-clean"], raw=of, right=[[True, True]] * 4)
+    out = run("experiments", "table", "--csv").out
+    found = [row for row in csv.DictReader(io.StringIO(out)) if row["row"] == "20240815_182900"]
+    assert sorted(float(row["difference"]) for row in found) == [0.0, 0.5]
+
+
+def test_an_experiment_that_was_resumed_with_more_epochs_is_left_aside(run):
+    for seed in (1103, 1104):
+        epochs = 4 if seed == 1104 else 3
+        leave(f"{BASE}-seed{seed}-0", row=BASE, seed=seed, more={"--epochs": ["3"]}, settings={"epochs": epochs})
+    done = run("experiments", "table", "--csv")
+    assert "seed1104-0 is no complete run" in done.out and "resumed to 4 epochs" in done.out
+    (row,) = csv.DictReader(io.StringIO(done.out[done.out.index("row,flags") :]))
+    assert row["seeds"] == "1"
+
+
+def test_compare_says_what_a_mean_hides(run):
+    names = [leave(f"a-seed{seed}", seed=seed, settings={"lr": 0.1, "epochs": 3}) for seed in (1, 2)]
+    names += [leave(f"b-seed{seed}", seed=seed, settings={"lr": seed / 10, "epochs": 400}) for seed in (1, 2)]
+    done = run("experiments", "compare", *names, "--csv")
+    first, second = csv.DictReader(io.StringIO(done.out))
+    assert first["note"] == ""
+    assert "b-seed1 has 3 of 400 epochs" in second["note"] and second["note"].endswith("these differ: lr")
 
 
 def test_the_content_of_data(tmp_path):

@@ -1,5 +1,6 @@
 """Datasets and folders as people have them: spreadsheets' CSVs, words, class folders, odd names, no validation."""
 
+import json
 import os
 import unicodedata
 from pathlib import Path
@@ -322,6 +323,72 @@ def test_numbers_as_class_folders(tmp_path):
     train, val = read_splits([tmp_path])
     assert train.classes["class"] == tuple(map(str, range(11))) and labels_of(train, "class") == [0, 0, 1, 1, 10, 10]
     assert labels_of(val, "class") == [1, 1]
+
+
+PREPARATION = {"background_color": [0, 0, 0], "keep_background": True, "crop": "bbox", "box_margin": 0.0}
+PREPARATION |= {"rembg_model": "u2netp", "checksum": "sha256:0", "weights_bytes": 1}
+
+
+@pytest.mark.parametrize("names", [("0_1", "23", "2_3"), ("01", "02", "10"), ("1950", "1960", "7")])
+def test_class_folders_in_ages_and_years_are_words_after_preprocess_too(tmp_path, names):
+    for root in ("Raw", "Kept"):
+        class_folders(tmp_path / root / "train", dict.fromkeys(names, 2))
+        class_folders(tmp_path / root / "val", dict.fromkeys(names, 1))
+    rows = [f"{name}/{i}.png,{name}" for name in names for i in range(2)]
+    write(tmp_path / "Kept", ["image_name,class", *rows])
+    (tmp_path / "Kept/preprocess.json").write_text(json.dumps({"preparation": PREPARATION, "unfinished": []}))
+    for roots in (["Raw"], ["Kept"], ["Raw", "Kept"]):
+        train, _ = read_splits([tmp_path / root for root in roots])
+        assert train.classes["class"] == names
+
+
+def test_photos_beside_class_folders(tmp_path, capfd):
+    class_folders(tmp_path / "train", {"a": 2, "b": 2})
+    class_folders(tmp_path / "val", {"a": 1, "b": 1})
+    photo(tmp_path / "train/loose.png")
+    class_folders(tmp_path / "test", {"originals": 1})
+    photo(tmp_path / "test/one.png")
+    train = read_split(tmp_path, "train")
+    assert len(train.samples) == 4
+    assert "train: 1 photos lie in no class folder and are left out, first loose.png" in capfd.readouterr().out
+    test = read_split(tmp_path, "test", train.classes)
+    assert [(sample.name, sample.labels["class"]) for sample in test.samples] == [
+        ("one.png", -1),
+        ("originals/0.png", -1),
+    ]
+
+
+def test_a_csv_that_is_not_read_is_named(tmp_path, capfd):
+    class_folders(tmp_path / "train", {"1209": 2, "1906": 2})
+    (tmp_path / "Train.CSV").write_text("image_name,Daily\n1209/0.png,1\n")
+    read_splits([tmp_path])
+    out = capfd.readouterr().out
+    assert out.count("is not read") == 1 and "Train.CSV is not read" in out and "Fashion-How24_sub1_train.csv" in out
+
+
+@pytest.mark.parametrize(
+    "lines, says",
+    [
+        ([HEADER, ROWS[0].replace("10,12,200,240", "0.1,0.06,0.9,0.7")], "0.1; 0.06; 0.9; 0.7 is in fractions"),
+        ([HEADER.replace("BBox_", ""), *ROWS], "the column xmin should be spelt BBox_xmin"),
+        ([HEADER.replace("Gender", "Daily_predicted"), *ROWS], "would be a second column daily_predicted"),
+        ([HEADER, f"train/{ROWS[0]}"], "no image .*; leave out train/"),
+        ([HEADER], "holds no rows; add some, or delete the file"),
+    ],
+)
+def test_mistakes_in_a_csv(dataset, lines, says):
+    write(dataset, lines)
+    with pytest.raises(ValueError, match=says):
+        read_split(dataset, "train")
+
+
+def test_an_unfinished_copy_is_not_trained_on(tmp_path, run):
+    for root in ("Raw", "Kept"):
+        class_folders(tmp_path / root / "train", {"a": 3, "b": 3})
+    Path("Kept/preprocess.json").write_text(json.dumps({"preparation": PREPARATION, "unfinished": ["train"]}))
+    for args in (("train", "--data", "Kept", "--data", "Raw"), ("data", "Kept")):
+        done = run(*args)
+        assert done.code == 1 and "Kept is unfinished" in done.err, done
 
 
 def test_class_folders_that_are_none(tmp_path, capfd):
