@@ -347,7 +347,7 @@ def _parse(content: dict) -> Checkpoint:
 def load_teacher(path: str, classes: dict[str, tuple[str, ...]], device: torch.device) -> "Teacher":
     """The model of a best.pt as a teacher of these labels. Raises BadParameter where its labels are others."""
     if not Path(path).is_file():
-        raise usage_error("--teacher", f"{path} does not exist; where it was moved, --teacher says its new place")
+        raise usage_error("--teacher", f"{path}: no such file; where it was moved, --teacher says its new place")
     model, checkpoint = load_model(path)
     for label in classes | checkpoint.classes:
         if classes.get(label) != checkpoint.classes.get(label):

@@ -71,9 +71,9 @@ class FashionModel(nn.Module):
         return {label: head(features) for label, head in zip(self.classes, self.heads)} | outputs
 
     def keep_statistics(self) -> None:
-        """In train mode: batch norms normalise by their running statistics, and leave these as they are.
+        """Batch norms in train mode normalise by their running statistics, and leave these as they are.
 
-        A batch of crops and whole photos has the statistics of neither; a look at predict time sees one kind alone.
+        Those of a batch vary with its share of crops, which are other images than whole photos.
         """
         for module in self.backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -161,7 +161,7 @@ def train_one_epoch(settings: Settings, state: TrainState, loader: DataLoader, r
     Raises ValueError where a loss is not finite, Stopped where a signal asked for it.
     """
     model, sampler, device, amp = run.model.train(), loader.batch_sampler, state.model.mean.device, run.amp_dtype
-    if settings.box_head and (settings.pretrained or settings.weights):
+    if settings.box_head and (settings.pretrained or settings.weights) and state.epoch >= settings.t_0 / 4:
         state.model.keep_statistics()
     sampler.epoch, sampler.skip = state.epoch + 1, state.step
     run.epoch_start = time.monotonic() - state.seconds
