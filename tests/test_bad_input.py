@@ -405,3 +405,8 @@ def test_a_folder_with_photos_that_cannot_be_read(run, checkpoint, drawn, tmp_pa
 def test_a_last_pt_is_no_weights(run, drawn, checkpoint, tmp_path):
     (tmp_path / "last.pt").write_bytes(saved({"format": FORMAT, "model": {}}))
     refused(run, drawn, "--weights", "last.pt", says=["last.pt is for train.py --resume"])
+
+
+def test_what_fits_is_said_where_best_pt_is_too_large(run, drawn):
+    done = run("train", "--data", drawn, *TINY, "--max-mb", 0.5)
+    assert done.code == 2 and re.search(r"--export-dtype (int8|fp16) takes 0\.\d+ MB", done.err)

@@ -17,7 +17,7 @@ import loading
 from benchmarks.gap import iou_with
 from checkpoint import load_model, new_checkpoint, read
 from data import BOX, read_split
-from evaluate import BOX_MARGIN, FIRST_LOOK_WEIGHT, grow_boxes, join_looks, predict_split, score, score_boxes
+from evaluate import grow_boxes, join_looks, predict_split, score, score_boxes
 from loading import EvalPhotos, TrainPhotos, loose_crop, make_eval_loader, part_around, read_photo, relative_boxes
 from losses import box_loss
 from model import POSITIONS, box_from_logits, build_model
@@ -153,7 +153,7 @@ def test_boxes_follow_basic_augmentation(drawn, monkeypatch, resize):
 
 def test_boxes_are_grown_within_the_photo():
     boxes = torch.tensor([[0.4, 0.2, 0.6, 0.8], [0.0, 0.01, 1.0, 0.99]])
-    by_x, by_y = BOX_MARGIN * 0.2, BOX_MARGIN * 0.6
+    by_x, by_y = 0.05 * 0.2, 0.05 * 0.6
     expected = torch.tensor([[0.4 - by_x, 0.2 - by_y, 0.6 + by_x, 0.8 + by_y], [0, 0, 1, 1]])
     torch.testing.assert_close(grow_boxes(boxes), expected)
 
@@ -164,7 +164,7 @@ def test_looks_are_joined():
     targets = {"a": torch.randint(4, (n,), generator=generator)}
     right = 6 * torch.nn.functional.one_hot(targets["a"], 4).float()
     first, second = {"a": right + torch.randn(n, 4, generator=generator)}, {"a": right}
-    expected = second["a"].log_softmax(-1) + FIRST_LOOK_WEIGHT * first["a"].log_softmax(-1)
+    expected = second["a"].log_softmax(-1) + 0.5 * first["a"].log_softmax(-1)
     joined = join_looks(first, second)
     torch.testing.assert_close(joined["a"], expected)
     assert score(joined, targets)["top1_a"] == 1

@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, run_script
 from hypothesis import given, settings, strategies as st
 from rounding import layer_kinds
+from test_train_predict import rows
 
 from checkpoint import SCALE, exported_weights, load_model, load_weights, quantised, read, restored_weights, save
 from model import build_model
@@ -200,3 +201,12 @@ def test_an_int8_best_pt_is_a_teacher_and_the_float32_that_it_holds(run, drawn, 
         assert done.code == 0, done.err
     students = [read(f"runs/{name}/best.pt")["weights"] for name in "ab"]
     assert all(torch.equal(value, students[1][key]) for key, value in students[0].items())
+
+
+@pytest.mark.parametrize("export_dtype", ["fp16", "int8"])
+def test_validation_is_of_the_rounded_weights(run, drawn, export_dtype):
+    flags = ["--epochs", 1, "--amp", "off", "--name", "a", "--export-dtype", export_dtype]
+    assert run("train", "--data", drawn, *TINY, *flags).code == 0
+    assert run("predict", "runs/a/best.pt", "--split", "val", "--probs", "--workers", 0, "--out", "p.csv").code == 0
+    for ours, theirs in zip(rows("p.csv"), rows("runs/a/val_predictions.csv"), strict=True):
+        assert float(ours["daily_p0"]) == pytest.approx(float(theirs["Daily_p0"]), rel=1e-5)

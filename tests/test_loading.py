@@ -4,6 +4,7 @@ The cache is whole or nothing: it gives what the files give, or it is decoded ag
 """
 
 import csv
+import dataclasses
 import importlib.util
 import inspect
 import multiprocessing
@@ -523,3 +524,26 @@ def test_a_cache_in_the_dataset_changes_nothing_else(run, dataset):
     cached(dataset)
     assert (content_of("--data", str(dataset)), data.read_split(dataset, "train").fingerprint) == before
     assert run("data", dataset, "--all").code == 0
+
+
+def test_training_sees_the_view_asked_for(drawn):
+    samples = data.read_split(drawn, "train").samples[:3]
+    samples = [dataclasses.replace(sample, boxes=sample.boxes | {"mask": (3, 5, 40, 50)}) for sample in samples]
+    seen = TrainPhotos(samples, 16, Settings(augment="none", train_view="mask"))
+    for i, sample in enumerate(samples):
+        assert torch.equal(seen[1, i][0], view_pixels(load_photo(sample.path), (3, 5, 40, 50), 16))
+
+
+def test_no_box_is_taught_where_the_image_shows_none(drawn):
+    boxed, other = data.read_split(drawn, "train").samples[:2]
+    settings = Settings(augment="none", crop_prob=0.5, box_head=True)
+    seen = TrainPhotos([boxed, dataclasses.replace(other, boxes={})], 32, settings)
+    assert seen[1, 0][1][data.BOX].isfinite().all() and seen[1, 1][1][data.BOX].isnan().all()
+    seen.augment = lambda image, boxes: (image, torch.zeros_like(boxes))  # it left the image
+    assert seen[1, 0][1][data.BOX].isnan().all()
+
+
+def test_the_fingerprint_knows_the_photos_sizes(dataset):
+    before = data.read_split(dataset, "train")
+    grow(dataset, before.samples[0])
+    assert data.read_split(dataset, "train").fingerprint != before.fingerprint

@@ -193,6 +193,8 @@ def test_scores_of_boxes():
     assert box_iou(boxes, targets)[:2].tolist() == approx([0.9, 0.0]) and box_iou(boxes, targets)[2].isnan()
     assert score_boxes(boxes, targets) == approx({"iou": 0.45, "iou_over_0.5": 0.5, "iou_over_0.8": 0.5})
     assert score_boxes(boxes[2:], targets[2:]) == {}
+    between = score_boxes(boxes[:1], torch.tensor([[0.0, 0.0, 1.0, 0.7]]))
+    assert between == approx({"iou": 0.7, "iou_over_0.5": 1, "iou_over_0.8": 0})
 
 
 def batches(x, labels, n):

@@ -348,3 +348,9 @@ def test_a_failure_of_drawing_fails_no_run(run, drawn, tmp_path, monkeypatch):
     done = run("train", "--data", drawn, *PICTURED, "--epochs", 1, "--name", "a")
     assert done.code == 0 and "RuntimeError: no room" in done.out and "python report.py runs/a" in done.out
     assert not list((tmp_path / "runs" / "a").glob("*.png"))
+
+
+def test_rows_of_the_confusion_matrix_are_the_truth():
+    truth, predicted, sure = ({label: torch.tensor([c]) for label in CLASSES} for c in (0, 2, 0.5))
+    (text,) = report.confusion(report.Answers(["a"], truth, predicted, sure, [{}]), CLASSES).axes[0].texts
+    assert text.get_position() == (2, 0)  # x is predicted, y true

@@ -101,13 +101,16 @@ def test_a_second_process_on_a_run_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_second_stop_signal_stops_at_once():
+    went_on = []
     with pytest.raises(KeyboardInterrupt), cli.StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received
         os.kill(os.getpid(), signal.SIGTERM)  # torchrun's, after Ctrl-C: not a second Ctrl-C
         time.sleep(0.01)
+        went_on.append(True)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+    assert went_on
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
@@ -202,11 +205,13 @@ def test_several_processes_train_stop_and_resume(tmp_path, monkeypatch, n, flags
     truth = rows(next(torture.dataset(tmp_path).glob("*_val.csv")))
     written = rows("runs/undisturbed/val_predictions.csv")
     assert [row["image_name"] for row in written] == [row["image_name"] for row in truth]
-    predict = ["runs/undisturbed/best.pt", "--split", "val", "--workers", "0", "--out", "p.csv"]
+    predict = ["runs/undisturbed/best.pt", "--split", "val", "--workers", "0", "--probs", "--out", "p.csv"]
     predicted = torture.Run(predict, "predict")
     assert predicted.wait() == 0, predicted.said()
     best = read("runs/undisturbed/best.pt")
     assert [row["daily"] for row in rows("p.csv")] == [row["Daily_predicted"] for row in written]
+    p = [[float(row[column]) for row in of] for of, column in ((rows("p.csv"), "daily_p0"), (written, "Daily_p0"))]
+    assert p[0] == pytest.approx(p[1], rel=1e-4)
     right = sum(row["Daily"] == row["Daily_predicted"] for row in written)
     assert best["scores"]["top1_Daily"] == right / len(truth)
 

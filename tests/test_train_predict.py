@@ -1,6 +1,7 @@
 """The real scripts end to end: train, resume, predict; what is written, and that the numbers repeat."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -17,11 +18,15 @@ from PIL import Image
 
 import checkpoint
 import cli
+import evaluate
 import train as train_script
 from checkpoint import load_model, read
 from data import CLASS_NAMES
 from evaluate import Prediction
+from loading import EpochSampler
+from model import FashionModel
 from predict import predictions_table
+from settings import Settings
 
 RUN_FILES = {"config.json", "metrics.csv", "best.pt", "last.pt", "val_predictions.csv"}
 
@@ -485,3 +490,78 @@ def test_help_has_panels_and_defaults(run, monkeypatch):
         assert word in done.out, word
     for script in ("predict", "data", "demo"):
         assert run(script, "--help").code == 0
+
+
+# ---------------------------------------------------------------- settings that act
+
+
+def test_the_validation_loss_is_that_of_the_written_probabilities(trained):
+    run_folder, _ = trained
+    written = rows(run_folder / "val_predictions.csv")
+    best = max(rows(run_folder / "metrics.csv"), key=lambda row: float(row["val_top1_mean"]))
+    loss = 0.0
+    for label, names in CLASS_NAMES.items():
+        if label in written[0]:
+            p = torch.tensor([[float(row[f"{label}_p{c}"]) for c in range(len(names))] for row in written])
+            truth = torch.tensor([int(row[label]) for row in written])
+            loss += torch.nn.functional.cross_entropy(p.log(), truth, label_smoothing=0.1).item()
+    assert float(best["val_loss"]) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("top1", 3), ("acsa", 1), ("loss", 2)])
+def test_the_monitor_picks_the_best_epoch(run, drawn, monkeypatch, monitor, best):
+    scores = iter([(0.1, 0.9, 3.0), (0.2, 0.5, 1.0), (0.3, 0.1, 2.0)])
+    monkeypatch.setattr(evaluate, "score", lambda *args: dict(zip(("top1_mean", "acsa_mean", "loss"), next(scores))))
+    monkeypatch.setattr(train_script, "finish", lambda *args: None)
+    done = run("train", "--data", drawn, *TINY, "--epochs", 3, "--patience", 9, "--monitor", monitor, "--name", "a")
+    assert done.code == 0, done.err
+    assert read("runs/a/best.pt")["epoch"] == best
+
+
+def test_a_worse_epoch_after_a_resume_leaves_best_pt(run, drawn, monkeypatch):
+    monkeypatch.setattr(train_script, "MONITORS", {"top1": ("epoch", -1)})  # the first epoch is the best
+    assert run("train", "--data", drawn, *TINY, "--epochs", 1, "--patience", 9, "--name", "a").code == 0
+    assert run("train", "--resume", "runs/a", "--epochs", 2).code == 0
+    assert read("runs/a/best.pt")["epoch"] == 1
+
+
+def test_weight_decay_reaches_the_optimiser(run, drawn, monkeypatch):
+    step, seen = torch.optim.AdamW.step, set()
+
+    def watched(self, *args, **kwargs):
+        seen.update(group["weight_decay"] for group in self.param_groups)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    assert run("train", "--data", drawn, *TINY, "--epochs", 1, "--weight-decay", 0.2).code == 0
+    assert seen == {0.2}
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("off", None)])
+def test_training_runs_in_the_precision_asked_for(run, drawn, monkeypatch, amp, dtype):
+    forward, seen = FashionModel.forward, set()
+
+    def watched(self, images, **options):
+        if self.training:
+            seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return forward(self, images, **options)
+
+    monkeypatch.setattr(FashionModel, "forward", watched)
+    assert run("train", "--data", drawn, *TINY, "--epochs", 1, "--amp", amp).code == 0
+    assert seen == {dtype}
+
+
+def test_the_seed_decides_order_first_weights_and_steps(run, drawn, monkeypatch):
+    orders = [list(EpochSampler(40, 16, seed)) for seed in (1, 2)]
+    assert orders[0] != orders[1]
+    first = []
+    for seed in (1, 2):
+        still = ["--epochs", 1, "--lr", 1e-12, "--eta-min", 0, "--seed", seed, "--name", seed]
+        assert run("train", "--data", drawn, *TINY, *still).code == 0
+        first.append(read(f"runs/{seed}/last.pt")["model"]["heads.0.weight"])
+    assert (first[0] - first[1]).abs().max() > 1e-3
+    keys, seeds = list(itertools.product((0, 1), (1, 2), (0, 1, 5), (1, 2, 7), ("step", "cutmix"))), set()
+    for rank, seed, epoch, step, purpose in keys:
+        monkeypatch.setattr(train_script, "rank", lambda rank=rank: rank)
+        seeds.add(train_script.step_seed(Settings(seed=seed), SimpleNamespace(epoch=epoch, step=step), purpose))
+    assert len(seeds) == len(keys)
