@@ -267,6 +267,27 @@ def test_a_run_with_a_box_head(run, drawn, tmp_path):
     assert accumulated.code == 0, accumulated.err
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_batch_norms_of_a_pretrained_backbone_keep_their_statistics_from_a_quarter_on(run, drawn, pretrained):
+    torch.save(build_model("test_efficientnet", {"a": ("x", "y")}, 32).backbone.state_dict(), "backbone.pt")
+    start = ["--weights", "backbone.pt"] if pretrained else []
+    flags = [*TINY, *HEAD, "--model", "test_efficientnet", "--t-0", 4, "--patience", 9, "--name", "a", *start]
+    found = []
+    for args in (["--data", drawn, *flags, "--epochs", 1], ["--resume", "runs/a", "--epochs", 2]):
+        done = run("train", *args)
+        assert done.code == 0, done.err
+        state = read("runs/a/last.pt")["model"]
+        found.append({key: value for key, value in state.items() if key.endswith(("running_mean", "running_var"))})
+    same = [torch.equal(value, found[1][key]) for key, value in found[0].items()]
+    assert same and all(same) if pretrained else not any(same)
+    first = torch.load("backbone.pt", weights_only=True)["bn1.running_mean"]
+    assert not torch.equal(first, found[0]["backbone.bn1.running_mean"])  # before, they are those of the batches
+
+
+def test_the_levels_of_a_plain_transformer():
+    assert build_model("vit_tiny_patch16_224", {"a": ("x", "y")}, 32, box_head=True).levels == [7, 11]
+
+
 def test_boxes_of_letterboxed_photos_are_in_pixels_of_the_photos(run, drawn):
     flags = ["--resize", "letterbox", "--model", "test_efficientnet", "--image-size", 64, "--amp", "off"]
     done = run("train", "--data", drawn, *TINY, *HEAD, *flags, "--name", "a")
