@@ -82,7 +82,7 @@ ROWS = (
     Row("backbone_convnext", "raw", "--model convnext_femto.d1_in1k", "below EVA-02", "a ConvNeXt of 19 MB"),
     Row("backbone_mobilenet", "raw", "--model mobilenetv3_large_100.ra_in1k", "below EVA-02", "a MobileNet of 17 MB"),
     Row("repeat", "raw", "", 'differed "a lot"', "the base again: is it the same?"),
-    Row("modern", "clean", MODERN, "", "ours, not the notes': README's recipe"),
+    Row("modern", "clean", MODERN, "", "ours, not the notes': the recipe of docs/guide.md"),
     Row("wide", "raw", f"{WIDE} {MODERN}", "", "ours: modern on raw photos, four times the model in int8"),
 )
 NAMED = {row.name: row for row in ROWS}
