@@ -486,12 +486,12 @@ def restore(settings: Settings, state: "TrainState", fingerprint: dict[str, str]
     if not (folder / "last.pt").exists():
         note(f"{folder} was stopped before its first state was saved: it starts again")
         return folder
+    saved = read(folder / "last.pt")
     try:
-        state.load_state_dict(read(folder / "last.pt"))
+        state.load_state_dict(saved)
     except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        remedy = f"start a new run; --weights {folder}/best.pt begins with what this one learned"
-        raise ValueError(f"{folder}/last.pt fits no run of these scripts and settings ({reason}); {remedy}") from None
+        raise ValueError(f"{folder}/last.pt fits no run of these scripts and settings ({reason})") from None
     if state.best_epoch and not (folder / "best.pt").is_file():
         raise ValueError(f"{folder}/best.pt is gone; without it the run cannot be resumed")
     return folder

@@ -326,6 +326,12 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
             temporary.unlink()
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what `atomic_write` left in a folder and below when its process was killed."""
+    for leftover in folder.rglob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 # The folders that are locked. A forked loading process must not hold them after its parent was killed.
 _held: list[int] = []
 if fcntl:
@@ -336,6 +342,7 @@ if fcntl:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone (not on Windows). Raises ValueError where another process holds it."""
     if not fcntl:
+        _remove_leftovers(folder)
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -347,8 +354,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise ValueError(f"another process is writing into {folder}; wait for it to end") from None
         except OSError:  # some clusters' disks have no locks
             pass
-        for leftover in folder.rglob(".*.tmp"):  # of `atomic_write`, whose process was killed
-            leftover.unlink(missing_ok=True)
+        _remove_leftovers(folder)
         yield
     finally:
         _held.remove(handle)

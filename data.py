@@ -110,7 +110,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
         import demo
 
         if subtask != 1:
-            raise FileNotFoundError("--data demo is of sub-task 1; leave out --subtask")
+            raise FileNotFoundError("the demo set is of sub-task 1; --data takes a dataset of sub-task 2")
         return demo.cached()
     root = Path(data)
     is_inside = root.name.lower() in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
@@ -136,7 +136,7 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
 def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
     """The CSV or the folder of class folders of each split; that of `train` for validation that will be held out."""
     found = {split: path for split in SPLITS if (path := root / csv_name(split, subtask)).is_file()}
-    if root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
+    if not found and root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
         found = {split: path for split in SPLITS if (path := photo_folder(root, split)).is_dir()}
         two = islice(filter(find_photos, _class_folders(root, root)), 2)
         if "train" not in found and len([*two]) == 2:
@@ -364,10 +364,12 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
         raise FileNotFoundError(f"{path}: no such file ({command('data.py', root)} shows what is there)")
     held_out = split != "test" and found.get("train") == found.get("val")
     if found[split].is_dir():
-        if split == "train" and (tables := sorted(root.glob("*.[cC][sS][vV]"))):
+        tables = sorted(path for path in root.iterdir() if re.search(r"train.*\.csv$", path.name, re.IGNORECASE))
+        if split == "train" and tables:
             named = f"the folders are the classes; labels are read from {csv_name('train', subtask)}"
             note(f"{tables[0]} is not read: {named}")
-        path, source = root / split, _list_class_folders(root, found[split], split == "test")
+        is_again = held_out and split == "val"
+        path, source = root / split, _list_class_folders(root, found[split], split == "test", is_again)
     else:
         folder = photo_folder(root, "train" if held_out else split)
         source = _read_csv(root, folder, found[split], split == "test")
@@ -375,8 +377,11 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
     return replace(source, labels=_usable_labels(source)) if split == "train" or held_out else source
 
 
-def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
-    """The photos of class folders as rows of image_name and class; photos of a flat test folder have no class."""
+def _list_class_folders(root: Path, folder: Path, is_test: bool, is_again: bool) -> _Source:
+    """The photos of class folders as rows of image_name and class; photos of a flat test folder have no class.
+
+    `is_again`: the same folder was listed for another split, with its notes.
+    """
     class_folders = _class_folders(folder, root)
     if not class_folders and not is_test:
         raise ValueError(f"{folder} holds no class folders; put its photos into {folder}/CLASS/")
@@ -385,7 +390,7 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
     loose = sorted(path for path in loose if path.is_file() and not path.name.startswith(HIDDEN))
     if is_test:
         lines += [(str(path), [path.name, ""]) for path in loose]
-    elif loose:
+    elif loose and not is_again:
         note(f"{folder}: {len(loose):,} photos lie in no class folder and are left out, first {loose[0].name}")
     for class_folder in class_folders or [folder]:
         found = find_photos(class_folder)
@@ -396,7 +401,7 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool) -> _Source:
             raise ValueError(f"{class_folder}: {problem}, or take it out")
         word = unicodedata.normalize("NFC", class_folder.name) if class_folders else ""
         lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
-    if unreadable:
+    if unreadable and not is_again:
         note(f"{folder}: {_name_unreadable(unreadable)}; left out")
     return _Source(root, folder, ["image_name", "class"], lines, {}, ["class"] if class_folders else [], b"")
 
@@ -470,7 +475,7 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
 
 
 def _number(cell: str) -> float:
-    return float(cell) if re.fullmatch(r"[+-]?\d+(\.\d*)?", cell) else math.nan
+    return float(cell) if re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", cell) else math.nan
 
 
 def _usable_labels(source: _Source) -> list[str]:
@@ -497,8 +502,7 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
     for source in train:
         if set(source.labels) != set(labels):
             raise ValueError(f"{source.csv} has the labels {', '.join(source.labels)}; {path} has {', '.join(labels)}")
-    # preprocess.py writes class folders into a column `class`
-    are_folders = not any(source.csv.is_file() and not (source.root / PREPARED).exists() for source in train)
+    are_folders = all(_is_of_folders(source) for source in train)
     classes = {}
     for label in labels:
         words = set().union(*(source.column(label) for source in [*train, *val])) - {""}
@@ -508,6 +512,16 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
         words = {word for word in words if word.lower() not in NO_CLASSES}
         classes[label] = _classes_of(label, words, are_folders)
     return classes
+
+
+def _is_of_folders(source: _Source) -> bool:
+    """Whether the rows are of class folders: listed, or written by preprocess.py into a column `class`."""
+    if not source.csv.is_file():
+        return True
+    if "class" not in source.labels or not (source.root / PREPARED).exists():
+        return False
+    folders = [unicodedata.normalize("NFC", name.partition("/")[0]) for name in source.column("image_name")]
+    return folders == source.column("class")
 
 
 def _classes_of(label: str, words: set[str], are_folders: bool) -> tuple[str, ...]:
@@ -614,7 +628,7 @@ def _parse_box(cells: list[str]) -> Box:
         raise ValueError(f"the box {'; '.join(cell or '(empty)' for cell in cells)} is not four numbers") from None
     if xmin >= xmax or ymin >= ymax:
         raise ValueError(f"the box {box} is empty or inverted; leave the four cells empty where there is no box")
-    if max(xmax, ymax) <= 1:
+    if max(xmax, ymax) <= 1 and box != (xmin, ymin, xmax, ymax):
         raise ValueError(f"the box {'; '.join(cells)} is in fractions of the photo; boxes are in pixels")
     return box
 
@@ -638,7 +652,9 @@ def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str
     stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
     similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
     if len(similar) != 1 or not os.path.isfile(similar[0]):  # a link to nothing
-        remedy = f"; leave out {below.split('/')[0]}/" if os.path.isfile(f"{folder}/../{below}") else ""
+        first, _, rest = below.partition("/")
+        is_doubled = first == Path(folder).name and os.path.isfile(f"{folder}/{rest}")
+        remedy = f"; leave out {first}/" if is_doubled else ""
         raise ValueError(f"no image {path}{remedy}" if name else "image_name is empty")
     return similar[0]
 
@@ -696,11 +712,11 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
     return doubts
 
 
-def note_doubts(train: Split, val: Split, root: Path) -> None:
+def note_doubts(train: Split, val: Split) -> None:
     """Say in a line each what spoils the result of a run."""
     for doubt in find_doubts("train", train) + find_doubts("val", val, train):
         first, *rows = doubt.splitlines()
-        note(f"{first} ({command('data.py', root)} names them)" if rows else first)
+        note(f"{first} (data.py names them)" if rows else first)
 
 
 def _choose_validation(source: _Source, rows: Rows) -> set[int]:

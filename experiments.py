@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -30,7 +31,7 @@ import numpy as np
 import typer
 
 from cli import NONE, OFF, Debug, atomic_write, command, examples, note, run_app, say, show_table, usage_error
-from data import find_photos, garment, photo_folder
+from data import garment, photo_folder
 from settings import read_config, whole_path
 
 # ---------------------------------------------------------------- the rows
@@ -214,10 +215,12 @@ def content_of(flag: str, data: str) -> str:
     for path in [*tables, *root.glob("preprocess.json")]:
         digest.update(path.name.encode() + path.read_bytes())
     for top in [photo_folder(root, split) for split in ("train", "val")] if tables else [root]:
-        for path in find_photos(top):
-            place = path.relative_to(root)
-            if path.is_file() and place.parts[0].lower() not in ("test", "runs"):
-                digest.update(f"{place}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+        for folder, subfolders, files in os.walk(top, followlinks=True):
+            used = [name for name in subfolders if name.lower() not in ("test", "runs") and not name.startswith(".")]
+            subfolders[:] = sorted(used)
+            for path in [Path(folder, file) for file in sorted(files)]:
+                line = f"{path.relative_to(root)}\0{path.stat().st_size}\0"
+                digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -266,9 +269,6 @@ def read_run(folder: Path) -> Run:
         record = json.loads(path.read_bytes()) if path.exists() else {"row": "", "more": {}}
         config, metrics = read_config(folder), read_csv(folder / "metrics.csv")
         settings = config["settings"] | {"data": config.get("data")}
-        asked = record.get("flags", {}).get("--epochs", [""])[-1]
-        if asked not in ("", str(settings.get("epochs", asked))):
-            raise ValueError(f"it was resumed to {settings['epochs']} epochs; move it out of runs/ and run it again")
         rows = read_csv(folder / "val_predictions.csv")
         labels = [label for label in rows[0] if any(row[label] and row.get(f"{label}_predicted") for row in rows)]
         rows = [row for row in rows if any(row[label] for label in labels)]
@@ -294,7 +294,10 @@ def read_experiments() -> list[list[Run]]:
     groups: dict[tuple[int, str], dict[int, Run]] = {}
     for path in sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
-            found = read_run(path.parent)
+            found, flags = read_run(path.parent), json.loads(path.read_bytes()).get("flags", {})
+            epochs = found.settings.get("epochs")
+            if epochs and "--epochs" in flags and int(flags["--epochs"][-1]) != epochs:
+                raise ValueError(f"{found.folder} was resumed to {epochs} epochs since")
             if found.row not in NAMED:
                 raise ValueError(f"{found.folder} is of {found.row!r}, which is no row any more")
             setting = (list(NAMED).index(found.row), json.dumps([found.more, found.data]))
@@ -480,8 +483,8 @@ def remarks(runs: list[Run]) -> list[str]:
     for run in runs:
         if run.epochs < run.settings.get("epochs", 0):
             notes.append(f"{run.folder.name} has {run.epochs} of {run.settings['epochs']} epochs")
-    keys = dict.fromkeys(chain(*(run.settings for run in runs)))
-    differ = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1 and key not in NO_SETTINGS]
+    keys = [key for key in runs[0].settings if key not in NO_SETTINGS and all(key in run.settings for run in runs)]
+    differ = [key for key in keys if len({str(run.settings[key]) for run in runs}) > 1]
     return notes + ([f"these differ: {', '.join(differ)}"] if differ else [])
 
 

@@ -152,19 +152,19 @@ def check_outputs(checkpoint: Path, saved: Checkpoint, rows: Split, out: Path, p
             raise usage_error(flag, f"{path.parent} cannot be written; name a file elsewhere")
     if picture and picture.resolve() == out.resolve():
         raise usage_error("--picture", f"{picture} is the CSV's name too; choose another")
-    if picture and picture.is_file() and not is_drawn(picture):
+    if picture and picture.is_file() and picture.stat().st_size and not is_drawn(picture):
         raise usage_error("--picture", f"{picture} exists; name the picture to draw (photos to predict have no flag)")
-    if out.is_file() and not is_of_predictions(out, saved.classes):
+    if out.is_file() and out.stat().st_size and not is_of_predictions(out, saved.classes):
         raise usage_error("--out", f"{out} exists and holds no predictions of these labels; choose another name")
 
 
 def is_of_predictions(path: Path, classes: Classes) -> bool:
-    """Whether a CSV begins with the columns of `predictions_table`, and is none of a dataset's or of validation's."""
+    """Whether a CSV begins with the columns of `predictions_table`, and is no val_predictions.csv."""
     columns = ["image_name", *map(submission_column, classes)]
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        header = file.readline(10_000).strip()
-    is_other = "_predicted" in header or path.name.startswith("Fashion-How24")
-    return next(csv.reader([header]), [])[: len(columns)] == columns and not is_other
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
+        header = next(csv.reader([file.readline(100_000).strip()]), [])
+        return header[: len(columns)] == columns and f"{next(iter(classes))}_predicted" not in header
+    return False
 
 
 def is_drawn(path: Path) -> bool:

@@ -120,7 +120,7 @@ def train(settings: Settings) -> None:
     view = choose_view(settings, train_split, val_split)
     check_cutmix(settings.cutmix or (), train_split.classes)
     if not settings.fit_all:
-        note_doubts(train_split, val_split, roots[-1])
+        note_doubts(train_split, val_split)
 
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
@@ -167,7 +167,8 @@ def train_one_epoch(settings: Settings, state: TrainState, loader: DataLoader, r
     run.epoch_start = time.monotonic() - state.seconds
     recent: list[tuple[int, dict[str, Tensor]]] = []  # images and losses of the steps since the last check
     with progress(sampler.n, f"epoch {sampler.epoch}/{settings.epochs}") as bar, ExitStack() as at_the_end:
-        at_the_end.callback(add_losses, state, recent)  # of a stop too: the state is then saved
+        # Of a stop too, whose state is saved; not of an error, where another process may have ended.
+        at_the_end.push(lambda kind, *error: add_losses(state, recent) if kind in (None, Stopped) else None)
         bar.advance(state.step * settings.batch_size)
         for images, targets in run.signals.waiting_for(loader):
             state.step += 1
@@ -329,7 +330,7 @@ def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run)
             draw_pictures(folder, photos, val_split)
         except Exception as error:  # the run is finished, and all of it is saved
             again = cli.command("report.py", folder)
-            note(f"the pictures could not be drawn ({type(error).__name__}: {error}); again: {again}")
+            note(f"pictures are missing ({type(error).__name__}: {error}); again: {again}")
     say(f"next: {cli.command('predict.py', folder / 'best.pt')}")
 
 

@@ -14,7 +14,10 @@ import torch
 from conftest import TINY, run_script
 from PIL import Image
 
-from checkpoint import FORMAT
+from checkpoint import FORMAT, new_checkpoint, save
+from data import Sample, Split
+from model import build_model
+from settings import Settings
 
 TRAIN_CSV = "Fashion-How24_sub1_train.csv"
 
@@ -336,23 +339,32 @@ def test_a_photo_that_cannot_be_read_is_left_out_at_the_end(run, checkpoint, tmp
     "flag, name, content",
     [
         ("--picture", "mine.png", None),
-        ("--out", "Fashion-How24_sub1_test.csv", "image_name,Daily,Gender,Embellishment\n"),
-        ("--out", "val_predictions.csv", "image_name,Daily,Daily_predicted\n"),
-        ("--out", "last.pt", "x"),
+        ("--out", "Fashion-How24_sub1_train.csv", "image_name,BBox_xmin,class\n"),
+        ("--out", "val_predictions.csv", "image_name,class,class_predicted,class_p0\n"),
+        ("--out", "last.pt", "PK\0\3"),
     ],
 )
-def test_what_predict_did_not_write_is_not_replaced(run, checkpoint, tmp_path, flag, name, content):
-    (tmp_path / "best.pt").write_bytes(checkpoint)
+def test_what_predict_did_not_write_is_not_replaced(run, class_checkpoint, flag, name, content):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("x.jpg")
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("mine.png")
     if content:
         Path(name).write_text(content)
     before = Path(name).read_bytes()
-    done = run("predict", "best.pt", "x.jpg", flag, name)
+    done = run("predict", class_checkpoint, "x.jpg", flag, name)
     assert done.code == 2 and f"{name} exists" in done.err and Path(name).read_bytes() == before
-    for _ in range(2):  # its own files are
-        again = run("predict", "best.pt", "x.jpg", "--probs", "--out", "p.csv", "--picture", "drawn.png")
-        assert again.code == 0, again.err
+    Path("p.csv").touch()  # as mktemp does
+    for more in ("--probs", "--names"):  # its own files are
+        done = run("predict", class_checkpoint, "x.jpg", more, "--out", "p.csv", "--picture", "drawn.png")
+        assert done.code == 0, done.err
+
+
+@pytest.fixture
+def class_checkpoint(tmp_path):
+    """Of a model with the label `class`, whose columns are spelt alike in datasets and predictions."""
+    model = build_model("test_vit", {"class": ("a", "b")}, 32)
+    rows = Split(Path(), [Sample("x", "x", "x", Path(), {}, {"class": 0})], model.classes, ("class",), "")
+    save(new_checkpoint(Settings(model="test_vit"), model, rows, "full", None).content(), tmp_path / "best.pt")
+    return "best.pt"
 
 
 def test_an_output_in_a_folder_that_cannot_be_written(run, checkpoint, tmp_path, monkeypatch):

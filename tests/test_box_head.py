@@ -365,6 +365,9 @@ def test_a_first_look_alone_is_the_view_full(run, drawn):
     assert "the earlier file of that name was replaced" in done.out
 
 
+BOXES = ((0, 0, 20, 20), (10, 10, 40, 40))
+
+
 def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
     """Removing the background is by far the slowest part: the second look gets what the first one's photo became.
 
@@ -383,6 +386,9 @@ def test_a_photo_is_prepared_and_its_box_found_once(run, drawn):
     assert len(boxes) == 2 * len(split.samples)  # each of two looks; none of one
     prediction = predict_rows(model, saved, split, "learned", prepare, workers=0)
     assert len(prepared) == len(split.samples)
+    twice = replace(split, samples=[replace(split.samples[0], boxes={"bbox": box}) for box in BOXES])
+    predict_rows(model, saved, twice, "learned", prepare, workers=0)
+    assert len(prepared) == len(split.samples) + 2  # two garments of one photo are prepared by their boxes
     assert all(torch.equal(plain.logits[key], prediction.logits[key]) for key in plain.logits)
 
 

@@ -631,9 +631,11 @@ def test_an_experiment_that_was_resumed_with_more_epochs_is_left_aside(run):
         epochs = 4 if seed == 1104 else 3
         leave(f"{BASE}-seed{seed}-0", row=BASE, seed=seed, more={"--epochs": ["3"]}, settings={"epochs": epochs})
     done = run("experiments", "table", "--csv")
-    assert "seed1104-0 is no complete run" in done.out and "resumed to 4 epochs" in done.out
+    assert f"left aside: runs/{BASE}-seed1104-0 was resumed to 4 epochs since" in done.out
     (row,) = csv.DictReader(io.StringIO(done.out[done.out.index("row,flags") :]))
     assert row["seeds"] == "1"
+    done = run("experiments", "compare", f"runs/{BASE}-seed1103-0", f"runs/{BASE}-seed1104-0")
+    assert done.code == 0, done.err
 
 
 def test_compare_says_what_a_mean_hides(run):

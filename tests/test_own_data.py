@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 from PIL import Image
 
 from data import find_dataset, find_doubts, image_samples, read_split, read_splits, read_table, shared_photos
@@ -342,6 +344,34 @@ def test_class_folders_in_ages_and_years_are_words_after_preprocess_too(tmp_path
         assert train.classes["class"] == names
 
 
+def test_a_prepared_csv_with_numbers_has_numbers(dataset):
+    """preprocess.py writes class folders into a column `class`; one that was there before holds what it held."""
+    (dataset / "preprocess.json").write_text(json.dumps({"preparation": PREPARATION, "unfinished": []}))
+    header = HEADER.replace("Daily", "class").replace("Gender", "Kind")
+    write(dataset, [header, *(row.replace(",1,2,0", ",1.0,2.0,0") for row in ROWS)])
+    split = read_split(dataset, "train")
+    assert split.classes["class"] == ("0", "1", "2") and split.classes["Kind"] == tuple("01234")
+
+
+def test_a_box_of_one_pixel_in_the_corner(dataset):
+    write(dataset, [HEADER, *(row.replace("10,12,200,240", "0,0,1,1") for row in ROWS)])
+    assert read_split(dataset, "train").samples[0].boxes["bbox"] == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_photos_that_are_seen_whole_for_want_of_a_box_are_counted(dataset, run, split):
+    rows = {name: [HEADER, *ROWS] for name in ("train", "val")}
+    for name, lines in rows.items():
+        without = [lines[0], lines[1].replace("10,12,200,240", ",,,"), *lines[2:]]
+        write(dataset, without if name == split else lines, name)
+    done = run("train", "--data", dataset, *TINY, "--epochs", 1, "--name", "a")
+    assert done.code == 0, done.err
+    kind = {"train": "training", "val": "validation"}[split]
+    assert f"1 {kind} photos have no bbox box: they are seen whole" in done.out and done.out.count("seen whole") == 1
+    done = run("predict", "runs/a/best.pt", "--split", split)
+    assert "1 of these photos have no bbox box: they are seen whole" in done.out
+
+
 def test_photos_beside_class_folders(tmp_path, capfd):
     class_folders(tmp_path / "train", {"a": 2, "b": 2})
     class_folders(tmp_path / "val", {"a": 1, "b": 1})
@@ -351,6 +381,9 @@ def test_photos_beside_class_folders(tmp_path, capfd):
     train = read_split(tmp_path, "train")
     assert len(train.samples) == 4
     assert "train: 1 photos lie in no class folder and are left out, first loose.png" in capfd.readouterr().out
+    shutil.rmtree(tmp_path / "val")
+    read_splits([tmp_path])
+    assert capfd.readouterr().out.count("lie in no class folder") == 1  # training and validation are of one folder
     test = read_split(tmp_path, "test", train.classes)
     assert [(sample.name, sample.labels["class"]) for sample in test.samples] == [
         ("one.png", -1),
