@@ -205,10 +205,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `exported_weights` stored, for load_state_dict.
-
-    Raises ValueError where a scale makes no sense, or a number is not finite.
-    """
+    """The tensors that `exported_weights` stored. Raises ValueError where a scale or a number makes no sense."""
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
     rounded = {key for key, value in weights.items() if value.dtype == torch.int8}

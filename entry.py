@@ -165,10 +165,7 @@ def write_folder(entry: Path, checkpoint: Path, cells: list[str], rembg_model: s
 
 
 def try_entry(entry: Path, predict: str, many: Path, one: Path) -> float:
-    """Seconds of the notebook's function for `many` beyond those for `one`, in a process that knows `entry` alone.
-
-    Raises ValueError where it fails.
-    """
+    """Seconds of the notebook's function for `many` beyond `one`, in a process of its own. Raises ValueError."""
     predict = predict.replace("import pandas as pd", "").replace("pd.DataFrame", "dict")  # pandas may not be installed
     script = "from timeit import repeat\nseconds = []\n"
     for root in (many, one):
