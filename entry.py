@@ -176,7 +176,8 @@ def try_entry(entry: Path, predict: str, many: Path, one: Path) -> float:
     done = subprocess.run(command, cwd=entry, capture_output=True, text=True)
     if done.returncode:
         last_line = (done.stderr.strip() or "it was stopped").splitlines()[-1]
-        raise ValueError(f"the entry does not work by itself and was not written: {last_line}")
+        own = "; files of your own go into MODULES of entry.py" if "ModuleNotFoundError" in last_line else ""
+        raise ValueError(f"the entry does not work by itself and was not written: {last_line}{own}")
     return float(done.stdout.split()[-1])
 
 

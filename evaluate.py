@@ -103,7 +103,7 @@ def run_batches(
         plain_attention = nullcontext() if on_cpu else sdpa_kernel(SDPBackend.MATH)
         with plain_attention, torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             logits = model(images.to(device, non_blocking=True), **options)
-        return {head: values.float().cpu() for head, values in logits.items()}
+        return {head: values.float().cpu() for head, values in logits.items() if head in (*model.classes, BOX)}
 
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads_each,))
     try:

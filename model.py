@@ -22,7 +22,7 @@ from cli import usage_error
 from data import BOX
 
 POSITIONS = 40  # along each side of the image, among which the box head places the sides of the box
-BOX_WIDTH = 64  # channels of the box head
+BOX_WIDTH = 64  # channels of the box head, a multiple of 8
 BOX_HEAD_LR = 2.5e-3  # the least learning rate of the box head
 FINEST = 16  # positions along a side that the box head's finest feature map should have
 

@@ -11,7 +11,7 @@ import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -136,7 +136,10 @@ def read_run(folder: Path) -> Run:
     """What a run left in its folder. Raises typer.BadParameter, ValueError, OSError."""
     settings = read_settings(folder, "RUNS")
     with read_rows(folder / "metrics.csv") as rows:
-        columns = {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
+        columns = {}
+        for key in rows[0]:
+            with suppress(ValueError):  # a column of your own may hold words
+                columns[key] = np.array([float(row[key] or "nan") for row in rows])
         metrics = {key: values for key, values in columns.items() if np.isfinite(values).any()}
         metrics["epoch"], metrics["lr"], metrics["train_loss"]
     return Run(folder, settings, metrics, read(folder / "best.pt").get("epoch", 0))

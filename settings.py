@@ -223,7 +223,7 @@ class SettingsCommand(TyperCommand):
 
 
 def restart_epochs(settings: Settings) -> Iterator[int]:
-    """The epochs, counted from 1, that begin with the full learning rate again; endless."""
+    """The epochs, counted from 1, that begin with the full learning rate again; endless (without any: 10**9)."""
     epoch, length = 1, settings.t_0
     while True:
         epoch, length = epoch + length, length * settings.t_mult

@@ -281,8 +281,11 @@ def finish_epoch(
         scores |= {} if prediction.boxes is None else evaluate.score_boxes(prediction.boxes, boxes)
     lr = learning_rate(settings, state.scheduler.get_last_lr()[0], state.epoch + 1)
     row = {"epoch": state.epoch + 1, "lr": lr, "train_loss": loss}
+    scores = {key: float(value) for key, value in scores.items()}  # one of your own may be a tensor
     row |= {f"val_{key}": value for key, value in scores.items()}
     row |= {"seconds": round(time.monotonic() - run.epoch_start, 2)}
+    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr()):
+        group["lr"] = rate  # without warm-up and lr_scale: most schedulers go on from here
     state.scheduler.step()
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
     state.metrics.append(row)

@@ -565,3 +565,34 @@ def test_the_seed_decides_order_first_weights_and_steps(run, drawn, monkeypatch)
         monkeypatch.setattr(train_script, "rank", lambda rank=rank: rank)
         seeds.add(train_script.step_seed(Settings(seed=seed), SimpleNamespace(epoch=epoch, step=step), purpose))
     assert len(seeds) == len(keys)
+
+
+def test_scores_of_your_own_may_be_tensors(run, drawn, monkeypatch):
+    score = evaluate.score
+    monkeypatch.setattr(evaluate, "score", lambda *args: score(*args) | {"own": torch.tensor(0.5)})
+    monkeypatch.setattr(train_script, "finish", lambda *args: None)
+    assert run("train", "--data", drawn, *TINY, "--epochs", 1, "--name", "a").code == 0
+    assert load_model("runs/a/best.pt")[1].scores["own"] == 0.5 and rows("runs/a/metrics.csv")[0]["val_own"] == "0.5"
+
+
+def test_another_scheduler_goes_on_from_its_own_rate(run, drawn, monkeypatch):
+    """The loop writes the warmed-up rate into the groups, from which most of torch's schedulers go on."""
+    other = torch.optim.lr_scheduler.CosineAnnealingLR
+    monkeypatch.setattr(train_script, "CosineAnnealingWarmRestarts", lambda optimizer, *args: other(optimizer, 6))
+    flags = ["--epochs", 4, "--warmup-epochs", 2, "--patience", 9, "--name", "a"]
+    assert run("train", "--data", drawn, *TINY, *flags).code == 0
+    rates = [float(row["lr"]) for row in rows("runs/a/metrics.csv")]
+    assert rates[2:] == pytest.approx([1e-3 * (1 + math.cos(math.pi * e / 6)) / 2 for e in (2, 3)])
+
+
+def test_prediction_leaves_another_task_out(run, drawn, monkeypatch):
+    forward = FashionModel.forward
+    monkeypatch.setattr(
+        FashionModel,
+        "forward",
+        lambda self, images, **options: (
+            forward(self, images, **options) | ({} if self.training else {"aspect": images.float()})
+        ),
+    )
+    assert run("train", "--data", drawn, *TINY, "--epochs", 1, "--name", "a").code == 0
+    assert run("predict", "runs/a/best.pt", "--split", "val").code == 0
