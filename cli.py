@@ -199,7 +199,9 @@ def _run(app: Callable) -> object:
         warnings.filterwarnings("once", message=".*deterministic")  # torch: what cannot repeat to the bit here
         warnings.showwarning = lambda message, *where, **more: note(str(message).splitlines()[0])
     try:
-        return app(standalone_mode=False)
+        if (result := app(standalone_mode=False)) == 130:  # some versions of Typer return it after Ctrl-C
+            raise KeyboardInterrupt
+        return result
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted", 130
         end_processes()

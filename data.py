@@ -232,12 +232,15 @@ def read_split(
     `classes` are those of training, for val and test (other labels are ignored); None finds them here. Raises
     FileNotFoundError without the split, ValueError with all that is wrong; `problems` takes wrong rows instead.
     """
+    read_preparation(root)  # an unfinished one is no dataset
     source = _read_source(root, split, subtask)
     return _to_split(source, _find_classes([source]) if classes is None else classes, problems)
 
 
 def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) -> tuple[Split, Split]:
     """The train splits of all datasets as one, and the last one's val split. `fit_all` trains on all val splits too."""
+    for root in roots:
+        read_preparation(root)  # an unfinished one is no dataset
     train = [_read_source(root, "train", subtask) for root in roots]
     val = [_read_source(root, "val", subtask) for root in (roots if fit_all else roots[-1:])]
     classes = _find_classes(train, val if fit_all else ())
@@ -779,7 +782,6 @@ def describe(
     """Describe and check a dataset: splits, rows, classes, photos, boxes. Exit code 1 where it cannot be used."""
     root = find_dataset(data, subtask)
     say(f"{data}: {root}")
-    read_preparation(root)
     splits: dict[str, Split] = {}
     problems, doubts = [], []
     for name in SPLITS:

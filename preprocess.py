@@ -269,7 +269,10 @@ def read_photos(root: Path, splits: list[str], subtask: int) -> tuple[dict, dict
                 continue
             kind = Image.registered_extensions().get(os.path.splitext(sample.name)[1].lower())
             file = os.path.normpath(f"{split}/{sample.name}") + ("" if kind in SAVE_OPTIONS else ".png")
-            if photos.setdefault(file, sample).boxes == sample.boxes:
+            first = photos.setdefault(file, sample)
+            if first.path != sample.path:
+                problems.append(f"{sample.where}: it becomes the same file as {first.name}; rename one of them")
+            elif first.boxes == sample.boxes:
                 rows.append((file, cells))
             else:
                 problems.append(f"{sample.where}: an earlier row has this photo with another box; copy it for this row")

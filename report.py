@@ -135,6 +135,8 @@ def read_rows(path: Path) -> Iterator[list[dict[str, str]]]:
 def read_run(folder: Path) -> Run:
     """What a run left in its folder. Raises typer.BadParameter, ValueError, OSError."""
     settings = read_settings(folder, "RUNS")
+    if not (folder / "metrics.csv").exists():
+        raise cli.usage_error("RUNS", f"{folder} has no finished epoch yet")
     with read_rows(folder / "metrics.csv") as rows:
         columns = {}
         for key in rows[0]:

@@ -115,7 +115,6 @@ def train(settings: Settings) -> None:
     device, amp_dtype = set_up_torch(settings)
 
     roots = [find_dataset(path, settings.subtask) for path in data]
-    preparations = [read_preparation(root) for root in roots]
     train_split, val_split = read_splits(roots, settings.subtask, settings.fit_all)
     view = choose_view(settings, train_split, val_split)
     check_cutmix(settings.cutmix or (), train_split.classes)
@@ -124,7 +123,7 @@ def train(settings: Settings) -> None:
 
     torch.manual_seed(derive_seed(settings.seed, "weights"))
     model = new_model(settings, train_split)
-    checkpoint = checkpoints.new_checkpoint(settings, model, train_split, view, preparations[-1])
+    checkpoint = checkpoints.new_checkpoint(settings, model, train_split, view, read_preparation(roots[-1]))
     checkpoints.check_budget(checkpoint, model, settings)
     criterion = MultiHeadLoss(settings, train_split, device)
     teacher = checkpoints.load_teacher(settings.teacher, model.classes, device) if settings.teacher else None

@@ -339,3 +339,11 @@ def test_hard_boxes_are_worth_20_points(hard_photos):
     print(f"probe 3: boxed {on_boxes:.3f}, full {on_photos:.3f}")
     assert on_boxes > 0.50
     assert on_boxes - on_photos > 0.20
+
+
+def test_a_folder_that_cannot_be_made_ends_in_a_line(tmp_path):
+    """The pool of processes is made after the folder: one that nobody enters would be waited for without end."""
+    out = tmp_path / ("x" * 250)  # with the temporary folder's letters it is too long
+    command = [sys.executable, ROOT / "demo.py", out, "--train", "1", "--val", "1", "--test", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir()), done.stderr

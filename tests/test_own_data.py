@@ -11,6 +11,7 @@ from conftest import TINY
 from PIL import Image
 
 from data import find_dataset, find_doubts, image_samples, read_split, read_splits, read_table, shared_photos
+from preprocess import read_photos
 
 HEADER = "image_name,BBox_xmin,BBox_ymin,BBox_xmax,BBox_ymax,Daily,Gender,Embellishment"
 NAMES = ("1209/BO00001-1.jpg", "1209/BO00001-2.jpg", "2COAT 2019/co0001-1.jpg", "KNIT 2020/kn00004-1.png")
@@ -623,3 +624,12 @@ def test_photos_of_which_none_can_be_read(tmp_path):
             image_samples([str(tmp_path / name) for name in inputs])
     with pytest.raises(FileNotFoundError, match=r"gone.jpg: no such image or folder"):
         image_samples([str(tmp_path / "gone.jpg")])
+
+
+def test_two_photos_that_would_be_one_file_of_a_copy(tmp_path):
+    for i, name in enumerate(("a.gif", "a.gif.png")):
+        photo(tmp_path / "train" / name, i)
+    write(tmp_path, ["image_name,Kind", "a.gif,0", "a.gif.png,1", "a.gif,0"])
+    _, photos, problems = read_photos(tmp_path, ["train"], 1)
+    assert len(photos) == 1 and len(problems) == 1
+    assert "a.gif.png" in problems[0] and "the same file as a.gif; rename one" in problems[0]

@@ -354,3 +354,9 @@ def test_rows_of_the_confusion_matrix_are_the_truth():
     truth, predicted, sure = ({label: torch.tensor([c]) for label in CLASSES} for c in (0, 2, 0.5))
     (text,) = report.confusion(report.Answers(["a"], truth, predicted, sure, [{}]), CLASSES).axes[0].texts
     assert text.get_position() == (2, 0)  # x is predicted, y true
+
+
+def test_a_run_in_its_first_epoch_has_no_pictures_yet(copy, run):
+    (copy / "metrics.csv").unlink()
+    done = run("report", copy)
+    assert done.code == 2 and "has no finished epoch yet" in done.err
