@@ -232,15 +232,12 @@ def read_split(
     `classes` are those of training, for val and test (other labels are ignored); None finds them here. Raises
     FileNotFoundError without the split, ValueError with all that is wrong; `problems` takes wrong rows instead.
     """
-    read_preparation(root)  # an unfinished one is no dataset
     source = _read_source(root, split, subtask)
     return _to_split(source, _find_classes([source]) if classes is None else classes, problems)
 
 
 def read_splits(roots: Sequence[Path], subtask: int = 1, fit_all: bool = False) -> tuple[Split, Split]:
     """The train splits of all datasets as one, and the last one's val split. `fit_all` trains on all val splits too."""
-    for root in roots:
-        read_preparation(root)  # an unfinished one is no dataset
     train = [_read_source(root, "train", subtask) for root in roots]
     val = [_read_source(root, "val", subtask) for root in (roots if fit_all else roots[-1:])]
     classes = _find_classes(train, val if fit_all else ())
@@ -362,6 +359,7 @@ def _name_unreadable(paths: Sequence[Path]) -> str:
 
 def _read_source(root: Path, split: str, subtask: int) -> _Source:
     """Read a split's CSV or list its class folders; without validation, train and val both get training's rows."""
+    read_preparation(root)  # an unfinished one is no dataset
     found, path = splits_of(root, subtask), root / csv_name(split, subtask)
     if split not in found:
         raise FileNotFoundError(f"{path}: no such file ({command('data.py', root)} shows what is there)")

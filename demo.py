@@ -100,8 +100,9 @@ def draw(
     out.parent.mkdir(parents=True, exist_ok=True)
     # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    new_pool = partial(context.Pool, processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    new_pool = partial(ThreadPool, 1) if processes == 1 else new_pool
+    new_pool = partial(ThreadPool, 1)
+    if processes != 1:
+        new_pool = partial(context.Pool, processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary, new_pool() as pool:
         unfinished = Path(temporary, "demo")
         for split, photos in zip(SPLITS, (train, val, test)):

@@ -247,6 +247,7 @@ class Run:
     more: Flags  # the flags behind --
     seed: int
     commit: str | None
+    flags: Flags  # all flags of the experiment; {} where `run` did not start it
     data: list[str]  # hashes of the datasets; [] where `run` did not start it
     raw: str | None  # the hash of --data, for rows without backgrounds too; None: of an earlier version
     settings: dict  # of config.json, with the fingerprint of the data
@@ -281,7 +282,7 @@ def read_run(folder: Path) -> Run:
         accuracies |= {f"last_{label}": float(metrics[-1][f"val_top1_{label}"]) for label in ("mean", *labels)}
         setting = (record["row"], record["more"], settings["seed"], config.get("commit"))
         images = [(row["image_name"], *classes) for row, classes in zip(rows, truth.tolist())]
-        started = (record.get("data", []), record.get("raw"), settings, len(metrics))
+        started = (record.get("flags", {}), record.get("data", []), record.get("raw"), settings, len(metrics))
         return Run(folder, *setting, *started, images, predicted, correct, accuracies)
     except Exception as error:
         missing = isinstance(error, FileNotFoundError)
@@ -294,9 +295,9 @@ def read_experiments() -> list[list[Run]]:
     groups: dict[tuple[int, str], dict[int, Run]] = {}
     for path in sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
-            found, flags = read_run(path.parent), json.loads(path.read_bytes()).get("flags", {})
+            found = read_run(path.parent)
             epochs = found.settings.get("epochs")
-            if epochs and "--epochs" in flags and int(flags["--epochs"][-1]) != epochs:
+            if epochs and "--epochs" in found.flags and int(found.flags["--epochs"][-1]) != epochs:
                 raise ValueError(f"{found.folder} was resumed to {epochs} epochs since")
             if found.row not in NAMED:
                 raise ValueError(f"{found.folder} is of {found.row!r}, which is no row any more")
