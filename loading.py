@@ -4,6 +4,7 @@ import gc
 import hashlib
 import inspect
 import math
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -236,6 +237,8 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     """A loader of batches: images uint8 (N, 3, size, size), {head: targets (N, ...)}, and what else an item holds."""
     image_bytes = 3 * dataset.size**2
     workers = fitting_workers(workers, sampler.batch_size // getattr(sampler, "world_size", 1) * image_bytes)
+    if workers:
+        multiprocessing.util.get_temp_dir()  # the processes share it; of its own one that is killed would leave it
     return DataLoader(
         dataset,
         batch_sampler=sampler,

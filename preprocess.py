@@ -212,6 +212,8 @@ def preprocess(
         raise usage_error("--background-color", error) from None
     settings = {"rembg_model": rembg_model, "background_color": list(color), "keep_background": keep_background}
     settings |= {"crop": crop, "box_margin": box_margin}
+    if box_margin and crop == "none":
+        raise usage_error("--box-margin", "it is the margin around --crop; add --crop bbox or --crop mask")
     record = open_record(root, out, subtask, settings)
     tables, photos, problems = read_photos(root, splits or splits_of(root, subtask), subtask)
     results = read_results(out, photos)

@@ -35,6 +35,8 @@ def report(
     if len(runs) == 1:
         draw_pictures(runs[0], data=data)
         return
+    if data:
+        raise cli.usage_error("--data", "it is for the pictures of one run; the curves of several need no data")
     with drawing():
         save(curves([read_run(folder) for folder in runs]), runs[0] / "compare.png")
     say(f"files: {runs[0]}/compare.png")

@@ -20,6 +20,7 @@ MISUSE = {  # what the command line alone shows, and words of the answer
     "predict best.pt photo.jpg --split val": "either a dataset and split, or photos",
     "predict best.pt --amp fast": "--amp",
     "preprocess demo out --background-color nosuch": "--background-color",
+    "preprocess demo out --box-margin 0.1": "add --crop",
     "entry best.pt out --view some": "--view",
     "experiments run nosuch": "no row is called 'nosuch'",
     "report --nosuch": "--nosuch",

@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import importlib.util
 import inspect
-import multiprocessing
+import multiprocessing.util
 import os
 import re
 import resource
@@ -147,6 +147,21 @@ def test_batches_cover_every_image_once_in_an_order_of_their_own(drawn):
     loaded = [list(make_loader(dataset, sampler, workers)) for workers in (0, 2)]
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1]["Daily"], b[1]["Daily"]) for a, b in zip(*loaded))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Folders(torch.utils.data.Dataset):
+    """Items are the folders for temporary files of the processes that load them."""
+
+    size = 8
+
+    def __getitem__(self, key: tuple[int, int]) -> str:
+        return multiprocessing.util.get_temp_dir()
+
+
+def test_loading_processes_which_are_killed_leave_no_folder():
+    sampler = EpochSampler(4, 2, seed=0)
+    folders = {folder for batch in make_loader(Folders(), sampler, 2) for folder in batch}
+    assert folders == {multiprocessing.util.get_temp_dir()}
 
 
 @pytest.mark.parametrize("min_part", [1, 2])

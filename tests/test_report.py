@@ -285,6 +285,8 @@ def test_curves_show_the_best_epoch_and_the_restarts(pictured, copy, run):
     assert done.code == 0 and "compare.png" in done.out, done.err
     assert {p.name for p in copy.iterdir()} == RUN_FILES | set(PICTURES)
     (pictured.folder / "compare.png").unlink()
+    done = run("report", pictured.folder, copy, "--data", "demo")
+    assert done.code == 2 and "--data" in done.err and not (pictured.folder / "compare.png").exists()
 
 
 def test_a_run_without_validation_has_the_other_pictures(copy, run):
