@@ -107,6 +107,7 @@ class Checkpoint:
     data: str  # the dataset that was validated on: its folder, or `demo`
     subtask: int
     view: str  # what validation saw
+    train_view: str  # whose boxes training saw, and a box head learned
     resize: str
     preparation: dict | None  # what preprocess.py did to its photos
     batch_size: int
@@ -114,7 +115,6 @@ class Checkpoint:
     weights: dict[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
     scores: dict[str, float] = field(default_factory=dict)
-    train_view: str = "bbox"  # whose boxes training saw, and a box head learned
 
     def content(self) -> dict:
         return {"format": FORMAT} | vars(self)
@@ -141,13 +141,13 @@ def new_checkpoint(
         data=settings.data[-1],
         subtask=settings.subtask,
         view=view,
+        train_view=settings.train_view,
         resize=eval_resize(settings),
         preparation=preparation,
         batch_size=settings.batch_size,
         amp=settings.amp,
         weights=exported_weights(model, settings.export_dtype),
         scores=dict.fromkeys(scores, 0.0),
-        train_view=settings.train_view,
     )
 
 
@@ -320,7 +320,6 @@ def _parse(content: dict) -> Checkpoint:
     """Raises ValueError, KeyError or TypeError where the content of a best.pt makes no sense."""
     if "weights" not in content:
         raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
-    content = {"train_view": Checkpoint.train_view} | content  # files of earlier versions lack it
     found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
     found.classes = {label: tuple(names) for label, names in found.classes.items()}
     names = list(chain(*found.classes.values()))

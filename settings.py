@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 MAX_SIDE = 4096  # of an image, in pixels
 # What may change on resume, since the bits do not; `data` and `teacher` may be the same ones elsewhere.
 CHANGEABLE = {"resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache", "pictures"}
-# Settings of earlier versions with their defaults: a run that used another value cannot be resumed.
-WITHDRAWN = {"box_weight": 1.0, "box_jitter": 0.0, "distill_temperature": 4.0, "cache_dir": None, "no_cache": False}
-
 
 in_data, in_model, in_loss = (partial(option, panel) for panel in ("Data", "Model", "Loss"))
 in_optim, in_run = (partial(option, panel) for panel in ("Optimisation", "Run"))
@@ -260,7 +257,7 @@ def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged or of another version of this program") from None
     for key, value in written.items():
-        if key not in known and (key not in WITHDRAWN or value != WITHDRAWN[key]):
+        if key not in known:
             raise ValueError(f"{path}: there is no setting {key}, which the run had as {value}; start a new run")
     return settings
 

@@ -33,6 +33,7 @@ def checkpoint_of(model: FashionModel, backbone: str = "test_vit") -> Checkpoint
         data="demo",
         subtask=1,
         view="full",
+        train_view="bbox",
         resize="squash",
         preparation=None,
         batch_size=16,
