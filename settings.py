@@ -169,10 +169,7 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
         note_unboxed("training", train_split, settings.train_view)
     if view in ("bbox", "mask") and not val_split.has(view):
         if settings.val_view or without < len(train_split.samples):
-            instead = (
-                "--val-view mask sees the foreground" if val_split.has("mask") else f"--val-view {view} cannot act"
-            )
-            note(f"validation has no boxes: it sees whole photos ({instead})")
+            note("validation has no boxes: it sees whole photos")
         return "full"
     note_unboxed("validation", val_split, view)
     return view
