@@ -88,7 +88,6 @@ SCALE = ":scale"  # behind the key of a weight that is stored as int8
 ROUNDED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # whose weights are stored as int8 ...
 MIN_INT8 = 1024  # ... from so many numbers on
 FRACTIONS = [1 - step / 40 for step in range(17)]  # of maximum / 127, tried as a channel's scale
-MAX_SCALE = 1e4  # no weight of a network that works is as large
 NUMPY = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in "fdil")]  # of its scalars
 SAFE = [Namespace, *NUMPY]  # what others' files hold beside tensors; it runs nothing
 
@@ -205,18 +204,12 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `exported_weights` stored. Raises ValueError where a scale or a number makes no sense."""
+    """The tensors that `exported_weights` stored. Raises ValueError where a number is not finite."""
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
-    scales = {key.removesuffix(SCALE): value for key, value in stored.items() if key.endswith(SCALE)}
-    rounded = {key for key, value in weights.items() if value.dtype == torch.int8}
-    for key in rounded | scales.keys():
-        values, scale = weights.get(key), scales.get(key)
-        matching = key in rounded and key in scales and scale.shape == values.shape[:1] and scale.dtype == torch.float32
-        if not matching or not ((scale > 0) & (scale < MAX_SCALE)).all():
-            raise ValueError(f"the scale of {key} is missing or makes no sense")
-        weights[key] = values.float() * scale.view(-1, *[1] * (values.ndim - 1))
     for key, value in weights.items():
-        if not value.isfinite().all():
+        if value.dtype == torch.int8:
+            weights[key] = value.float() * stored[key + SCALE].view(-1, *[1] * (value.ndim - 1))
+        if not weights[key].isfinite().all():
             raise ValueError(f"{key} holds numbers that are not finite; train again with a lower --lr")
     return weights
 
