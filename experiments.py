@@ -249,7 +249,7 @@ class Run:
     commit: str | None
     flags: Flags  # all flags of the experiment; {} where `run` did not start it
     data: list[str]  # hashes of the datasets; [] where `run` did not start it
-    raw: str | None  # the hash of --data, for rows without backgrounds too; None: of an earlier version
+    raw: str | None  # the hash of --data, for rows without backgrounds too; None where `run` did not start it
     settings: dict  # of config.json, with the fingerprint of the data
     epochs: int  # that it has
     images: list[tuple[str, ...]]  # sorted: (name, true class of each label)
@@ -414,15 +414,11 @@ def compare_runs(line: Line, runs: list[Run], reference: list[Run]) -> None:
 def compare_to_base(line: Line, runs: list[Run], groups: list[list[Run]]) -> None:
     """Compare a row with the base that has its flags behind --, the base with one that has some of these flags."""
     more = runs[0].more
-    bases = [group for group in groups if group[0].row == BASE]
+    bases = [group for group in groups if group[0].row == BASE and group[0].raw == runs[0].raw]
     if line.row == BASE:
-        bases = [base for base in bases if base[0].more.items() < more.items() and base[0].data == runs[0].data]
+        bases = [base for base in bases if base[0].more.items() < more.items()]
     else:
         bases = [base for base in bases if base[0].more == more]
-        bases = [base for base in bases if None in (base[0].raw, runs[0].raw) or base[0].raw == runs[0].raw]
-        if NAMED[line.row].data == "raw":
-            bases = [base for base in bases if base[0].data == runs[0].data]
-    bases = [base for base in bases if base[0].images == runs[0].images] or bases
     if not bases:
         line.verdict = "the base" if line.row == BASE else "no base run with these flags"
         return

@@ -266,7 +266,7 @@ def leave(
             "flags": merge_flags(NAMED[row], more or {}),
             "seed": seed,
             "data": list(data),
-            "raw": raw,
+            "raw": raw or next(iter(data), None),
             "commit": commit,
         }
         (folder / "experiment.json").write_text(json.dumps(record))
