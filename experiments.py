@@ -20,7 +20,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, product
 from operator import itemgetter
@@ -32,7 +31,7 @@ import typer
 
 from cli import NONE, OFF, Debug, atomic_write, command, examples, note, run_app, say, show_table, usage_error
 from data import garment, photo_folder
-from settings import read_config, whole_path
+from settings import read_config
 
 # ---------------------------------------------------------------- the rows
 
@@ -181,11 +180,7 @@ def run(
         folder = Path("runs") / f"{row.name}-seed{seed}-{key}"
         words = words_of({"--data": paths, **flags, "--seed": [str(seed)], "--name": [folder.name]})
         if (folder / "config.json").exists():
-            words = ["--resume", str(folder)]
-            with suppress(ValueError, KeyError, TypeError):  # train.py says what is wrong with it
-                before = read_config(folder)["settings"]["data"]
-                if before != [whole_path(path, "demo") for path in paths]:  # the data were moved since
-                    words += words_of({"--data": paths})
+            words = ["--resume", str(folder), *words_of({"--data": paths})]  # they may have been moved
         words = [sys.executable, str(Path(__file__).resolve().with_name("train.py")), *words]
         is_finished = (folder / "experiment.json").exists()
         if is_finished or dry_run:

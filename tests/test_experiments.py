@@ -348,16 +348,12 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub):
     dry = run("experiments", "run", *args, "--dry-run")
     lines = dry.out.splitlines()
     assert dry.code == 0 and sum(line.startswith("# finished before: runs/") for line in lines) == 3 and len(lines) == 4
-    assert shlex.split(lines[0])[2:] == ["--resume", str(failed)]
-    (failed / "config.json").write_text('{"settings": {"data": ["/before"]}}')  # Raw lay elsewhere
-    dry = run("experiments", "run", *args, "--dry-run")
-    assert shlex.split(dry.out.splitlines()[0])[2:] == ["--resume", str(failed), "--data", "Raw"]
-    (failed / "config.json").write_text("{}")
+    assert shlex.split(lines[0])[2:] == ["--resume", str(failed), "--data", "Raw"]
     stub.commands.clear()
     assert run("experiments", "run", *args).code == 0
     assert (
         len(stub.commands) == 1
-        and stub.commands[0][2:] == ["--resume", str(failed)]
+        and stub.commands[0][2:] == ["--resume", str(failed), "--data", "Raw"]
         and (failed / "experiment.json").exists()
     )
 
