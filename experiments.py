@@ -14,7 +14,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -30,7 +29,7 @@ import numpy as np
 import typer
 
 from cli import NONE, OFF, Debug, atomic_write, command, examples, note, run_app, say, show_table, usage_error
-from data import garment, photo_folder
+from data import find_dataset, garment, join_splits, read_splits
 from settings import read_config
 
 # ---------------------------------------------------------------- the rows
@@ -164,12 +163,11 @@ def run(
     if not chosen:
         raise usage_error("ROW", "name the rows to run, or all")
     datasets = {"raw": [data], "clean": [clean_data], "raw+clean": [data, clean_data]}
-    contents = {data: content_of("--data", data)}
-    if clean_data is not None:
-        contents[clean_data] = content_of("--clean-data", clean_data)
-    elif names := [row.name for row in chosen if row.data != "raw"]:
+    if clean_data is None and (names := [row.name for row in chosen if row.data != "raw"]):
         remedy = f"{command('preprocess.py', data, 'OUT')} writes one"
         raise usage_error("--clean-data", f"needed for {', '.join(names)}; {remedy}")
+    subtask = 2 if more.get("--subtask") == ["2"] else 1
+    contents = {path: content_of(path, subtask) for path in (data, clean_data) if path is not None}
 
     runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []
     for i, (row, seed) in enumerate(runs, start=1):
@@ -199,24 +197,11 @@ def run(
         say(f"{len(runs)} runs are finished; next: {command('experiments.py', 'table')}")
 
 
-def content_of(flag: str, data: str) -> str:
-    """A hash of a dataset: its CSVs, and the paths and sizes of its photos, except those of test."""
-    root, digest = Path(data), hashlib.sha256()
+def content_of(data: str, subtask: int) -> str:
+    """A hash of a dataset's training and validation: of its CSVs, and of its photos' names and sizes in bytes."""
     if data == "demo":  # drawn by demo.py
         return data
-    if not root.is_dir():
-        raise usage_error(flag, f"{data} does not exist")
-    tables = sorted([*root.glob("*_train.csv"), *root.glob("*_val.csv")])
-    for path in [*tables, *root.glob("preprocess.json")]:
-        digest.update(path.name.encode() + path.read_bytes())
-    for top in [photo_folder(root, split) for split in ("train", "val")] if tables else [root]:
-        for folder, subfolders, files in os.walk(top, followlinks=True):
-            used = [name for name in subfolders if name.lower() not in ("test", "runs") and not name.startswith(".")]
-            subfolders[:] = sorted(used)
-            for path in [Path(folder, file) for file in sorted(files)]:
-                line = f"{path.relative_to(root)}\0{path.stat().st_size}\0"
-                digest.update(line.encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    return join_splits(read_splits([find_dataset(data, subtask)], subtask)).fingerprint
 
 
 def start(words: list[str]) -> int:
