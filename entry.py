@@ -100,8 +100,6 @@ def write_entry(
         asked = ["Color"] if subtask == 2 else CLASS_NAMES
         if missing := [label for label in asked if label not in saved.classes]:
             note(f"the challenge asks for {', '.join(missing)}, which this model does not predict")
-        if rembg_model and subtask == 2:
-            note("the rules of sub-task 2 admit no pretrained models, rembg's among them")
 
         predict = PREDICT.format(subtask=subtask, view=view, background=background, rembg_model=rembg_model)
         cells = [NOTES.format(name=name), predict, SUBMIT.format(name=name)]
