@@ -115,7 +115,6 @@ from PIL import Image
 
 from checkpoint import Checkpoint, load_model
 from data import (
-    PREPARED,
     Classes,
     Sample,
     Split,
@@ -297,9 +296,6 @@ def choose_treatment(
     if view == "learned" and is_cropped(preparation) and saved.resize == "letterbox":
         remedy = "give a copy that preprocess.py made, or --view full"
         raise usage_error("--view", f"the model predicts boxes in photos that preprocess.py cropped; {remedy}")
-    folders = () if rows.classes else Path(rows.samples[0].path).resolve().parents
-    if preparation and any((folder / PREPARED).exists() for folder in folders):
-        note("preprocess.py made these photos, and they are prepared again; --data FOLDER takes them as they are")
     if not preparation:
         note_unboxed("of these", rows, view)
     if rembg_model and not prepared and not needs_remover(preparation, view):
