@@ -256,7 +256,7 @@ def test_entries_that_are_refused(run, raw, untried, monkeypatch, tmp_path):
         (["runs/a/best.pt", "Entry", "--view", "bbox"], "no boxes"),
         (["runs/a/best.pt", "Entry", "--probs"], "--probs"),
         (["runs/a/best.pt", "Entry", "--device", "cuda"], "--device"),
-        (["runs/a/best.pt", "Entry", "--data", "Nowhere"], "no photos"),
+        (["runs/a/best.pt", "Entry", "--data", "Nowhere"], "Nowhere/test: no such"),
         (["runs/a", "Entry"], "'runs/a' is a directory"),
     ]:
         done = run("entry", *args)
