@@ -92,10 +92,8 @@ def draw(
     """Draw `train`, `val` and `test` photos into the folder `out`: all or, after an error, nothing.
 
     `processes`: None is one per core. `progress` is called with the number of newly drawn photos.
-    Raises FileExistsError if `out` is a file or a folder that is not empty.
+    Raises OSError if `out` is a file or a folder that is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder")
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
@@ -403,11 +401,10 @@ def main(
     debug: Debug = False,
 ) -> None:
     """Draw a demo set in the organisers' layout."""
-    try:
-        with progress_bar(train + val + test, "drawing", "photos") as bar:
-            draw(out, train, val, test, seed, progress=bar.advance, hard=hard)
-    except FileExistsError as error:
-        raise usage_error("OUT", error) from None
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise usage_error("OUT", f"{out} exists and is not an empty folder")
+    with progress_bar(train + val + test, "drawing", "photos") as bar:
+        draw(out, train, val, test, seed, progress=bar.advance, hard=hard)
     say(f"{train + val + test:,} photos in {out}")
 
 
