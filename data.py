@@ -170,10 +170,9 @@ def record_of(root: Path) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        check_preparation(record["preparation"])
-        return record | {"unfinished": list(record["unfinished"])}
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
-        raise ValueError(f"{path} is damaged or of another version; delete {root} and make it again") from None
+        return record | {"preparation": dict(record["preparation"]), "unfinished": list(record["unfinished"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; delete {root} and make it again") from None
 
 
 def read_preparation(root: Path) -> dict | None:
@@ -182,16 +181,6 @@ def read_preparation(root: Path) -> dict | None:
     if record and record["unfinished"]:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
     return record and record["preparation"]
-
-
-def check_preparation(preparation: dict) -> None:
-    """Raises ValueError, TypeError or KeyError where this is no record of preprocess.py."""
-    red, green, blue = preparation["background_color"]
-    numbers = (red, green, blue, preparation["weights_bytes"], preparation["box_margin"])
-    valid = all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers) and max(red, green, blue) <= 255
-    valid = valid and all(isinstance(preparation[key], str) for key in ("rembg_model", "checksum"))
-    if not valid or preparation["crop"] not in ("none", "bbox", "mask") or preparation["keep_background"] not in (0, 1):
-        raise ValueError("not the values of a preparation")
 
 
 def needs_remover(preparation: dict | None, view: str) -> bool:

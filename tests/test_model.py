@@ -274,7 +274,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     save({"format": checkpoints.FORMAT, "model": {}}, path)
     with raises(ValueError, match=r"last\.pt"):
         load_model(path)
-    save(checkpoint.content() | {"view": "sideways"}, path)
+    save(checkpoint.content() | {"box_head": True}, path)
     with raises(ValueError, match=r"no complete best\.pt"):
         load_model(path)
     with raises(FileNotFoundError):
