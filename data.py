@@ -642,10 +642,7 @@ def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str
     stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
     similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
     if len(similar) != 1 or not os.path.isfile(similar[0]):  # a link to nothing
-        first, _, rest = below.partition("/")
-        is_doubled = first == Path(folder).name and os.path.isfile(f"{folder}/{rest}")
-        remedy = f"; leave out {first}/" if is_doubled else ""
-        raise ValueError(f"no image {path}{remedy}" if name else "image_name is empty")
+        raise ValueError(f"no image {path}" if name else "image_name is empty")
     return similar[0]
 
 
