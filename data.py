@@ -583,14 +583,6 @@ def _read_rows(source: _Source, classes: Classes) -> Rows:
             rows.append((cells, _parse_row(source, where, cells, indices, spellings)))
         except ValueError as error:
             rows.append((cells, ValueError(f"{where}: {error}")))
-    samples = [sample for _, sample in rows if isinstance(sample, Sample)]
-    if renamed := [s for s in samples if spellings and not os.path.exists(os.path.join(source.folder, s.name))]:
-        first = f"{renamed[0].name} ({renamed[0].path})"
-        note(f"{source.csv}: {len(renamed):,} files are spelt otherwise than there, first {first}")
-    if source.split == "train" and len(samples) == len(rows):
-        used = {Path(sample.path).relative_to(source.folder).parts[0] for sample in samples}
-        if unused := [folder.name for folder in _class_folders(source.folder, source.root) if folder.name not in used]:
-            note(f"{source.csv}: no row names a photo in {_some(unused)}")
     if source.held_out:
         held_out = _choose_validation(source, rows)
         rows = [row for i, row in enumerate(rows) if (i in held_out) == (source.split == "val")]

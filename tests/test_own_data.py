@@ -214,7 +214,7 @@ def test_a_label_with_the_name_of_something_else(dataset, label):
 # ---------------------------------------------------------------- names and links
 
 
-def test_names_that_are_spelt_otherwise(dataset, capfd):
+def test_names_that_are_spelt_otherwise(dataset):
     other_form = unicodedata.normalize("NFD", "옷장/가.jpg")
     photo(dataset / "train" / other_form)
     photo(dataset / "train" / "a" / "b.jpeg")
@@ -231,7 +231,6 @@ def test_names_that_are_spelt_otherwise(dataset, capfd):
     found = [str(Path(sample.path).relative_to(dataset / "train")) for sample in split.samples]
     assert found == [NAMES[0], NAMES[2], "a/b.jpeg", other_form, NAMES[3]]
     assert [sample.name for sample in split.samples] == names
-    assert "4 files are spelt otherwise" in capfd.readouterr().out
     photo(dataset / "train" / "a" / "b.png")  # two files fit
     with pytest.raises(ValueError, match=r"line 4: no image .*a/b.jpg"):
         read_split(dataset, "train")
@@ -462,11 +461,10 @@ def test_what_is_no_dataset(dataset, tmp_path):
         find_dataset(str(tmp_path / "one"))
 
 
-def test_csvs_win_over_class_folders(dataset, capfd):
+def test_csvs_win_over_class_folders(dataset):
     photo(dataset / "train" / "dress" / "a.png")
     photo(dataset / "train" / "top" / "a.png")
     assert len(read_split(dataset, "train").samples) == 4
-    assert "no row names a photo in dress, top" in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------- validation that is held out
