@@ -418,14 +418,11 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
         raise ValueError(f"{path}: holds no rows; add some, or delete the file")
     header = rows[0][1]
     named = [i for i, name in enumerate(header) if name and not name.startswith("Unnamed:")]
-    lines, nameless = [], set()
+    lines = []
     for line, cells in rows[1:]:
         if any(header[len(cells) :]) or any(cells[len(header) :]):
             raise ValueError(f"{path}, line {line}: {len(cells)} cells for {len(header)} columns")
-        nameless.update(header[i] or f"number {i + 1}" for i, cell in enumerate(cells) if cell and i not in named)
         lines.append((f"{path.name}, line {line}", [cells[i] for i in named]))
-    if nameless:
-        note(f"{path}: a column without a name is left out ({', '.join(sorted(nameless))})")
     header = [header[i] for i in named]
     boxes, labels = _check_columns(path, header, lines, is_test)
     return _Source(root, folder, header, lines, boxes, labels, hashlib.sha256(raw).digest())
