@@ -109,27 +109,18 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     if data == "demo":
         import demo
 
-        if subtask != 1:
-            raise FileNotFoundError("the demo set is of sub-task 1; --data takes a dataset of sub-task 2")
         return demo.cached()
     root = Path(data)
     is_inside = root.name.lower() in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
     if data and not is_inside and splits_of(root, subtask):
         return root
-    others = [path.name for path in sorted(root.glob("Fashion-How24_sub*.csv"))]
-    problem = f"holds {others[0]}, of another --subtask" if others else "holds no Fashion-How24 CSV or class folders"
+    problem = "holds no dataset"
     if root.is_file() or is_inside:
-        problem = f"is {'a file' if root.is_file() else 'a part of a dataset'}; give its folder, {root.parent}"
+        problem = f"is a part of a dataset; give its folder, {root.parent}"
     elif not root.exists():
         problem = "does not exist (where it was moved, --data says its new place)"
-    elif not others:
-        train = photo_folder(root, "train")
-        if train.is_dir():
-            problem += f" ({train.name}/ has none in it)"
-        classes = [path.name for path in _class_folders(root, root) if find_photos(path)]
-        if len(classes) == 1:
-            problem = f"has one class folder, {classes[0]}, and classes are two or more"
-    layout = f"{csv_name('train', subtask)} beside train/ with its photos, or class folders (train/CLASS/photo.jpg)"
+    table = f"{csv_name('train', subtask)} (of --subtask {subtask}) beside train/ with its photos"
+    layout = f"{table}, or two class folders or more (train/CLASS/photo.jpg)"
     raise FileNotFoundError(f"--data {data} {problem}; it should hold {layout}; --data demo is the built-in set")
 
 
