@@ -670,9 +670,6 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
     if repeated := [(a, b) for a, b in pairs if a is not b and (a.boxes, a.labels) == (b.boxes, b.labels)]:
         title = f"{len(repeated):,} of {len(split.samples):,} {name} rows repeat another row's photo"
         doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in repeated]))
-    found = {label: {sample.labels[label] for sample in split.samples} - {-1} for label in split.labelled}
-    if name == "val" and len(split.samples) >= 10 and found and all(len(classes) == 1 for classes in found.values()):
-        doubts.append("every row of val has the same classes; where these are dummies, take this split out")
     if conflicts := [pair for pair in pairs if disagree(*pair)]:
         title = f"two labels for one photo, {len(conflicts):,} times in {name}"
         doubts.append(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
