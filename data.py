@@ -702,8 +702,6 @@ def _choose_validation(source: _Source, rows: Rows) -> set[int]:
         if not held_out:
             raise ValueError(f"{source.root}: no validation, and too few photos to hold some out; add a val split")
         note(f"{source.root}: no validation; {len(held_out):,} of {len(rows):,} training photos are held out for it")
-        if single := [f"{label} {c}" for (label, c), n in total.items() if n == 1]:
-            note(f"classes of one photo, which stays in training: {_some(single)}")
     return held_out
 
 

@@ -484,8 +484,7 @@ def test_a_tenth_of_each_class_is_held_out(tmp_path, capfd):
         "hat": 0,
         "cap": 1,
     }
-    out = capfd.readouterr().out
-    assert "7 of 63 training photos are held out" in out and "one photo, which stays in training: class hat" in out
+    assert "7 of 63 training photos are held out" in capfd.readouterr().out
     split = read_split(root, "val", read_split(root, "train").classes)
     assert {sample.name for sample in split.samples} == val  # read alone
     assert {cells[0] for cells, _ in read_table(root, "val", {})[1]} == val  # for preprocess.py
