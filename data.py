@@ -548,14 +548,8 @@ def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dic
             raise ValueError(f"{problem}; add such photos to training, take these rows out, or train with --fit-all")
     n = len(CLASS_NAMES.get(label, NUMBERS))
     expected = f"not a whole number in 0..{n - 1}" if are_numbers else "no class"
-    for cell in unknown:
-        remedy = "leave the cell empty where the class is not known"
-        if not source.csv.is_file():
-            remedy = "rename the folder"
-        if _number(cell) >= len(NUMBERS):
-            remedy = "is it a row number? take the column out"
-        indices[cell] = ValueError(f"{label} is {cell}, {expected}; {remedy}")
-    return indices
+    remedy = "leave the cell empty where the class is not known, or take the column out if it is no label"
+    return indices | {cell: ValueError(f"{label} is {cell}, {expected}; {remedy}") for cell in unknown}
 
 
 def _read_rows(source: _Source, classes: Classes) -> Rows:
