@@ -443,12 +443,10 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
         if not missing and not absent.issuperset(names):
             boxes[view] = names
     labels = [name for name in header if name not in absent and not name.startswith(("BBox_", "Mask_"))]
-    answers = [f"{submission_column(label)}_predicted" for label in labels]
-    columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels), *answers])  # mean: a table's row
+    columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: a table's row
     for label in labels:
-        column = submission_column(label)
-        if columns[column] > 1:
-            raise ValueError(f"{path}: the label {label} would be a second column {column} of the results; rename it")
+        if columns[submission_column(label)] > 1:
+            raise ValueError(f"{path}: the label {label} has a name that the results need; rename it")
     return boxes, labels
 
 
