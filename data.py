@@ -627,18 +627,15 @@ def garment(image: str) -> str:
 
 
 @cache
-def _hash(path: str, size: int, time: int) -> bytes:
+def _hash(path: str) -> bytes:
     return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 def _contents(samples: Iterable[Sample]) -> dict[str, tuple[int, bytes]]:
     """For each path a key that files of the same bytes share; only files of equal size are read."""
-    files = {path: os.stat(path) for path in {sample.path for sample in samples}}
-    count = Counter(file.st_size for file in files.values())
-    return {
-        path: (file.st_size, _hash(path, file.st_size, file.st_mtime_ns) if count[file.st_size] > 1 else b"")
-        for path, file in files.items()
-    }
+    sizes = {path: os.path.getsize(path) for path in {sample.path for sample in samples}}
+    count = Counter(sizes.values())
+    return {path: (size, _hash(path) if count[size] > 1 else b"") for path, size in sizes.items()}
 
 
 def shared_photos(train: Split, val: Split) -> list[tuple[Sample, Sample]]:
