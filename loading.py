@@ -266,27 +266,15 @@ def default_workers(workers: int | None) -> int:
     return min(8, cpu_cores()) if workers is None else workers
 
 
-def cpu_cores() -> int:
-    """CPU cores that this process may use: by its affinity, and by the limit of its cgroup, as in a container."""
+def cpu_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores that this process may use: by its affinity, and by the limit of its container (cgroups 2 or 1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError):  # no cgroups here
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            folder = Path("/sys/fs/cgroup", "cpu" if "cpu" in controllers.split(",") else "", group.lstrip("/"))
-            for cgroup in (folder, *folder.parents):  # in a container it may be the mount itself
-                cores = math.ceil(min(cores, cpu_limit(cgroup)))
-    return cores
-
-
-def cpu_limit(cgroup: Path) -> float:
-    """The CPU cores that a cgroup, version 2 or 1, may use."""
-    with suppress(OSError, ValueError):  # "max", or no such file: no limit
+    quota, period = -1, 1
+    with suppress(OSError, ValueError):  # no such file, or "max": no limit
         quota, period = map(int, (cgroup / "cpu.max").read_text().split())
-        return quota / period
     with suppress(OSError):
-        quota, period = (int((cgroup / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return quota / period if quota > 0 else math.inf
-    return math.inf
+        quota, period = (int((cgroup / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    return min(cores, math.ceil(quota / period)) if quota > 0 else cores
 
 
 @cache  # the note comes once

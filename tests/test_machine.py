@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import errno
 import fcntl
-import math
 import os
 import resource
 import shlex
@@ -186,38 +185,34 @@ def test_cores_follow_the_affinity():
     in_child(lambda: os.sched_setaffinity(0, {one}) or loading.cpu_cores() == loading.default_workers(None) == 1)
 
 
-@ROOT_ALONE
-def test_processes_and_threads_follow_the_cgroup():
-    """A cgroup of one core: one loading process, and one of torch's threads."""
-    mount = Path("/sys/fs/cgroup/cpu")
-    group = (mount if mount.is_dir() else mount.parent) / f"test-machine-{os.getpid()}"
-    file, limit = ("cpu.cfs_quota_us", "100000") if mount.is_dir() else ("cpu.max", "100000 100000")
-    try:
-        group.mkdir()
-        (group / file).write_text(limit)
-    except OSError as error:
-        pytest.skip(f"this machine lets nobody make a cgroup ({error})")
-
-    def follows() -> bool:
-        torch.set_num_threads(4)
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-        train.set_up_torch(Settings(device="cpu"))
-        return loading.default_workers(None) == torch.get_num_threads() == 1
-
-    try:
-        in_child(follows)
-    finally:
-        group.rmdir()
-
-
 @pytest.mark.parametrize(
     "file, content, cores",
-    [("cpu.max", "150000 100000", 1.5), ("cpu.max", "max 100000", math.inf), ("cpu.cfs_quota_us", "-1", math.inf)],
+    [
+        ("cpu.max", "150000 100000", 2),
+        ("cpu.max", "max 100000", 4),
+        ("cpu/cpu.cfs_quota_us", "50000", 1),
+        ("cpu/cpu.cfs_quota_us", "-1", 4),
+        ("other", "", 4),
+    ],
 )
-def test_limits_of_both_versions_of_cgroups(tmp_path, file, content, cores):
-    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
+def test_cores_follow_the_container(tmp_path, monkeypatch, file, content, cores):
+    """Limits of both versions of cgroups."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
     (tmp_path / file).write_text(content + "\n")
-    assert loading.cpu_limit(tmp_path) == cores
+    assert loading.cpu_cores(tmp_path) == cores
+
+
+def test_processes_and_threads_follow_the_cores(monkeypatch):
+    monkeypatch.setattr(loading, "cpu_cores", lambda: 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        train.set_up_torch(Settings(device="cpu"))
+        assert loading.default_workers(None) == torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- places
