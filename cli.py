@@ -30,8 +30,7 @@ except ImportError:  # Windows
     fcntl = None
 
 OUT_OF_MEMORY = "out of memory: lower --batch-size or --workers; in training --grad-accum splits a batch"
-NO_SHARED_MEMORY = "shared memory (/dev/shm) is full: docker run --shm-size 2g gives more, --workers 0 needs none"
-LOADER_DIED = "a loading process ended or was killed, as where memory runs out; try fewer --workers, or --workers 0"
+LOADER_DIED = "a loading process ended, as where memory or /dev/shm is full; try fewer --workers, or --workers 0"
 LOADERS_SILENT = "the loading processes gave nothing for 10 minutes; are the photos' disk and network there?"
 SILENT, GRACE = 600, 5  # seconds to wait for a loading process; after a signal that stops the run
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
@@ -142,9 +141,7 @@ def _message(error: Exception) -> tuple[str, int]:
         text = text.rpartition(f"\n{name}: ")[2].strip()
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return OUT_OF_MEMORY, 1
-    if isinstance(error, RuntimeError) and "shared memory" in text:
-        return NO_SHARED_MEMORY, 1
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+    if isinstance(error, RuntimeError) and ("shared memory" in text or text.startswith("DataLoader worker")):
         return LOADER_DIED, 1
     if name.startswith("Dist") or "gloo" in text.lower() or "NCCL" in text:
         return "another process of this run has ended; its own message says why", 1

@@ -88,7 +88,7 @@ def test_shared_memory_that_another_program_fills_ends_the_run_in_one_line(tmp_p
         while True:
             os.write(file.fileno(), bytes(4096))
     assert run.wait(60) == 1, run.said()
-    assert cli.NO_SHARED_MEMORY in run.said() and "Traceback" not in run.said()
+    assert cli.LOADER_DIED in run.said() and "Traceback" not in run.said()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
