@@ -332,11 +332,6 @@ def find_photos(folder: Path) -> list[Path]:
     return sorted([*found, *(Path(error.filename) for error in errors)])
 
 
-def _name_unreadable(paths: Sequence[Path]) -> str:
-    files = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
-    return f"{files} of a kind that cannot be read: {_some([path.name for path in paths])}"
-
-
 def _read_source(root: Path, split: str, subtask: int) -> _Source:
     """Read a split's CSV or list its class folders; without validation, train and val both get training's rows."""
     read_preparation(root)  # an unfinished one is no dataset
@@ -378,12 +373,12 @@ def _list_class_folders(root: Path, folder: Path, is_test: bool, is_again: bool)
         photos = [path for path in found if path.suffix.lower() not in UNREADABLE]
         unreadable += [path for path in found if path.suffix.lower() in UNREADABLE]
         if not photos:
-            problem = f"{_name_unreadable(found)}; save as JPEG" if found else "no photos in this folder; add some"
-            raise ValueError(f"{class_folder}: {problem}, or take it out")
+            raise ValueError(f"{class_folder} holds no photos ({', '.join(SUFFIXES)}); add some, or take it out")
         word = unicodedata.normalize("NFC", class_folder.name) if class_folders else ""
         lines += [(str(path), [path.relative_to(folder).as_posix(), word]) for path in photos]
     if unreadable and not is_again:
-        note(f"{folder}: {_name_unreadable(unreadable)}; left out")
+        names = _some([path.name for path in unreadable])
+        note(f"{folder}: photos of kinds that cannot be read are left out; save them as JPEG: {names}")
     return _Source(root, folder, ["image_name", "class"], lines, {}, ["class"] if class_folders else [], b"")
 
 
