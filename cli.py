@@ -141,7 +141,7 @@ def _message(error: Exception) -> tuple[str, int]:
         text = text.rpartition(f"\n{name}: ")[2].strip()
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return OUT_OF_MEMORY, 1
-    if isinstance(error, RuntimeError) and ("shared memory" in text or text.startswith("DataLoader worker")):
+    if isinstance(error, RuntimeError) and re.search(r"shared memory|</torch_.*No space left|^DataLoader worker", text):
         return LOADER_DIED, 1
     if name.startswith("Dist") or "gloo" in text.lower() or "NCCL" in text:
         return "another process of this run has ended; its own message says why", 1
@@ -152,8 +152,9 @@ def _message(error: Exception) -> tuple[str, int]:
 
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of answer_early
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:  # SIGINT: of answer_early
+            signal.signal(number, signal.default_int_handler)
     raise SystemExit(_run(app) or 0)
 
 

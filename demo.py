@@ -96,11 +96,11 @@ def draw(
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # A forked worker does not import the running script, and torch with it, again. It leaves Ctrl-C to its parent.
+    # A forked worker does not import the running script, and torch with it, again.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     new_pool = partial(ThreadPool, 1)
     if processes != 1:
-        new_pool = partial(context.Pool, processes, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        new_pool = partial(context.Pool, processes, leave_signals)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary, new_pool() as pool:
         unfinished = Path(temporary, "demo")
         for split, photos in zip(SPLITS, (train, val, test)):
@@ -114,6 +114,12 @@ def draw(
             columns = ["image_name", *(BOX_COLUMNS["bbox"] if split != "test" else ()), *LABEL_FREQUENCIES]
             write_csv(unfinished / csv_name(split), columns, rows)
         os.rename(unfinished, out)
+
+
+def leave_signals() -> None:
+    """A drawing process leaves Ctrl-C to its parent, which ends it by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def cached() -> Path:

@@ -26,9 +26,9 @@ MAX_MB = 25  # what the competition admits, 1 MB = 1,000,000 bytes
 TRIAL = 17  # photos to try an entry on
 MODULES = ["augment", "checkpoint", "cli", "data", "evaluate", "loading", "model", "photos"]
 MODULES += ["predict", "preprocess", "settings"]
-REQUIREMENTS = ["torch>=2.5", "torchvision>=0.20", "timm>=1.0.22", "typer>=0.20", "rich>=14.0", "pillow>=12.1"]
+REQUIREMENTS = ["torch>=2.5", "torchvision>=0.20", "timm>=1.0.22", "typer>=0.27.1", "rich>=14.0", "pillow>=12.1"]
 REQUIREMENTS += ["numpy>=2.3", "pandas"]
-REMBG_REQUIREMENTS = ["scipy>=1.15", "rembg[cpu]>=2.0.86"]  # where the photos need rembg
+REMBG_REQUIREMENTS = ["scipy>=1.16.3", "rembg[cpu]>=2.0.86"]  # where the photos need rembg
 
 NOTES = """\
 # The entry of {name}

@@ -189,7 +189,7 @@ def print_notes(settings: Settings) -> None:
     if settings.fit_all:
         note(f"--fit-all trains for all {settings.epochs} epochs and keeps the last one; it measures nothing")
         end = next_restart(settings, settings.epochs) - 1
-        if end != settings.epochs:
+        if end != settings.epochs and math.isfinite(end):
             remedy = f"--epochs {end}" if settings.resume else f"--t-0 {settings.epochs}"
             note(f"the learning rate is lowest after {end} epochs, not at the end; {remedy} ends there")
     if not settings.pretrained and not settings.weights and settings.lr < 1e-4:
@@ -217,7 +217,7 @@ class SettingsCommand(TyperCommand):
 
 
 def restart_epochs(settings: Settings) -> Iterator[int]:
-    """The epochs, counted from 1, that begin with the full learning rate again; endless (without any: 10**9)."""
+    """The epochs, counted from 1, that begin with the full learning rate again; endless (without any: math.inf)."""
     epoch, length = 1, settings.t_0
     while True:
         epoch, length = epoch + length, length * settings.t_mult

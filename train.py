@@ -287,6 +287,7 @@ def finish_epoch(
         group["lr"] = rate  # without warm-up and lr_scale: most schedulers go on from here
     state.scheduler.step()
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+    row = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}  # last.pt: no NumPy
     state.metrics.append(row)
     run.epoch_start = time.monotonic()
     column, sign = MONITORS[settings.monitor]

@@ -219,6 +219,13 @@ def flipped(content: bytes, where: float) -> bytes:
     return bytes(changed)
 
 
+def as_folder(content: bytes) -> bytes:
+    """Of a tensor in the archive's directory, the bit that stands for a folder: torch reads none of its bytes then."""
+    changed = bytearray(content)
+    changed[content.rindex(b"archive/data/3") - 46 + 38] ^= 16
+    return bytes(changed)
+
+
 def with_fields(content: bytes, **changed: object) -> bytes:
     return saved(torch.load(io.BytesIO(content), weights_only=True) | changed)
 
@@ -234,6 +241,7 @@ DAMAGES = {
     "last bytes gone": lambda c: c[:-30],
     "a flipped bit": lambda c: flipped(c, 0.5),
     "another flipped bit": lambda c: flipped(c, 0.8),
+    "a flipped bit that makes a tensor a folder": lambda c: as_folder(c),
     "code": lambda c: with_code(),
     "bare pickled code": lambda c: pickle.dumps(Code()),
     "another program's": lambda c: saved({"state_dict": {"a": torch.zeros(2)}}),

@@ -91,6 +91,27 @@ def test_libraries_are_set_up_where_the_user_has_not():
     assert python(LIBRARIES, GOMP_SPINCOUNT="5", MALLOC_ARENA_MAX="2").split() == ["5", "True", "5", "True"]
 
 
+STOPPED = """
+import os, signal, sys, time, typer
+sys.path.insert(0, os.getcwd())
+import cli
+
+def main() -> None:
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(30)
+
+app = typer.Typer()
+app.command(context_settings={"allow_extra_args": True})(main)
+cli.run_app(app)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_each_signal_that_stops_a_script_says_so(name):
+    done = subprocess.run([sys.executable, "-c", STOPPED, name], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
 def test_ctrl_c_while_torch_is_imported(tmp_path):
     """It ends a script at once, without a traceback. A module in torch's place sends the signal in the import."""
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)")

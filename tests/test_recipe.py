@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 import cli
 import losses
 import train as train_script
-from checkpoint import read
+from checkpoint import Teacher, read
 from loading import EvalPhotos, TrainPhotos
 from model import FashionModel, build_model, parameter_groups, update_ema
 
@@ -227,6 +227,13 @@ def test_distillation_is_torchs_divergence_and_gives_the_teacher_no_gradient():
     assert teacher.grad is None and student.grad.abs().sum() > 0
     assert losses.distillation(teacher, teacher).item() == 0
     assert losses.distillation(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_a_teacher_teaches_its_labels_alone(monkeypatch):
+    """Not another learned task that an edit of FashionModel.forward adds, whose output need not be of classes."""
+    net, plain = build_model("test_vit", CLASSES, 32), FashionModel.forward
+    monkeypatch.setattr(FashionModel, "forward", lambda *args, **more: plain(*args, **more) | {"light": torch.ones(2)})
+    assert Teacher(net)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).keys() == CLASSES.keys()
 
 
 def test_the_teacher_sees_the_students_pixels_and_has_its_share_of_the_loss(go, teacher, forwards):

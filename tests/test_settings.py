@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import typer
 from conftest import TINY
 
+import settings as settings_module
 import train
 from settings import (
     CHANGEABLE,
@@ -208,6 +210,12 @@ def test_the_defaults_and_the_notes_settings_pass(capsys):
 def test_notes(settings, words, capsys):
     print_notes(Settings(**settings))
     assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_schedule_of_ones_own_without_restarts_has_no_note(monkeypatch, capsys):
+    monkeypatch.setattr(settings_module, "restart_epochs", lambda settings: iter([math.inf]))  # as the guide says
+    print_notes(Settings(fit_all=True, epochs=3, t_0=3))
+    assert "lowest" not in capsys.readouterr().out
 
 
 def test_restarts_and_warm_up():
