@@ -33,7 +33,8 @@ from cli import OFF, Debug, command, examples, note, progress, run_app, say, sho
 from photos import SUFFIXES, Box, box_size, clip_box, load_photo, move_into, open_image, photo_region, upright_size
 
 SPLITS = ("train", "val", "test")
-FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # in lower or upper case
+# In lower or upper case
+FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 CLASS_NAMES = {  # the organisers' labels: in a CSV their classes are numbers or these words
     "Daily": ("loungewear", "light outing", "office", "formal", "event", "sportswear"),
     "Gender": ("mannish", "unisex", "girlish", "elegant", "sexy"),
@@ -341,6 +342,8 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
     held_out = split != "test" and found.get("train") == found.get("val")
     if found[split].is_dir():
         tables = sorted(path for path in root.iterdir() if re.search(r"train.*\.csv$", path.name, re.IGNORECASE))
+        if any(table.name.lower() == csv_name("train", subtask).lower() for table in tables):
+            raise ValueError(f"{tables[0]} should be spelt {csv_name('train', subtask)}")
         if split == "train" and tables:
             named = f"the folders are the classes; labels are read from {csv_name('train', subtask)}"
             note(f"{tables[0]} is not read: {named}")
@@ -391,9 +394,9 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
             text = raw.decode(encoding)
             break
     else:
-        raise ValueError(f"{path}: neither UTF-8, UTF-16 nor CP949 (EUC-KR); save it as UTF-8")
+        raise ValueError(f"{path}: neither UTF-8, UTF-16 nor CP949 (EUC-KR); export it as CSV in UTF-8")
     sep_line = re.match(r'"?sep=(.)', text, re.IGNORECASE)  # written for Excel
-    delimiter = sep_line[1] if sep_line else max(",;\t", key=text.lstrip().partition("\n")[0].count)
+    delimiter = sep_line[1] if sep_line else max(",;\t|", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
@@ -446,7 +449,7 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
 
 
 def _number(cell: str) -> float:
-    return float(cell) if re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", cell) else math.nan
+    return float(cell.replace(",", ".")) if re.fullmatch(r"[+-]?\d+(\.\d*|,0*)?([eE][+-]?\d+)?", cell) else math.nan
 
 
 def _usable_labels(source: _Source) -> list[str]:
@@ -654,6 +657,9 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
     if repeated := [(a, b) for a, b in pairs if a is not b and (a.boxes, a.labels) == (b.boxes, b.labels)]:
         title = f"{len(repeated):,} of {len(split.samples):,} {name} rows repeat another row's photo"
         doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in repeated]))
+    unknown = [label for label in split.labelled if all(sample.labels[label] < 0 for sample in split.samples)]
+    if name == "val" and unknown:
+        doubts.append(f"no row of val has a known class of {', '.join(unknown)}: scores are of the other labels")
     if conflicts := [pair for pair in pairs if disagree(*pair)]:
         title = f"two labels for one photo, {len(conflicts):,} times in {name}"
         doubts.append(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))

@@ -16,7 +16,6 @@ import json
 import math
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def run(
         raise usage_error("--", f"{flag} cannot stand behind it; --data and --seeds stand before it")
     if unknown := [name for name in names if name not in (*NAMED, "all")]:
         raise usage_error("ROW", f"no row is called {unknown[0]!r}; {command('experiments.py', 'list')} prints them")
-    chosen = ROWS if "all" in names else [NAMED[name] for name in names]
+    chosen = ROWS if "all" in names else [NAMED[name] for name in dict.fromkeys(names)]
     if not chosen:
         raise usage_error("ROW", "name the rows to run, or all")
     datasets = {"raw": [data], "clean": [clean_data], "raw+clean": [data, clean_data]}
@@ -206,7 +205,6 @@ def content_of(data: str, subtask: int) -> str:
 
 def start(words: list[str]) -> int:
     """Run a command line to its end and return its exit code. An interruption ends the command too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     process = subprocess.Popen(words)
     try:
         return process.wait()

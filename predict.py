@@ -313,7 +313,8 @@ def described(preparation: dict | None) -> str:
         return "raw photos"
     color = "#{:02x}{:02x}{:02x}".format(*preparation["background_color"])
     background = "their background" if preparation["keep_background"] else f"the background {color}"
-    return f"photos with {background}, cropped to {preparation['crop']} ({preparation['rembg_model']})"
+    crop = "" if preparation["crop"] == "none" else f", cropped to {preparation['crop']}"
+    return f"photos with {background}{crop} ({preparation['rembg_model']})"
 
 
 def choose_view(asked: str, saved: Checkpoint, rows: Split, cleans: bool, raw: bool) -> str:

@@ -248,7 +248,7 @@ def open_record(root: Path, out: Path, subtask: int, settings: dict) -> dict:
     new = {"data": str(root.resolve()), "subtask": subtask, "preparation": settings, "unfinished": []}
     record = record_of(out)
     if record is None:
-        if out.exists() and any(file.suffix != ".tmp" for file in out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(file.suffix != ".tmp" for file in out.iterdir())):
             raise ValueError(f"{out} exists and was not made by preprocess.py; choose a new folder")
         return new
     before, asked = record | record["preparation"], new | settings

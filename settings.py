@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -239,10 +239,16 @@ def learning_rate(settings: Settings, scheduled: float, epochs: float) -> float:
 def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
     """The settings in a run's config.json; what it lacks has its default. Raises BadParameter, ValueError."""
     path = Path(run) / "config.json"
-    known = [field.name for field in dataclasses.fields(Settings)]
+    known = {field.name: field for field in dataclasses.fields(Settings)}
     try:
         written = read_config(path.parent)["settings"]
         settings = Settings(**{key: value for key, value in written.items() if key in known})
+        for key, field in known.items():
+            types = (float, int) if float in (field.type, *get_args(field.type)) else (type(field.default),)
+            if field.default is not None and type(getattr(settings, key)) not in types:
+                raise TypeError(key)
+        if min(settings.epochs, settings.t_0, settings.t_mult, settings.batch_size) < 1:
+            raise ValueError("a count is not positive")
     except (FileNotFoundError, NotADirectoryError):
         raise usage_error(flag, f"{run} is no run (it has no config.json); give the folder, runs/NAME") from None
     except (ValueError, KeyError, TypeError, AttributeError):

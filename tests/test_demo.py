@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,16 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         demo.draw(tmp_path / "demo", 200, 0, 0, processes=2, progress=interrupt)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_drawing_that_is_terminated_leaves_nothing(tmp_path):
+    command = [sys.executable, ROOT / "demo.py", "demo", "--train", "100000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("*.jpg")) and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n") and not list(tmp_path.iterdir())
 
 
 def test_cached_draws_once(tmp_path, monkeypatch):

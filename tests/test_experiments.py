@@ -320,7 +320,7 @@ def test_commands_share_their_seeds_and_take_the_rows_data(run, stub, drawn):
 def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub, drawn):
     shutil.copytree(drawn, "Raw")
     stub.fails = ["repeat-seed1103"]
-    args = ["repeat", BASE, "--data", "Raw", "--seeds", 2]
+    args = ["repeat", BASE, "repeat", "--data", "Raw", "--seeds", 2]
     done = run("experiments", "run", *args)
     assert done.code == 1 and len(stub.commands) == 4
     assert "1 of 4 runs failed: runs/repeat-seed1103-" in done.err

@@ -64,6 +64,11 @@ SPREADSHEETS = {
     ),
     "nameless trailing cells": ("\n".join([HEADER + ",,", ROWS[0] + ",,", *ROWS[1:]]), "utf-8"),
     "more cells than the header": ("\n".join([HEADER, ROWS[0] + ",,,", *ROWS[1:]]), "utf-8"),
+    "classes with decimal commas": (
+        "\n".join([HEADER, *(f'{row[:-5]}"{row[-5]},0"{row[-4:]}' for row in ROWS)]),
+        "utf-8",
+    ),
+    "bars": ("\n".join(line.replace(",", "|") for line in [HEADER, *ROWS]), "utf-8"),
     "quoted cells": ("\n".join(",".join(f'"{c}"' for c in line.split(",")) for line in [HEADER, *ROWS]), "cp949"),
     "blank lines": ("\n".join(["", HEADER, "", *ROWS, ",,,,,,,", ""]), "utf-8"),
 }
@@ -280,9 +285,9 @@ def test_a_flat_test_folder_has_no_labels(tmp_path):
     assert read_table(tmp_path, "test", {})[1][0][0] == ["a.png", ""]
 
 
-@pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("TRAIN", "Validation", "TEST")])
+@pytest.mark.parametrize("names", ["Train Val Test", "TRAIN Validation TEST", "training valid testing"])
 def test_splits_are_folders_in_any_case(tmp_path, names):
-    for name in names:
+    for name in names.split():
         class_folders(tmp_path / name, {"top": 3, "dress": 2})
     train, val = read_splits([tmp_path])
     assert train.classes == {"class": ("dress", "top")} and (len(train.samples), len(val.samples)) == (5, 5)
@@ -396,6 +401,9 @@ def test_a_csv_that_is_not_read_is_named(tmp_path, capfd):
     read_splits([tmp_path])
     out = capfd.readouterr().out
     assert out.count("is not read") == 1 and "Train.CSV is not read" in out and "Fashion-How24_sub1_train.csv" in out
+    (tmp_path / "Train.CSV").rename(tmp_path / "Fashion-How24_sub1_train.CSV")
+    with pytest.raises(ValueError, match=r"sub1_train\.CSV should be spelt Fashion-How24_sub1_train\.csv"):
+        read_splits([tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -536,6 +544,9 @@ def test_validation_without_any_class_is_refused(dataset, run):
     assert len(read_splits([dataset], fit_all=True)[0].samples) == 8
     done = run("data", dataset)
     assert done.code == 1 and "val.csv: no row has a known class" in done.err
+    write(dataset, [HEADER, *(row[:-5] + row[-4:] for row in ROWS)], "val")
+    done = run("data", dataset)
+    assert done.code == 0 and "no row of val has a known class of Daily: scores are of the other labels" in done.out
 
 
 def test_rows_that_repeat_a_photo(dataset, run):

@@ -509,6 +509,7 @@ def test_folders_that_are_something_else(run, garments, processed, tmp_path):
     (tmp_path / "mine" / "thesis.txt").touch()
     for source, out, says in [
         (garments, "mine", "was not made by preprocess.py"),
+        (garments, "mine/thesis.txt", "was not made by preprocess.py"),
         (garments, garments / "out", "within each other"),
         (garments, garments, "within each other"),
         (processed, "out", "made by preprocess.py already"),

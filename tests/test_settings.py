@@ -98,9 +98,22 @@ def test_a_setting_that_is_there_no_longer_is_named(tmp_path):
         read_settings(written(tmp_path, dataclasses.asdict(Settings(epochs=7)) | {"mine": 3}))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": 3}', '{"settings": {"lr": '])
-def test_a_damaged_config_json(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+def test_a_float_of_your_own_may_have_a_whole_default(tmp_path, monkeypatch):
+    edited = dataclasses.make_dataclass("Edited", [("mine", float, 0)], bases=(Settings,), frozen=True)
+    monkeypatch.setattr(settings_module, "Settings", edited)
+    for value in (0, 0.5):
+        assert read_settings(written(tmp_path, {"mine": value})).mine == value
+
+
+DAMAGE = [
+    {"epochs": "7"}, {"epochs": 0}, {"epochs": float("inf")}, {"t_0": 0}, {"t_mult": 0}, {"batch_size": -1},
+    {"lr": "fast"}, {"monitor": None}, {"data": "a"}, {"pretrained": 1}, {"seed": 1.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_values_of_another_type_are_damage(tmp_path, damage):
+    written(tmp_path, dataclasses.asdict(Settings()) | damage)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         read_settings(tmp_path)
 

@@ -3,7 +3,7 @@
     python tests/torture.py kills --kills 25      # 25 kills in each of four settings; about 10 minutes on two cores
     python tests/torture.py builds --kills 10     # killed while the cache is built, then two runs that start together
     python tests/torture.py same                  # workers 0, 1, 3; twice; an evaluation in mid-epoch: one hash each
-    python tests/torture.py damage --inputs 300   # damaged CSVs, photos, checkpoints, preprocess.json
+    python tests/torture.py damage --inputs 300   # damaged CSVs, photos, checkpoints, config.json, preprocess.json
     python tests/torture.py starts --count 200    # runs of two epochs, stopped by random signals, all end whole
     python tests/torture.py memory                # peak of 50 epochs against 5
 
@@ -379,6 +379,7 @@ def damaged_inputs(work: Path, inputs: int) -> Counter:
         "image": (f"data/{photo}", "predict", predict),
         "checkpoint": ("run/best.pt", "predict", predict),
         "last.pt": ("run/last.pt", "train", ["--resume", "trial/run", "--epochs", "2"]),
+        "config.json": ("run/config.json", "train", ["--resume", "trial/run", "--epochs", "2"]),
         "preprocess.json": ("processed/preprocess.json", "predict", [*predict, *mask]),
     }
     outside = set(work.rglob("*"))
