@@ -266,7 +266,7 @@ def test_the_teacher_sees_the_students_pixels_and_has_its_share_of_the_loss(go, 
 
 
 def test_other_teachers_are_refused(go, run, teacher, tmp_path):
-    other = torch.load(teacher)
+    other = torch.load(teacher, weights_only=True)
     other["classes"] = {label: other["classes"].get(label, ("0", "1", "2")) for label in ("Color", "Daily", "Gender")}
     other["common_classes"] = dict.fromkeys(other["classes"], 0)
     weights = dict(other["weights"])
