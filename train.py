@@ -15,7 +15,6 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -165,33 +164,37 @@ def train_one_epoch(settings: Settings, state: TrainState, loader: DataLoader, r
     sampler.epoch, sampler.skip = state.epoch + 1, state.step
     run.epoch_start = time.monotonic() - state.seconds
     recent: list[tuple[int, dict[str, Tensor]]] = []  # images and losses of the steps since the last check
-    with progress(sampler.n, f"epoch {sampler.epoch}/{settings.epochs}") as bar, ExitStack() as at_the_end:
-        # Of a stop too, whose state is saved; not of an error, where another process may have ended.
-        at_the_end.push(lambda kind, *error: add_losses(state, recent) if kind in (None, Stopped) else None)
+    with progress(sampler.n, f"epoch {sampler.epoch}/{settings.epochs}") as bar:
         bar.advance(state.step * settings.batch_size)
-        for images, targets in run.signals.waiting_for(loader):
-            state.step += 1
-            torch.manual_seed(step_seed(settings, state, "step"))
-            images = images.to(device, non_blocking=True)
-            targets = {head: values.to(device, non_blocking=True) for head, values in targets.items()}
-            if settings.cutmix:
-                seed = step_seed(settings, state, "cutmix")
-                images, targets = cutmix(images, targets, state.model.classes, settings.cutmix, seed)
-            step_losses = dict.fromkeys(run.criterion.losses, 0.0)
-            for part in micro_batches(len(images), settings.grad_accum, state.model.min_images):
-                weight = (part.stop - part.start) / len(images)
-                with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-                    logits = model(images[part])
-                    teacher_logits = run.teacher(images[part]) if run.teacher else None
-                losses = run.criterion(logits, {head: values[part] for head, values in targets.items()}, teacher_logits)
-                state.scaler.scale(sum(losses.values()) * weight).backward()
-                step_losses = {head: step_losses[head] + loss.detach() * weight for head, loss in losses.items()}
-            optimizer_step(settings, state, sampler.steps)
-            recent.append((len(images), evaluate.mean_over_processes(step_losses)))
-            bar.advance(len(images) * world_size())
-            after_step(settings, state, recent, run)
-            if sampler.epoch == 1 and state.step == 3 and device.type == "cpu":
-                cli.warn_of_days((time.monotonic() - run.epoch_start) / 3 * sampler.steps * settings.epochs)
+        try:
+            for images, targets in run.signals.waiting_for(loader):
+                state.step += 1
+                torch.manual_seed(step_seed(settings, state, "step"))
+                images = images.to(device, non_blocking=True)
+                targets = {head: values.to(device, non_blocking=True) for head, values in targets.items()}
+                if settings.cutmix:
+                    seed = step_seed(settings, state, "cutmix")
+                    images, targets = cutmix(images, targets, state.model.classes, settings.cutmix, seed)
+                step_losses = dict.fromkeys(run.criterion.losses, 0.0)
+                for part in micro_batches(len(images), settings.grad_accum, state.model.min_images):
+                    weight = (part.stop - part.start) / len(images)
+                    with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+                        logits = model(images[part])
+                        teacher_logits = run.teacher(images[part]) if run.teacher else None
+                    part_targets = {head: values[part] for head, values in targets.items()}
+                    losses = run.criterion(logits, part_targets, teacher_logits)
+                    state.scaler.scale(sum(losses.values()) * weight).backward()
+                    step_losses = {head: step_losses[head] + loss.detach() * weight for head, loss in losses.items()}
+                optimizer_step(settings, state, sampler.steps)
+                recent.append((len(images), evaluate.mean_over_processes(step_losses)))
+                bar.advance(len(images) * world_size())
+                after_step(settings, state, recent, run)
+                if sampler.epoch == 1 and state.step == 3 and device.type == "cpu":
+                    cli.warn_of_days((time.monotonic() - run.epoch_start) / 3 * sampler.steps * settings.epochs)
+        except Stopped:  # the state will be saved; after an error another process may have ended
+            add_losses(state, recent)
+            raise
+        add_losses(state, recent)
     return state.loss_sum / (sampler.part_images * world_size())
 
 
