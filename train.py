@@ -158,7 +158,7 @@ def train_one_epoch(settings: Settings, state: TrainState, loader: DataLoader, r
 
     Raises ValueError where a loss is not finite, Stopped where a signal asked for it.
     """
-    model, sampler, device, amp = run.model.train(), loader.batch_sampler, state.model.mean.device, run.amp_dtype
+    model, sampler, device = run.model.train(), loader.batch_sampler, state.model.mean.device
     if settings.box_head and (settings.pretrained or settings.weights) and state.epoch >= settings.t_0 / 4:
         state.model.keep_statistics()
     sampler.epoch, sampler.skip = state.epoch + 1, state.step
@@ -178,7 +178,7 @@ def train_one_epoch(settings: Settings, state: TrainState, loader: DataLoader, r
                 step_losses = dict.fromkeys(run.criterion.losses, 0.0)
                 for part in micro_batches(len(images), settings.grad_accum, state.model.min_images):
                     weight = (part.stop - part.start) / len(images)
-                    with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+                    with torch.autocast(device.type, run.amp_dtype or torch.bfloat16, enabled=bool(run.amp_dtype)):
                         logits = model(images[part])
                         teacher_logits = run.teacher(images[part]) if run.teacher else None
                     part_targets = {head: values[part] for head, values in targets.items()}
