@@ -241,13 +241,13 @@ def add_losses(state: TrainState, recent: list[tuple[int, dict[str, Tensor]]]) -
     """Add the losses of the last steps to the epoch's sum. Raises ValueError where one is not finite."""
     if not recent:
         return
-    values = torch.stack([torch.stack(list(losses.values())) for _, losses in recent]).tolist()
-    for i, ((images, losses), of_heads) in enumerate(zip(recent, values)):
-        for head, value in zip(losses, of_heads):
+    values = torch.stack([torch.stack(list(losses.values())) for _, losses in recent]).tolist()  # waits once
+    for i, (images, losses) in enumerate(recent):
+        for head, value in zip(losses, values[i]):
             if not math.isfinite(value):
                 where = f"epoch {state.epoch + 1}, step {state.step - len(recent) + i + 1}"
                 raise ValueError(f"the loss of {head} is not finite at {where}; lower --lr, or try --amp off")
-        state.loss_sum += sum(of_heads) * images * world_size()
+        state.loss_sum += sum(values[i]) * images * world_size()
     recent.clear()
 
 
