@@ -381,12 +381,12 @@ def make_loaders(
     """Loaders of training and of this process's part of validation, their views decoded once."""
     workers, smallest = loading.default_workers(settings.workers), model.min_images
     train_photos = TrainPhotos(train_split.samples, model.image_size, settings)
-    n, processes = len(train_photos), (rank(), world_size())
-    sampler = loading.EpochSampler(n, settings.batch_size, settings.seed, *processes, smallest)
+    n = len(train_photos)
+    sampler = loading.EpochSampler(n, settings.batch_size, settings.seed, rank(), world_size(), smallest)
     if not sampler.steps:
         raise usage_error("--data", f"{n} training photos are too few: {smallest * world_size()} are needed")
     val_photos = EvalPhotos(val_split.samples, model.image_size, view, checkpoints.eval_resize(settings))
-    part = range(*(len(val_photos) * i // world_size() for i in (rank(), rank() + 1)))
+    part = range(len(val_photos) * rank() // world_size(), len(val_photos) * (rank() + 1) // world_size())
     loading.decode_once({train_photos: train_photos.views, val_photos: {val_photos.view}}, settings.cache, workers)
     train_loader = loading.make_loader(train_photos, sampler, workers)
     return train_loader, loading.make_eval_loader(val_photos, settings.batch_size, workers, part)
