@@ -222,7 +222,8 @@ def micro_batches(n: int, parts: int, smallest: int) -> Iterator[slice]:
 
 def step_seed(settings: Settings, state: TrainState, purpose: str) -> int:
     """What is random in a step depends on its number alone, and differs between processes."""
-    return derive_seed(settings.seed, purpose, state.epoch + 1, state.step, *([rank()] if rank() else []))
+    process = [rank()] if rank() else []  # the first of several has the seeds of one alone
+    return derive_seed(settings.seed, purpose, state.epoch + 1, state.step, *process)
 
 
 def after_step(settings: Settings, state: TrainState, recent: list[tuple[int, dict[str, Tensor]]], run: Run) -> None:
