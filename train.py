@@ -280,8 +280,9 @@ def finish_epoch(
         if not math.isfinite(val_loss):
             raise ValueError("the validation loss is not finite; lower --lr, or try --amp off")
         scores = {"loss": val_loss} | evaluate.score(prediction.logits, prediction.targets)
-        boxes = loading.relative_boxes(run.val_split.samples, settings.train_view)
-        scores |= {} if prediction.boxes is None else evaluate.score_boxes(prediction.boxes, boxes)
+        if prediction.boxes is not None:
+            boxes = loading.relative_boxes(run.val_split.samples, settings.train_view)
+            scores |= evaluate.score_boxes(prediction.boxes, boxes)
     lr = learning_rate(settings, state.scheduler.get_last_lr()[0], state.epoch + 1)
     row = {"epoch": state.epoch + 1, "lr": lr, "train_loss": loss}
     scores = {key: float(value) for key, value in scores.items()}  # one of your own may be a tensor
