@@ -197,7 +197,7 @@ def predict_rows(
     """
     device = model.mean.device
     amp_dtype = choose_eval_amp(saved.amp, device)
-    looks = 1 + (view == "learned")
+    looks = 2 if view == "learned" else 1
     with TemporaryDirectory() as folder, progress(looks * len(rows.samples), "predicting") as bar:
         if prepare and looks > 1:
             prepare = partial(prepare_once, prepare=prepare, folder=Path(folder))

@@ -257,7 +257,7 @@ def validate(settings: Settings, state: TrainState, weights: Weights, loader: Da
     view, n = run.checkpoint.view, len(loader.batch_sampler.part)
     model = copy.deepcopy(state.model)
     model.load_state_dict(checkpoints.restored_weights(weights))
-    with progress(n * (1 + (view == "learned")), f"epoch {state.epoch + 1}/{settings.epochs}, validation") as bar:
+    with progress(n * (2 if view == "learned" else 1), f"epoch {state.epoch + 1}/{settings.epochs}, validation") as bar:
 
         def advance(images: int) -> None:
             bar.advance(images)
