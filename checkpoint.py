@@ -53,10 +53,11 @@ def convert(
     if not split:
         return
     view = saved.view if saved.view == "learned" or split.has(saved.view) else "full"
-    how = (saved.resize, saved.batch_size, None, choose_eval_amp(saved.amp, torch.device("cpu")))
+    amp = choose_eval_amp(saved.amp, torch.device("cpu"))
     answers = []
     for path in (checkpoint, out):
-        prediction = predict_samples(load_model(path)[0], split.samples, view, *how)
+        model, _ = load_model(path)
+        prediction = predict_samples(model, split.samples, view, saved.resize, saved.batch_size, amp_dtype=amp)
         if prediction.problems:
             raise ValueError(list_problems(f"{out} is written, but not scored", [*prediction.problems.values()]))
         cli.show_scores(f"{path} on {split.csv.name} ({view})", score(prediction.logits, prediction.targets))

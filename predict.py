@@ -201,8 +201,9 @@ def predict_rows(
     with TemporaryDirectory() as folder, progress(looks * len(rows.samples), "predicting") as bar:
         if prepare and looks > 1:
             prepare = partial(prepare_once, prepare=prepare, folder=Path(folder))
-        how = (saved.resize, saved.batch_size, workers, amp_dtype, prepare)
-        return predict_samples(model, rows.samples, view, *how, bar.advance)
+        return predict_samples(
+            model, rows.samples, view, saved.resize, saved.batch_size, workers, amp_dtype, prepare, bar.advance
+        )
 
 
 def prepare_once(sample: Sample, prepare: Prepare, folder: Path) -> tuple[Image.Image, dict[str, Box]]:

@@ -324,8 +324,10 @@ def finish(settings: Settings, state: TrainState, photos: TrainPhotos, run: Run)
         cli.show_scores(f"validation ({best.view}), best epoch {best.epoch} of {state.epoch}", best.scores)
         cli.say_boxes(best.scores)
     if best.view == "learned" and val_split.has("bbox") and not settings.fit_all:
-        how = (best.resize, settings.batch_size, settings.workers, run.amp_dtype)
-        boxed = evaluate.predict_samples(model.to(state.model.mean.device), val_split.samples, "bbox", *how)
+        model.to(state.model.mean.device)
+        boxed = evaluate.predict_samples(
+            model, val_split.samples, "bbox", best.resize, settings.batch_size, settings.workers, run.amp_dtype
+        )
         cli.show_scores("the same model, boxes given (bbox)", evaluate.score(boxed.logits, boxed.targets))
     limit = f" of at most {settings.max_mb:g} MB" if settings.max_mb else ""
     say(f"best.pt: {(folder / 'best.pt').stat().st_size / 1e6:.2f} MB{limit}")
