@@ -371,8 +371,8 @@ def new_model(settings: Settings, split: Split) -> FashionModel:
     pretrained = settings.pretrained and not settings.weights and fresh
     options = (settings.image_size, pretrained, settings.drop_path, settings.box_head)
     model = build_model(settings.model, split.classes, *options)
-    part = math.ceil(settings.batch_size / world_size() / settings.grad_accum)
-    if part < model.min_images:
+    micro_batch = math.ceil(settings.batch_size / world_size() / settings.grad_accum)
+    if micro_batch < model.min_images:
         raise usage_error("--batch-size", f"{settings.model} has batch norm, which cannot train on one image at a time")
     if settings.weights and fresh:
         checkpoints.load_weights(model, settings.weights, settings.model)
