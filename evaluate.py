@@ -92,9 +92,11 @@ def run_batches(
     CUDA attention is the plain one, as in deterministic training.
     """
     device = model.eval().mean.device
-    options = {"labels_only": True} if labels_only else {}
+    options = {"labels_only": True} if labels_only else {}  # a stand-in for the model may not have it
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
-    chunk, workers, threads_each = (CHUNK, min(threads, cpu_cores()), 1) if on_cpu else (sys.maxsize, 1, threads)
+    chunk, workers, threads_each = sys.maxsize, 1, threads
+    if on_cpu:
+        chunk, workers, threads_each = CHUNK, min(threads, cpu_cores()), 1
     outputs, targets, problems = [], [], []
     running: deque[Future] = deque()
 
