@@ -53,8 +53,9 @@ def predict_split(
     """
     sampler, dataset = loader.batch_sampler, loader.dataset
     sampler.crops = None
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)  # each process has batch norm statistics of its own; the first one's are saved
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)  # each process has batch norm statistics of its own; the first one's are saved
     first, targets, problems = run_batches(model, waiting_for(loader), view != "learned", amp_dtype, advance)
     result = Prediction(first, targets, None, {sampler.part[i]: problem for i, problem in problems.items()})
     if view == "learned" and len(sampler.part):
@@ -122,8 +123,8 @@ def run_batches(
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the pool's threads set the default of those to come
     logits = concatenated(outputs)
-    for label, names in model.classes.items() if logits else ():
-        if logits[label].shape[1:] != (len(names),):
+    for label, names in model.classes.items():
+        if logits and logits[label].shape[1:] != (len(names),):
             shape = tuple(logits[label].shape[1:])
             raise ValueError(f"the head of {label} gives {shape} numbers a photo; it needs {len(names)}, one a class")
     return logits, concatenated(targets), {i: problem for i, problem in enumerate(problems) if problem}
@@ -190,9 +191,10 @@ def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, fl
             recalls = [right[target == c].sum().item() / (target == c).sum().item() for c in target.unique()]
             scores[f"top1_{label}"] = right.sum().item() / len(target)
             scores[f"acsa_{label}"] = sum(recalls) / len(recalls)
-    for kind in ("top1", "acsa") if scores else ():
-        values = [value for key, value in scores.items() if key.startswith(kind)]
-        scores[f"{kind}_mean"] = sum(values) / len(values)
+    if scores:
+        for kind in ("top1", "acsa"):
+            values = [value for key, value in scores.items() if key.startswith(kind)]
+            scores[f"{kind}_mean"] = sum(values) / len(values)
     return scores
 
 
