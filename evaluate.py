@@ -186,7 +186,8 @@ def score(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, fl
     scores: dict[str, float] = {}
     for label, target in targets.items():
         known = target >= 0
-        right, target = (logits[label].argmax(-1) == target)[known], target[known]
+        predicted, target = logits[label].argmax(-1)[known], target[known]
+        right = predicted == target
         if len(target):
             recalls = [right[target == c].sum().item() / (target == c).sum().item() for c in target.unique()]
             scores[f"top1_{label}"] = right.sum().item() / len(target)
