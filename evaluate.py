@@ -146,12 +146,12 @@ def second_look(logits: Tensor, sizes: Sequence[tuple[int, int]], size: int, res
 
 
 def boxes_in_photos(boxes: Tensor, crops: Tensor, dataset: EvalPhotos, part: range) -> Tensor:
-    """Boxes (N, 4) in 0..1 of the images that show the crops, in 0..1 of the photos."""
+    """Boxes (N, 4), given in 0..1 of the images that the model saw of these crops, moved into 0..1 of whole photos."""
     sizes = [dataset.samples[i].size for i in part]
     regions = [crop_box(crop, size) for crop, size in zip(crops.tolist(), sizes)]
     boxes = to_photo(boxes, placement([box_size(region) for region in regions], dataset.size, dataset.resize))
-    place = torch.tensor([[*region[:2], *box_size(region)] for region in regions]) / torch.tensor(sizes).repeat(1, 2)
-    return to_image(boxes, place)
+    x_y_width_height = torch.tensor([[*region[:2], *box_size(region)] for region in regions])
+    return to_image(boxes, x_y_width_height / torch.tensor(sizes).repeat(1, 2))
 
 
 def grow_boxes(boxes: Tensor) -> Tensor:
