@@ -44,7 +44,7 @@ def convert(
     if out.exists() or out.suffix == ".safetensors":
         raise usage_error("OUT", f"{out} {'exists' if out.exists() else 'is no name of a best.pt'}; choose NAME.pt")
     model, saved = load_model(checkpoint)
-    split = data and read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask)
+    split = read_split(find_dataset(data, saved.subtask), "val", saved.classes, saved.subtask) if data else None
     if split and read_preparation(split.csv.parent) != saved.preparation:
         raise usage_error("--data", f"{data} was not prepared as the photos of training were; predict.py does that")
     converted = replace(saved, weights=exported_weights(model, export_dtype))
