@@ -330,7 +330,8 @@ def load_teacher(path: str, classes: dict[str, tuple[str, ...]], device: torch.d
     model, checkpoint = load_model(path)
     for label in classes | checkpoint.classes:
         if classes.get(label) != checkpoint.classes.get(label):
-            there, here = (len(of.get(label, ())) or "no" for of in (checkpoint.classes, classes))
+            there = len(checkpoint.classes.get(label, ())) or "no"
+            here = len(classes.get(label, ())) or "no"
             reason = f"{label} has {there} classes there and {here} here, or others"
             raise usage_error("--teacher", f"{path} was trained on other labels: {reason}")
     return Teacher(model).to(device)
