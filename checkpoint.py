@@ -358,10 +358,9 @@ class Teacher(nn.Module):
 
 
 def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> None:
-    """Load weights into the backbone `name`, and a best.pt's heads into those of the same labels and the box head; say
-    what did not fit.
+    """Load a file's weights into the backbone `name`, those of a best.pt also into heads of the same names.
 
-    Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
+    A note says what did not fit. Raises FileNotFoundError, and ValueError where nothing of the backbone fits.
     """
     given, weights, classes = _read_tensors(path), {}, {}
     if isinstance(given, dict) and given.get("format") == FORMAT:
@@ -387,14 +386,13 @@ def load_weights(model: FashionModel, path: str | os.PathLike, name: str) -> Non
             head.load_state_dict(of_head)
             loaded += 1
     missing = sum(not key.endswith("num_batches_tracked") for key in own.keys() - fitting.keys())
-    counts = {
-        f"{missing} of the backbone's {len(own)} tensors stay random": missing,
-        f"{len(given) - len(fitting)} tensors of the file have no place": len(given) - len(fitting),
-        f"{loaded} of {len(heads)} heads came with it": loaded,
-    }
-    if any(counts.values()):
+    unused = len(given) - len(fitting)
+    remarks = [f"{missing} of the backbone's {len(own)} tensors stay random"] if missing else []
+    remarks += [f"{unused} tensors of the file have no place"] if unused else []
+    remarks += [f"{loaded} of {len(heads)} heads came with it"] if loaded else []
+    if remarks:
         doubt = "; is it of another backbone?" if missing > len(fitting) else ""
-        note(f"{path}: " + "; ".join(text for text, n in counts.items() if n) + doubt)
+        note(f"{path}: " + "; ".join(remarks) + doubt)
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
