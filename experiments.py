@@ -258,10 +258,12 @@ def read_run(folder: Path) -> Run:
         top1 = np.nanmean(correct, axis=0)
         accuracies = {"best_mean": top1.mean()} | {f"best_{label}": top1[i] for i, label in enumerate(labels)}
         accuracies |= {f"last_{label}": float(metrics[-1][f"val_top1_{label}"]) for label in ("mean", *labels)}
-        setting = (record["row"], record["more"], settings["seed"], config.get("commit"))
+        row, more, seed, commit = record["row"], record["more"], settings["seed"], config.get("commit")
+        flags, data, raw, epochs = record.get("flags", {}), record.get("data", []), record.get("raw"), len(metrics)
         images = [(row["image_name"], *classes) for row, classes in zip(rows, truth.tolist())]
-        started = (record.get("flags", {}), record.get("data", []), record.get("raw"), settings, len(metrics))
-        return Run(folder, *setting, *started, images, predicted, correct, accuracies)
+        return Run(
+            folder, row, more, seed, commit, flags, data, raw, settings, epochs, images, predicted, correct, accuracies
+        )
     except Exception as error:
         missing = isinstance(error, FileNotFoundError)
         reason = f"no {Path(error.filename).name}" if missing else f"{type(error).__name__}: {error}"
