@@ -289,10 +289,7 @@ def read_experiments() -> list[list[Run]]:
 
 
 def per_photo(correct: np.ndarray) -> np.ndarray:
-    """Each photo's part of the mean over the labels, (images, labels) -> (images,): the labels count alike.
-
-    A label that is known for few photos counts as much as the others; so the mean is that of `Run.accuracies`.
-    """
+    """(images, labels) -> (images,), whose mean is `best_mean`: labels count alike, however few photos have them."""
     known = (~np.isnan(correct)).mean(axis=0)
     return np.nansum(correct / known, axis=1) / len(known)
 
