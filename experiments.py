@@ -162,9 +162,9 @@ def run(
     if not chosen:
         raise usage_error("ROW", "name the rows to run, or all")
     datasets = {"raw": [data], "clean": [clean_data], "raw+clean": [data, clean_data]}
-    if clean_data is None and (names := [row.name for row in chosen if row.data != "raw"]):
+    if clean_data is None and (on_clean := [row.name for row in chosen if row.data != "raw"]):
         remedy = f"{command('preprocess.py', data, 'OUT')} writes one"
-        raise usage_error("--clean-data", f"needed for {', '.join(names)}; {remedy}")
+        raise usage_error("--clean-data", f"needed for {', '.join(on_clean)}; {remedy}")
     subtask = 2 if more.get("--subtask") == ["2"] else 1
     contents = {path: content_of(path, subtask) for path in (data, clean_data) if path is not None}
 
