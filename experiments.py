@@ -389,7 +389,7 @@ def compare_runs(line: Line, runs: list[Run], reference: list[Run]) -> None:
 
 
 def compare_to_base(line: Line, runs: list[Run], groups: list[list[Run]]) -> None:
-    """Compare a row with the base that has its flags behind --, the base with one that has some of these flags."""
+    """Compare a row with the base under its flags behind --, a base with the base under most, but not all, of them."""
     more = runs[0].more
     bases = [group for group in groups if group[0].row == BASE and group[0].raw == runs[0].raw]
     if line.row == BASE:
