@@ -245,7 +245,8 @@ def curves(runs: list[Run]) -> Figure:
         for n, run in enumerate(runs):
             best = run.metrics["epoch"] == run.best_epoch
             for key in [key for key in keys if key in run.metrics]:
-                color = f"C{n}" if not one else "black" if key == "val_top1_mean" else None
+                color = "black" if key == "val_top1_mean" else None
+                color = color if one else f"C{n}"
                 how = {"ls": ":" if key == "train_loss" else "-", "color": color, "marker": "o", "markevery": best}
                 ax.plot(run.metrics["epoch"], run.metrics[key], label=wrapped(key.removeprefix("val_top1_")), **how)
         ax.locator_params("x", integer=True, nbins=8)
