@@ -389,7 +389,8 @@ def heat_maps(model: FashionModel, images: Tensor) -> Heats:
             gradient = gradient.mean((1, 2), keepdim=True)
         heat = (activation * gradient).sum(-1).clamp(min=0)
         heat = F.interpolate(heat[:, None], images.shape[-2:], mode="bilinear")[:, 0]
-        heats[label] = heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny), logits.detach()
+        heat = heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
+        heats[label] = (heat, logits.detach())
     return heats
 
 
