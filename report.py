@@ -145,7 +145,7 @@ def read_run(folder: Path) -> Run:
             with suppress(ValueError):  # a column of your own may hold words
                 columns[key] = np.array([float(row[key] or "nan") for row in rows])
         metrics = {key: values for key, values in columns.items() if np.isfinite(values).any()}
-        metrics["epoch"], metrics["lr"], metrics["train_loss"]
+        metrics["epoch"], metrics["lr"], metrics["train_loss"]  # a KeyError here: the file is damaged
     return Run(folder, settings, metrics, read(folder / "best.pt").get("epoch", 0))
 
 
