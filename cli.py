@@ -113,10 +113,10 @@ class StopSignals:
         arriving = None
         while True:
             alarm(SILENT)
-            if self.received:
+            if self.received:  # asked after the alarm is set: a later signal shortens it itself
                 alarm(GRACE)
             try:
-                arriving = iter(batches) if arriving is None else arriving
+                arriving = iter(batches) if arriving is None else arriving  # iter() starts the loading processes
                 batch = next(arriving, None)
             finally:
                 alarm(0)
