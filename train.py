@@ -154,10 +154,7 @@ def train(settings: Settings) -> None:
 
 
 def train_one_epoch(settings: Settings, state: TrainState, loader: DataLoader, run: Run) -> float:
-    """The steps of the next epoch from `state.step` on; returns the epoch's mean loss, summed over the heads.
-
-    Raises ValueError where a loss is not finite, Stopped where a signal asked for it.
-    """
+    """Train the next epoch from `state.step` on; returns its mean loss, the heads' sum. Raises ValueError, Stopped."""
     model, sampler, device = run.model.train(), loader.batch_sampler, state.model.mean.device
     if settings.box_head and (settings.pretrained or settings.weights) and state.epoch >= settings.t_0 / 4:
         state.model.keep_statistics()
