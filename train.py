@@ -395,8 +395,8 @@ def make_loaders(
 
 def new_state(settings: Settings, model: FashionModel) -> TrainState:
     device, groups = model.mean.device, parameter_groups(model, settings.lr, settings.layer_decay)
-    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": device.type in ("cpu", "cuda")}
-    optimizer = torch.optim.AdamW(groups, **options)
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
     # for another schedule edit settings.restart_epochs too, which notes and pictures read; one cosine is --t-0 EPOCHS
     scheduler = CosineAnnealingWarmRestarts(optimizer, settings.t_0, settings.t_mult, settings.eta_min)
     scaler = torch.amp.GradScaler(device.type, enabled=choose_amp(settings.amp, device) is torch.float16)
