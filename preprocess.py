@@ -120,16 +120,16 @@ def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) ->
     if mask and (foreground := foreground_box(mask)):
         boxes["mask"] = foreground
     if preparation["crop"] != "none":
-        target = boxes.get(preparation["crop"]) or boxes.get("mask", full)
-        dx, dy = (round(preparation["box_margin"] * (target[i + 2] - target[i])) for i in (0, 1))
-        crop = clip_box((target[0] - dx, target[1] - dy, target[2] + dx, target[3] + dy), *photo.size)
+        x0, y0, x1, y1 = boxes.get(preparation["crop"]) or boxes.get("mask", full)
+        dx, dy = (round(preparation["box_margin"] * side) for side in (x1 - x0, y1 - y0))
+        crop = clip_box((x0 - dx, y0 - dy, x1 + dx, y1 + dy), *photo.size)
     moved = {view: move_into(box, crop) for view, box in boxes.items()}
     if "bbox" in boxes:
         moved["bbox"] = moved["bbox"] or move_into(crop, crop)  # the crop may be elsewhere
     moved = {view: box for view, box in moved.items() if box}
     if "mask" in moved and not preparation["keep_background"]:
         photo = replace_background(photo, mask, color)
-    return photo if crop == full else photo.crop(crop), moved
+    return (photo if crop == full else photo.crop(crop)), moved
 
 
 def foreground_box(mask: Image.Image) -> Box | None:
