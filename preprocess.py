@@ -347,9 +347,9 @@ def read_results(out: Path, photos: dict[str, Sample]) -> dict[str, dict]:
             results[result["file"]] = result
     for file in photos.keys() & results.keys():
         made, sample, original = out / file, photos[file], os.stat(photos[file].path)
-        same = results[file]["csv_box"] == list(sample.boxes.get("bbox", ()))
-        same = same and results[file].get("bytes", original.st_size) == original.st_size  # earlier versions lack it
-        if not (same and made.exists() and made.stat().st_mtime_ns >= original.st_mtime_ns):
+        same_box = results[file]["csv_box"] == list(sample.boxes.get("bbox", ()))
+        same_bytes = results[file].get("bytes", original.st_size) == original.st_size  # earlier versions lack it
+        if not (same_box and same_bytes and made.exists() and made.stat().st_mtime_ns >= original.st_mtime_ns):
             del results[file]
     return results
 
