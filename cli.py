@@ -36,7 +36,6 @@ SILENT, GRACE = 600, 5  # seconds to wait for a loading process; after a signal 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
 alarm = getattr(signal, "alarm", lambda seconds: 0)  # Windows has none
 
-
 console = Console(highlight=False)  # quiet in all but the first process of a run
 console.soft_wrap = not console.is_terminal
 # Where nobody reads the output any more, go on in silence: the files are the result.
@@ -173,8 +172,7 @@ def set_up_libraries() -> None:
     """Defaults of OpenMP and of glibc's malloc that suit training, where the user has set none.
 
     A waiting OpenMP thread would spin for long, and keep the core from the thread that it waits for where another
-    program has the other cores. malloc would give the memory of each step back to the kernel, and get it again page by
-    page.
+    program has the other cores. malloc would give each step's memory back to the kernel, and get it again by pages.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
