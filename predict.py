@@ -220,7 +220,8 @@ def prepare_once(sample: Sample, prepare: Prepare, folder: Path) -> tuple[Image.
 def drop_unread(rows: Split, prediction: Prediction) -> tuple[Split, Prediction]:
     """Without the photos that could not be read."""
     keep = [i for i in range(len(rows.samples)) if i not in prediction.problems]
-    logits, targets = ({k: v[keep] for k, v in of.items()} for of in (prediction.logits, prediction.targets))
+    logits = {label: values[keep] for label, values in prediction.logits.items()}
+    targets = {label: values[keep] for label, values in prediction.targets.items()}
     boxes = None if prediction.boxes is None else prediction.boxes[keep]
     return replace(rows, samples=[rows.samples[i] for i in keep]), Prediction(logits, targets, boxes, {})
 
