@@ -160,15 +160,15 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
     for flag, asked, split in (("--train-view", settings.train_view, train_split), ("--val-view", view, val_split)):
         if asked == "mask" and not split.has("mask"):
             raise usage_error(flag, f"{split.csv} has no Mask_ columns; preprocess.py writes a dataset that has")
-    without = sum(settings.train_view not in sample.boxes for sample in train_split.samples)
-    if settings.box_head and without == len(train_split.samples):
+    train_has_boxes = train_split.has(settings.train_view)
+    if settings.box_head and not train_has_boxes:
         raise usage_error("--box-head", f"it learns boxes, and {train_split.csv} has no {settings.train_view} boxes")
-    if without == len(train_split.samples):
+    if not train_has_boxes:
         note("training has no boxes: it sees whole photos")
     elif settings.crop_prob > 0:
         note_unboxed("training", train_split, settings.train_view)
     if view in ("bbox", "mask") and not val_split.has(view):
-        if settings.val_view or without < len(train_split.samples):
+        if settings.val_view or train_has_boxes:
             note("validation has no boxes: it sees whole photos")
         return "full"
     note_unboxed("validation", val_split, view)
