@@ -244,7 +244,8 @@ def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
         written = read_config(path.parent)["settings"]
         settings = Settings(**{key: value for key, value in written.items() if key in known})
         for key, field in known.items():
-            types = (float, int) if float in (field.type, *get_args(field.type)) else (type(field.default),)
+            takes_floats = float in (field.type, *get_args(field.type))  # plain, or within Annotated
+            types = (float, int) if takes_floats else (type(field.default),)
             if field.default is not None and type(getattr(settings, key)) not in types:
                 raise TypeError(key)
         if min(settings.epochs, settings.t_0, settings.t_mult, settings.batch_size) < 1:
