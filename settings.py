@@ -260,26 +260,26 @@ def read_settings(run: str | Path, flag: str = "--resume") -> Settings:
     return settings
 
 
-def resumed_settings(given: Settings, names: Collection[str]) -> Settings:
-    """The settings of the run `given.resume`, with those of the command line that were given (`names`) and may change.
+def resumed_settings(settings: Settings, given: Collection[str]) -> Settings:
+    """The settings of the run `settings.resume`, changed by those of `settings` that the command line gave (`given`).
 
-    Raises BadParameter for one that may not, ValueError where config.json is damaged.
+    Raises BadParameter for one that may not change, ValueError where config.json is damaged.
     """
-    before = read_settings(given.resume)
-    changes = {name: getattr(given, name) for name in names}
+    before = read_settings(settings.resume)
+    changes = {name: getattr(settings, name) for name in given}
     for name, value in changes.items():
         value = whole_path(value, "off") if name == "weights" else value
         if name not in CHANGEABLE and value != getattr(before, name):
             may = ", ".join(flag_of(key) for key in sorted(CHANGEABLE - {"resume", "save_every"}))
             raise usage_error(flag_of(name), f"the run was started with {getattr(before, name)}; only {may} may change")
-    settings = dataclasses.replace(before, **changes)
-    if settings.epochs < before.epochs:
+    resumed = dataclasses.replace(before, **changes)
+    if resumed.epochs < before.epochs:
         raise usage_error("--epochs", f"the run was started with {before.epochs}; fewer cannot be asked for")
-    restart = next_restart(settings, before.epochs)
-    if restart <= settings.epochs:
-        end = next_restart(settings, settings.epochs) - 1
+    restart = next_restart(resumed, before.epochs)
+    if restart <= resumed.epochs:
+        end = next_restart(resumed, resumed.epochs) - 1
         note(f"the learning rate restarts in epoch {restart} (--t-0, --t-mult); it is lowest after {end} epochs")
-    return settings
+    return resumed
 
 
 def read_config(folder: Path) -> dict:
