@@ -149,9 +149,9 @@ def checked_settings(settings: Settings) -> Settings:
     return dataclasses.replace(settings, data=tuple(whole_path(path, "demo") for path in settings.data), **paths)
 
 
-def whole_path(path: str | None, name: str) -> str | None:
-    """A path that holds from any folder; None, and `name`, which is no path, as they are."""
-    return path if not path or path == name else os.path.abspath(path)
+def whole_path(path: str | None, keyword: str) -> str | None:
+    """The absolute path. None, and the keyword that stands in a path's place ("off", "demo"), are returned as given."""
+    return os.path.abspath(path) if path and path != keyword else path
 
 
 def choose_view(settings: Settings, train_split: "Split", val_split: "Split") -> str:
