@@ -288,12 +288,13 @@ def read_config(folder: Path) -> dict:
 
 def write_config(settings: Settings, folder: Path, machine: dict, fingerprint: dict[str, str]) -> None:
     """config.json: settings, commit, data and machine. Says what differs from a resumed run's start."""
-    before = read_config(folder) if settings.resume else machine
-    other = [key for key, value in machine.items() if before.get(key) != value]
-    if other:
-        note(f"the run was started with other {', '.join(other)}: its last digits may differ")
-    config = {"settings": dataclasses.asdict(dataclasses.replace(settings, resume=None)), **machine}
-    config |= {"commit": commit(), "data": fingerprint}
+    if settings.resume:
+        before = read_config(folder)
+        other = [key for key, value in machine.items() if before.get(key) != value]
+        if other:
+            note(f"the run was started with other {', '.join(other)}: its last digits may differ")
+    values = dataclasses.asdict(dataclasses.replace(settings, resume=None))
+    config = {"settings": values, **machine, "commit": commit(), "data": fingerprint}
     with atomic_write(folder / "config.json") as f:
         f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
