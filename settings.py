@@ -299,9 +299,9 @@ def write_config(settings: Settings, folder: Path, machine: dict, fingerprint: d
         f.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def data_fingerprint(settings: Settings, *splits: "Split") -> dict[str, str]:
+def data_fingerprint(settings: Settings, train: "Split", val: "Split") -> dict[str, str]:
     """What tells the run's data, and its teacher, from others."""
-    fingerprint = {name: split.fingerprint for name, split in zip(("train", "val"), splits)}
+    fingerprint = {"train": train.fingerprint, "val": val.fingerprint}
     if settings.teacher:
         with open(settings.teacher, "rb") as f:
             fingerprint["teacher"] = hashlib.file_digest(f, "sha256").hexdigest()
