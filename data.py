@@ -126,12 +126,14 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
 
 
 def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
-    """The CSV or the folder of class folders of each split; that of `train` for validation that will be held out."""
-    found = {split: path for split in SPLITS if (path := root / csv_name(split, subtask)).is_file()}
+    """Each split's CSV or folder of class folders. Validation that will be held out of training has training's."""
+    tables = {split: root / csv_name(split, subtask) for split in SPLITS}
+    found = {split: path for split, path in tables.items() if path.is_file()}
     if not found and root.is_dir() and not any(root.glob("Fashion-How24_sub*.csv")):
-        found = {split: path for split in SPLITS if (path := photo_folder(root, split)).is_dir()}
-        two = islice(filter(find_photos, _class_folders(root, root)), 2)
-        if "train" not in found and len([*two]) == 2:
+        folders = {split: photo_folder(root, split) for split in SPLITS}
+        found = {split: folder for split, folder in folders.items() if folder.is_dir()}
+        with_photos = (folder for folder in _class_folders(root, root) if find_photos(folder))
+        if "train" not in found and len([*islice(with_photos, 2)]) == 2:  # two tell: each is walked whole
             found["train"] = root
         if not any(_class_folders(folder, root) for folder in found.values()):
             found = {}
