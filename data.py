@@ -174,7 +174,7 @@ def read_preparation(root: Path) -> dict | None:
     record = record_of(root)
     if record and record["unfinished"]:
         raise ValueError(f"{root} is unfinished; start the same preprocess.py command again to complete it")
-    return record and record["preparation"]
+    return record["preparation"] if record else None
 
 
 def needs_remover(preparation: dict | None, view: str) -> bool:
