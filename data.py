@@ -343,14 +343,14 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
         raise FileNotFoundError(f"{path}: no such file ({command('data.py', root)} shows what is there)")
     held_out = split != "test" and found.get("train") == found.get("val")
     if found[split].is_dir():
+        train_csv = csv_name("train", subtask)
         tables = sorted(path for path in root.iterdir() if re.search(r"train.*\.csv$", path.name, re.IGNORECASE))
-        if any(table.name.lower() == csv_name("train", subtask).lower() for table in tables):
-            raise ValueError(f"{tables[0]} should be spelt {csv_name('train', subtask)}")
+        if any(table.name.lower() == train_csv.lower() for table in tables):
+            raise ValueError(f"{tables[0]} should be spelt {train_csv}")
         if split == "train" and tables:
-            named = f"the folders are the classes; labels are read from {csv_name('train', subtask)}"
-            note(f"{tables[0]} is not read: {named}")
-        is_again = held_out and split == "val"
-        path, source = root / split, _list_class_folders(root, found[split], split == "test", is_again)
+            note(f"{tables[0]} is not read: the folders are the classes; labels are read from {train_csv}")
+        path = root / split
+        source = _list_class_folders(root, found[split], split == "test", is_again=held_out and split == "val")
     else:
         folder = photo_folder(root, "train" if held_out else split)
         source = _read_csv(root, folder, found[split], split == "test")
