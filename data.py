@@ -398,7 +398,8 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
     else:
         raise ValueError(f"{path}: neither UTF-8, UTF-16 nor CP949 (EUC-KR); export it as CSV in UTF-8")
     sep_line = re.match(r'"?sep=(.)', text, re.IGNORECASE)  # written for Excel
-    delimiter = sep_line[1] if sep_line else max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+    first_line = text.lstrip().partition("\n")[0]
+    delimiter = sep_line[1] if sep_line else max(",;\t|", key=first_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
