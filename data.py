@@ -456,8 +456,8 @@ def _number(cell: str) -> float:
 
 
 def _usable_labels(source: _Source) -> list[str]:
-    """The label columns of training, without remarks. Raises ValueError where a column holds row numbers."""
-    remarks, rows = [], len(source.lines)
+    """Training's label columns; sparse ones, taken for remarks, are left out. Raises ValueError for row numbers."""
+    sparse, rows = [], len(source.lines)
     for label in source.labels:
         filled = [cell for cell in source.column(label) if cell]
         distinct = len(set(filled))
@@ -465,10 +465,10 @@ def _usable_labels(source: _Source) -> list[str]:
             problem = f"the column {label} has {distinct:,} values in {rows:,} rows"
             raise ValueError(f"{source.csv}: {problem}; is it a row number? take it out")
         if label not in CLASS_NAMES and 0 < 2 * len(filled) < rows:
-            remarks.append(label)
-    if remarks and source.split == "train":
-        note(f"{source.csv}: left out, as over half of the cells are empty: {', '.join(remarks)}")
-    return [label for label in source.labels if label not in remarks]
+            sparse.append(label)
+    if sparse and source.split == "train":
+        note(f"{source.csv}: left out, as over half of the cells are empty: {', '.join(sparse)}")
+    return [label for label in source.labels if label not in sparse]
 
 
 def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Classes:
