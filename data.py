@@ -482,7 +482,7 @@ def _find_classes(train: Sequence[_Source], val: Sequence[_Source] = ()) -> Clas
     are_folders = all(_is_of_folders(source) for source in train)
     classes = {}
     for label in labels:
-        words = set().union(*(source.column(label) for source in [*train, *val])) - {""}
+        words = {cell for source in [*train, *val] for cell in source.column(label) if cell}
         if not words or (len(words) == 1 and label not in CLASS_NAMES):
             problem = f"the label {label} {'has the same class' if words else 'is empty'} in every row"
             raise ValueError(f"{path}: {problem}; remove the column, or add photos of other classes")
