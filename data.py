@@ -528,8 +528,8 @@ def _fold(text: str) -> str:
 def _class_indices(source: _Source, label: str, classes: tuple[str, ...]) -> dict[str, int | ValueError]:
     """The class index of each text in a label's column, or what is wrong with it; -1 where it is not known."""
     column, are_numbers = source.column(label), classes == NUMBERS[: len(classes)]
-    texts = (CLASS_NAMES.get(label, ()), classes)
-    indices: dict[str, int | ValueError] = {"": -1} | {text: c for names in texts for c, text in enumerate(names)}
+    words = {word: c for c, word in enumerate(CLASS_NAMES.get(label, ()))}
+    indices: dict[str, int | ValueError] = {"": -1} | words | {text: c for c, text in enumerate(classes)}
     for cell in set(column).difference(indices):  # 1.0 is 1, Office is office
         number = _number(cell)
         text = str(int(number)) if number.is_integer() else cell.lower()
