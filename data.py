@@ -599,7 +599,7 @@ def _parse_box(cells: list[str]) -> Box:
 def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str:
     """The path of a photo, else of the one file that differs by case, Unicode form or image extension alone.
 
-    `spellings`: all photos by what they share with such files, filled when a photo is missing for the first time.
+    `spellings`, filled at the first missing photo: all photos by their folded paths, with and without extension.
     """
     below = os.path.relpath(name, folder) if os.path.isabs(name) else name
     if ".." in re.split(r"[\\/]", below) or re.match(r"[\\/]|[A-Za-z]:[\\/]", below):
@@ -613,7 +613,8 @@ def _find_photo(folder: Path, name: str, spellings: dict[str, list[str]]) -> str
             for key in (spelling, os.path.splitext(spelling)[0]):
                 spellings.setdefault(key, []).append(str(photo))
     stem, suffix = os.path.splitext(_fold(below.replace("\\", "/")))
-    similar = spellings.get(stem + suffix) or (suffix in SUFFIXES and spellings.get(stem)) or []
+    of_other_type = spellings.get(stem, []) if suffix in SUFFIXES else []
+    similar = spellings.get(stem + suffix, of_other_type)
     if len(similar) != 1 or not os.path.isfile(similar[0]):  # a link to nothing
         raise ValueError(f"no image {path}" if name else "image_name is empty")
     return similar[0]
