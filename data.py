@@ -508,7 +508,8 @@ def _classes_of(label: str, words: set[str], are_folders: bool) -> tuple[str, ..
     numbers = [_number(word) for word in words]
     are_names = are_folders and label == "class" and not words <= set(NUMBERS)
     if not any(map(math.isnan, numbers)) and not are_names:
-        return NUMBERS[: 1 + int(max((number for number in numbers if 0 <= number < len(NUMBERS)), default=0))]
+        possible = [number for number in numbers if 0 <= number < len(NUMBERS)]  # rows with others are wrong
+        return NUMBERS[: int(max(possible, default=0)) + 1]
     _check_spelling(label, words)
     return tuple(sorted(words))
 
