@@ -422,11 +422,11 @@ def _read_csv(root: Path, folder: Path, path: Path, is_test: bool) -> _Source:
 
 def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) -> tuple[dict, list[str]]:
     """The box columns by view, and the label columns."""
-    absent = {"image_name"}  # and what in a test CSV is constant over several rows, or empty or -1 throughout
-    for name, *cells in zip(header, *(cells for _, cells in lines)):
-        is_silent = len(set(cells)) == 1 and (len(cells) > 1 or cells[0] in ("", "-1"))
-        if is_test and is_silent and not name.startswith("Mask_"):
-            absent.add(name)
+    dummy = set()  # columns of a test CSV that tell nothing: all of several cells are alike, or the only one unknown
+    for name, *column in zip(header, *(cells for _, cells in lines)):
+        is_dummy = len(set(column)) == 1 and (len(column) > 1 or column[0] in ("", "-1"))
+        if is_test and is_dummy and not name.startswith("Mask_"):
+            dummy.add(name)
     ours = {name.lower(): name for name in ("image_name", *chain(*BOX_COLUMNS.values()))}
     ours |= {name.lower().removeprefix("bbox_"): name for name in BOX_COLUMNS["bbox"]}
     for name in header:
@@ -441,9 +441,9 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
         missing = [name for name in names if name not in header]
         if 0 < len(missing) < len(names):
             raise ValueError(f"{path}: no column {missing[0]}, though others of that box are there")
-        if not missing and not absent.issuperset(names):
+        if not missing and not dummy.issuperset(names):
             boxes[view] = names
-    labels = [name for name in header if name not in absent and not name.startswith(("BBox_", "Mask_"))]
+    labels = [name for name in header if not name.startswith(("BBox_", "Mask_")) and name not in {"image_name", *dummy}]
     columns = Counter(["image_name", "mean", BOX, *map(submission_column, labels)])  # mean: a table's row
     for label in labels:
         if columns[submission_column(label)] > 1:
