@@ -585,7 +585,7 @@ def _parse_row(source: _Source, where: str, cells: list[str], indices: dict, spe
 
 
 def _parse_box(cells: list[str]) -> Box:
-    try:  # decimal commas are read; 1,200 may stand for 1200
+    try:  # a decimal comma becomes a point; one before three digits may group thousands: such a cell is no number
         xmin, ymin, xmax, ymax = (float(re.sub(r",(\d{1,2}|\d{4,})$", r".\1", cell)) for cell in cells)
         box = (math.floor(xmin), math.floor(ymin), math.ceil(xmax), math.ceil(ymax))
     except (ValueError, OverflowError):
