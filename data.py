@@ -650,10 +650,6 @@ def shared_photos(train: Split, val: Split) -> list[tuple[Sample, Sample]]:
 
 def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str]:
     """What spoils a result, with the rows: photos of one split that `train` has too, photos with two labels."""
-
-    def disagree(a: Sample, b: Sample) -> bool:
-        return any(len({a.labels[label], b.labels[label]} - {-1}) == 2 for label in split.labelled)
-
     doubts = []
     if train and (shared := shared_photos(train, split)):
         title = f"{len(shared):,} of {len(split.samples):,} {name} photos are training photos too; take them out of one"
@@ -665,9 +661,13 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
     unknown = [label for label in split.labelled if all(sample.labels[label] < 0 for sample in split.samples)]
     if name == "val" and unknown:
         doubts.append(f"no row of val has a known class of {', '.join(unknown)}: scores are of the other labels")
-    if conflicts := [pair for pair in pairs if disagree(*pair)]:
+    conflicts = []
+    for a, b in pairs:
+        if any(len({a.labels[label], b.labels[label]} - {-1}) == 2 for label in split.labelled):  # two known classes
+            conflicts.append(f"{a.where} and {b.where}")
+    if conflicts:
         title = f"two labels for one photo, {len(conflicts):,} times in {name}"
-        doubts.append(list_problems(title, [f"{a.where} and {b.where}" for a, b in conflicts]))
+        doubts.append(list_problems(title, conflicts))
     return doubts
 
 
