@@ -147,9 +147,9 @@ def clip_box(box: Box, width: int, height: int) -> Box:
 
 def crop_box(crop: Sequence[float], size: tuple[int, int]) -> Box:
     """The box nearest to `crop` (xmin, ymin, xmax, ymax in 0..1) in pixels of a photo of this width and height."""
-    left, top = (min(round(at * side), side - 1) for at, side in zip(crop[:2], size))
-    right, bottom = (max(round(at * side), start + 1) for at, side, start in zip(crop[2:], size, (left, top)))
-    return left, top, right, bottom
+    (xmin, ymin, xmax, ymax), (width, height) = crop, size
+    left, top = min(round(xmin * width), width - 1), min(round(ymin * height), height - 1)
+    return left, top, max(round(xmax * width), left + 1), max(round(ymax * height), top + 1)
 
 
 def placement(sizes: Sequence[tuple[int, int]], size: int, resize: str) -> Tensor:
