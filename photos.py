@@ -121,8 +121,8 @@ def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "s
 def letterbox(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     """Left, top, width and height in pixels of a view of this size that is letterboxed to size x size."""
     scale = size / max(width, height)
-    inner = [max(1, round(scale * side)) for side in (width, height)]
-    return (size - inner[0]) // 2, (size - inner[1]) // 2, *inner
+    width, height = max(1, round(scale * width)), max(1, round(scale * height))
+    return (size - width) // 2, (size - height) // 2, width, height
 
 
 def box_size(box: Box) -> tuple[int, int]:
