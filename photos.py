@@ -165,12 +165,12 @@ def to_image(boxes: Tensor, place: Tensor) -> Tensor:
     return boxes * place[:, 2:].repeat(1, 2) + place[:, :2].repeat(1, 2)
 
 
-def boxes_in_image(boxes: Collection[Box], view: tuple[int, int], size: int, resize: str) -> Tensor:
+def boxes_in_image(boxes: Collection[Box], view_size: tuple[int, int], size: int, resize: str) -> Tensor:
     """Boxes in pixels of a view of this width and height, in pixels of its image, float32 (N, 4)."""
     import torch
 
-    relative = torch.tensor([*boxes]).view(-1, 4) / torch.tensor(view * 2)
-    return to_image(relative, placement([view], size, resize)) * size
+    relative = torch.tensor([*boxes]).view(-1, 4) / torch.tensor(view_size * 2)  # width, height, width, height
+    return to_image(relative, placement([view_size], size, resize)) * size
 
 
 def to_photo(boxes: Tensor, place: Tensor) -> Tensor:
