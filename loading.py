@@ -138,9 +138,10 @@ class TrainPhotos(Dataset):
 
 def loose_crop(box: Box, photo: tuple[int, int]) -> Box:
     """The box with each side moved by a random share within LOOSE, in a photo of this width and height."""
-    shares = torch.empty(4).uniform_(*LOOSE).tolist()
-    moves = (sign * share * side for sign, share, side in zip((-1, -1, 1, 1), shares, box_size(box) * 2))
-    return crop_box([min(max((at + move) / side, 0), 1) for at, move, side in zip(box, moves, photo * 2)], photo)
+    left, top, right, bottom = torch.empty(4).uniform_(*LOOSE).tolist()
+    (xmin, ymin, xmax, ymax), (width, height) = box, box_size(box)
+    moved = (xmin - left * width, ymin - top * height, xmax + right * width, ymax + bottom * height)
+    return crop_box([min(max(edge / side, 0), 1) for edge, side in zip(moved, photo * 2)], photo)
 
 
 def part_around(box: Box, photo: tuple[int, int]) -> Box:
