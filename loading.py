@@ -149,7 +149,7 @@ def part_around(box: Box, photo: tuple[int, int]) -> Box:
     if torch.rand(()).item() < WHOLE:
         return 0, 0, *photo
     shares = torch.rand(4).tolist()
-    return tuple(round(edge + share * (side - edge)) for edge, side, share in zip((0, 0, *photo), box, shares))
+    return tuple(round(outer + share * (inner - outer)) for outer, inner, share in zip((0, 0, *photo), box, shares))
 
 
 class EvalPhotos(Dataset):
