@@ -120,10 +120,7 @@ class TrainPhotos(Dataset):
             raise ValueError(f"{error}; data.py DATASET --all finds all such photos") from None
 
     def draw_with_box(self, index: int, view: str) -> tuple[Tensor, Tensor]:
-        """An augmented image of a loose crop, of all or of a part of the photo, and the box in it in 0..1.
-
-        The box is NaN where the photo has none, or where augmentation moved it out of the image.
-        """
+        """An augmented image, and the box in it in 0..1; NaN where the photo has none or augmentation moved it out."""
         sample = self.samples[index]
         box = sample.boxes.get(self.view)
         if box is None:
@@ -133,7 +130,8 @@ class TrainPhotos(Dataset):
         target = boxes_in_image([move_into(box, region)], box_size(region), self.size, self.resize)
         boxes = BoundingBoxes(target, format="XYXY", canvas_size=(self.size, self.size))
         image, (found,) = self.augment(image, boxes)
-        return image, torch.where((found[2:] - found[:2]).amin() > 0, found.as_subclass(Tensor) / self.size, math.nan)
+        is_inside = (found[2:] - found[:2]).amin() > 0
+        return image, torch.where(is_inside, found.as_subclass(Tensor) / self.size, math.nan)
 
 
 def loose_crop(box: Box, photo: tuple[int, int]) -> Box:
