@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -311,8 +311,8 @@ class DecodedViews:
 
 def decode_once(views: dict[Dataset, Collection[str]], cache: str | None, workers: int) -> None:
     """`add_decoded` for several datasets. Raises ValueError with all photos that cannot be decoded."""
-    problems = [problem for item in views.items() for problem in add_decoded(*item, cache, workers)]
-    problems = list(dict.fromkeys(problems))  # a photo may be damaged in two views
+    found = [add_decoded(dataset, names, cache, workers) for dataset, names in views.items()]
+    problems = list(dict.fromkeys(chain(*found)))  # a photo may be damaged in two views
     if problems:
         title = f"{len(problems)} photos cannot be decoded"
         raise ValueError(list_problems(title, problems) if len(problems) > 1 else problems[0])
