@@ -199,10 +199,10 @@ class EpochSampler(Sampler):
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, min_part: int = 1):
         self.n, self.batch_size, self.seed, self.rank, self.world_size = n, batch_size, seed, rank, world_size
         self.epoch = self.skip = 0
-        last = n % batch_size // world_size
-        last = last if last >= min_part else 0
-        self.steps = n // batch_size + (last > 0)
-        self.part_images = n // batch_size * (batch_size // world_size) + last  # images an epoch in this process
+        whole_batches, rest = divmod(n, batch_size)
+        last_part = rest // world_size if rest // world_size >= min_part else 0
+        self.steps = whole_batches + (last_part > 0)
+        self.part_images = whole_batches * (batch_size // world_size) + last_part  # an epoch's images in this process
 
     def __len__(self) -> int:
         return self.steps - self.skip
