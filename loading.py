@@ -234,8 +234,8 @@ class EvalSampler(Sampler):
 
 def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     """A loader of batches: images uint8 (N, 3, size, size), {head: targets (N, ...)}, and what else an item holds."""
-    image_bytes = 3 * dataset.size**2
-    workers = fitting_workers(workers, sampler.batch_size // getattr(sampler, "world_size", 1) * image_bytes)
+    part = sampler.batch_size // getattr(sampler, "world_size", 1)  # an EvalSampler's batch is of one process
+    workers = fitting_workers(workers, part * 3 * dataset.size**2)
     if workers:
         multiprocessing.util.get_temp_dir()  # the processes share it; of its own one that is killed would leave it
     return DataLoader(
