@@ -223,14 +223,14 @@ def _box_levels(backbone: nn.Module, name: str, size: int) -> dict[int, int]:
     FINEST positions along a side. Of a plain transformer, whose maps are alike: the last, and one two thirds up.
     """
     try:
-        strides = [level["reduction"] for level in backbone.feature_info]
-        last_of_stride = sorted({stride: level for level, stride in enumerate(strides)}.items())
+        last_level = {level["reduction"]: i for i, level in enumerate(backbone.feature_info)}  # of each stride
+        strides = sorted(last_level)
         n = 3
-        while n < len(last_of_stride) and size / last_of_stride[-n][0] < FINEST:
+        while n < len(strides) and size / strides[-n] < FINEST:
             n += 1
-        levels = [level for _, level in last_of_stride[-n:]]
+        levels = [last_level[stride] for stride in strides[-n:]]
         if len(levels) == 1:
-            levels = [2 * (len(strides) - 1) // 3, len(strides) - 1]
+            levels = [2 * levels[0] // 3, levels[0]]
         trial = copy.deepcopy(backbone).eval()
         maps = trial.forward_intermediates(torch.zeros(1, 3, size, size), indices=levels, intermediates_only=True)
         return {level: m.shape[1] for level, m in zip(levels, maps, strict=True)}
