@@ -47,9 +47,9 @@ class FashionModel(nn.Module):
         super().__init__()
         self.backbone, self.classes, self.image_size = backbone, dict(classes), image_size
         # Convolutions are up to 1.8 times as fast on a CPU with channels last; a transformer's only one cuts patches.
-        convolutional = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 1
-        convolutional = convolutional and all(values.ndim <= 4 for values in backbone.parameters())
-        self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in backbone.modules())
+        four_dims = all(values.ndim <= 4 for values in backbone.parameters())  # channels last takes no more
+        self.memory_format = torch.channels_last if convolutions > 1 and four_dims else torch.contiguous_format
         backbone.to(memory_format=self.memory_format)
         # A head of any kind gives (N, classes), and the largest is the answer. A list: labels have any name.
         self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in classes.values())
