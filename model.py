@@ -107,7 +107,8 @@ class BoxHead(nn.Module):
         height, width = maps[0].shape[-2:]
         resized = (_resize_last(_resize_last(layer(m), width).mT, height).mT for layer, m in zip(self.inputs, maps))
         fused = self.mix(sum(resized))
-        over_rows, over_columns = (torch.cat([fused.amax(dim), fused.mean(dim)], dim=1) for dim in (-2, -1))
+        over_rows = torch.cat([fused.amax(-2), fused.mean(-2)], dim=1)
+        over_columns = torch.cat([fused.amax(-1), fused.mean(-1)], dim=1)
         x, y = self.along_x(over_rows).float(), self.along_y(over_columns).float()
         with torch.autocast(x.device.type, enabled=False):
             x, y = _resize_last(x, POSITIONS), _resize_last(y, POSITIONS)
