@@ -141,15 +141,16 @@ def _one_minus_p(log_p: Tensor) -> Tensor:
 
 def _reduce(losses: Tensor, targets: Tensor, class_weights: Tensor | None, reduction: str) -> Tensor:
     """Reduce losses (N, C) as `reduction` says: "none" (N,), "sum", or "mean" over the weight of the targets (N, C)."""
+    weight = (targets.sum(-1) > 0).sum()
     if class_weights is not None:
         class_weights = class_weights.to(losses)
         losses = losses * class_weights
+        weight = (targets * class_weights).sum()
     losses = losses.sum(-1)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    weight = (targets.sum(-1) > 0 if class_weights is None else targets * class_weights).sum()
     return losses.sum() / torch.where(weight > 0, weight, 1)
 
 
