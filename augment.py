@@ -135,7 +135,8 @@ def shift_hue(pixels: Tensor, turns: float) -> Tensor:
 
 
 BINS = torch.arange(256, dtype=torch.int32)
-REST_SPREAD = torch.minimum(BINS // (256 // BINS.clamp(min=1)[:, None]) + 1, BINS[:, None])  # [n]: n counts, summed up
+# [n, i]: with a count in every (256 // n)th bin from bin 0 up, n counts in all, so many are in the bins 0 to i
+REST_SPREAD = torch.minimum(BINS // (256 // BINS.clamp(min=1)[:, None]) + 1, BINS[:, None])
 
 
 def clahe(image: Tensor, clip: float = 6, tiles: int = 16) -> Tensor:
