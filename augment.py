@@ -309,14 +309,15 @@ def cutmix(
     """
     if not labels or len(images) < 2:
         return images, targets
-    generator, mixed, targets = torch.Generator().manual_seed(seed), images.clone(), dict(targets)
-    sides = images.shape[-2:]
+    generator = torch.Generator().manual_seed(seed)
+    mixed, targets = images.clone(), dict(targets)
+    height, width = images.shape[-2:]
     for pasted in [list(classes)] if "joint" in labels else [[label] for label in labels]:
         offset = int(torch.randint(1, len(images), (), generator=generator))  # to the partner: never the image itself
-        area, *middle = torch.rand(3, generator=generator).tolist()
+        area, y, x = torch.rand(3, generator=generator).tolist()
         half = area**0.5 / 2
-        spans = [(max(center - half, 0), min(center + half, 1)) for center in middle]
-        rows, columns = (slice(round(low * side), round(high * side)) for (low, high), side in zip(spans, sides))
+        rows = slice(round(max(y - half, 0) * height), round(min(y + half, 1) * height))
+        columns = slice(round(max(x - half, 0) * width), round(min(x + half, 1) * width))
         mixed[..., rows, columns] = images[..., rows, columns].roll(offset, 0)
         weight = mixed[0, 0, rows, columns].numel() / mixed[0, 0].numel()
         for label in pasted:
