@@ -73,8 +73,8 @@ def inside(boxes: BoundingBoxes, x: Tensor, y: Tensor) -> Tensor:
 
 def bounds(masks: Tensor, boxes: BoundingBoxes) -> BoundingBoxes:
     """The N boxes around the nonzero pixels of masks (N, H, W), XYXY; zeros where a mask is empty."""
-    moved, some = torch.zeros(len(masks), 4), masks.bool().flatten(1).any(1)  # torchvision < 0.26 refuses empty masks
-    moved[some] = masks_to_boxes(masks[some]) + torch.tensor([0, 0, 1, 1])  # its boxes end at the last pixel
+    moved, filled = torch.zeros(len(masks), 4), masks.bool().flatten(1).any(1)  # torchvision < 0.26 refuses empty masks
+    moved[filled] = masks_to_boxes(masks[filled]) + torch.tensor([0, 0, 1, 1])  # its boxes end at the last pixel
     return wrap(moved, like=boxes)
 
 
