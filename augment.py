@@ -89,11 +89,11 @@ class RandAugment(v2.RandAugment):
         self.masks = inside(boxes, torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5).to(torch.uint8)
         return super().forward(image), bounds(self.masks, boxes)
 
-    def _apply_image_or_video_transform(self, image: Tensor, kind: str, *how: object, **more: object) -> Tensor:
+    def _apply_image_or_video_transform(self, image: Tensor, kind: str, magnitude: float, **options: object) -> Tensor:
         apply = super()._apply_image_or_video_transform
         if self.masks is not None and kind in ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"):
-            self.masks = apply(self.masks, kind, *how, **more)
-        return apply(image, kind, *how, **more)
+            self.masks = apply(self.masks, kind, magnitude, **options)  # interpolation and fill
+        return apply(image, kind, magnitude, **options)
 
 
 def color_jitter(image: Tensor, limit: float = 0.2) -> Tensor:
