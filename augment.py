@@ -185,7 +185,7 @@ def random_gamma(image: Tensor) -> Tensor:
 def motion_blur(image: Tensor) -> Tensor:
     """The mean along a short line of random direction, length and place within 3 x 3 pixels."""
     angle, bias = uniform(0, 2 * math.pi), uniform(-1, 1)
-    start, stop = (-1, 1 - abs(bias)) if bias < 0 else (-1 + bias, 1)
+    start, stop = max(-1, -1 + bias), min(1, 1 + bias)  # -1 to 1, moved by bias and cut
     shift_y, shift_x = uniform(-0.5, 0.5), uniform(-0.5, 0.5)
     places = (start, (start + stop) / 2, stop)
     offsets = {(round(math.sin(angle) * at + shift_y), round(math.cos(angle) * at + shift_x)) for at in places}
