@@ -348,7 +348,7 @@ def read_results(out: Path, photos: dict[str, Sample]) -> dict[str, dict]:
     for file in photos.keys() & results.keys():
         made, sample, original = out / file, photos[file], os.stat(photos[file].path)
         same_box = results[file]["csv_box"] == list(sample.boxes.get("bbox", ()))
-        same_bytes = results[file].get("bytes", original.st_size) == original.st_size  # earlier versions lack it
+        same_bytes = results[file]["bytes"] == original.st_size
         if not (same_box and same_bytes and made.exists() and made.stat().st_mtime_ns >= original.st_mtime_ns):
             del results[file]
     return results
