@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cli import usage_error
 from data import BOX, Split
 from model import box_from_logits
 from settings import Settings
@@ -44,7 +45,7 @@ class MultiHeadLoss(nn.Module):
 
 
 def head_losses(settings: Settings, split: Split, device: torch.device | str) -> dict[str, Loss]:
-    """The loss of each head."""
+    """The loss of each head. Raises BadParameter for class weights of a label that has one class in all rows."""
     gammas = {"gamma_pos": settings.asym_gamma_pos, "gamma_neg": settings.asym_gamma_neg}
     choices = {
         "ce": partial(cross_entropy, smoothing=settings.label_smoothing),
@@ -63,6 +64,8 @@ def head_losses(settings: Settings, split: Split, device: torch.device | str) ->
 def class_weights(split: Split, label: str) -> Tensor:
     """1 - frequency of each class among the training rows, float32 (C,)."""
     counts = Counter(sample.labels[label] for sample in split.samples if sample.labels[label] >= 0)
+    if len(counts) == 1:
+        raise usage_error("--class-weights", f"every training row has the same {label}, whose weight would be 0")
     return torch.tensor([1 - counts[c] / counts.total() for c in range(len(split.classes[label]))])
 
 

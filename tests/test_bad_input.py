@@ -80,6 +80,12 @@ def test_a_split_is_missing(run, dataset):
     refused(run, dataset, code=2, says=[TRAIN_CSV])
 
 
+def test_class_weights_need_two_classes(run, dataset):
+    for line in range(2, 42):
+        edit(dataset, line, setter(7, "1"))
+    refused(run, dataset, "--class-weights", code=2, says=["--class-weights", "Embellishment"])
+
+
 def test_cutmix_of_no_label(run, dataset):
     refused(
         run,

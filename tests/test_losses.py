@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from timm.loss import AsymmetricLossSingleLabel
 from torchvision.ops import generalized_box_iou
 
@@ -230,6 +231,8 @@ def test_class_weights_are_one_minus_the_frequencies_among_known_rows():
     daily, gender = torch.tensor([1 / 2, 3 / 4, 3 / 4]), torch.tensor([1 / 3, 2 / 3])
     torch.testing.assert_close(ours["Daily"], F.cross_entropy(logits["Daily"], targets["Daily"], daily))
     torch.testing.assert_close(ours["Gender"], F.cross_entropy(logits["Gender"], targets["Gender"], gender))
+    with pytest.raises(typer.BadParameter, match="Gender"):
+        MultiHeadLoss(Settings(class_weights=True), split_of((0, 1), (1, 1)))
 
 
 def test_the_teacher_has_its_share_of_the_labels_and_none_of_the_box():
