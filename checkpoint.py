@@ -277,7 +277,8 @@ def _read_tensors(path: str | os.PathLike) -> object:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 folder = 16  # torch reads no bytes of what has this bit
-                marked = any(entry.compress_type or entry.external_attr & folder for entry in archive.infolist())
+                files = [entry for entry in archive.infolist() if not entry.is_dir()]
+                marked = any(entry.compress_type or entry.external_attr & folder for entry in files)
                 if marked or archive.testzip():
                     raise zipfile.BadZipFile
         with torch.serialization.safe_globals(SAFE):

@@ -151,8 +151,9 @@ def _message(error: Exception) -> tuple[str, int]:
 
 def run_app(app: typer.Typer) -> None:
     """Run a Typer app: one line and exit code 2 for misuse, 1 for a failure; `--debug` shows the traceback instead."""
+    in_torchrun = "WORLD_SIZE" in os.environ  # where a process may wait for others in C, no handler of Python's runs
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:  # SIGINT: of answer_early
+        if signal.getsignal(number) is signal.SIG_DFL and not in_torchrun:  # SIGINT: of answer_early
             signal.signal(number, signal.default_int_handler)
     raise SystemExit(_run(app) or 0)
 

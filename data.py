@@ -110,8 +110,9 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     if data == "demo":
         import demo
 
-        return demo.cached()
-    root = Path(data)
+        root = demo.cached()
+    else:
+        root = Path(data)
     is_inside = root.name.lower() in chain(*FOLDERS.values()) and any(root.parent.glob("Fashion-How24_sub*.csv"))
     if data and not is_inside and splits_of(root, subtask):
         return root
@@ -165,7 +166,7 @@ def record_of(root: Path) -> dict | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record | {"preparation": dict(record["preparation"]), "unfinished": list(record["unfinished"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged; delete {root} and make it again") from None
 
 
@@ -345,8 +346,8 @@ def _read_source(root: Path, split: str, subtask: int) -> _Source:
     if found[split].is_dir():
         train_csv = csv_name("train", subtask)
         tables = sorted(path for path in root.iterdir() if re.search(r"train.*\.csv$", path.name, re.IGNORECASE))
-        if any(table.name.lower() == train_csv.lower() for table in tables):
-            raise ValueError(f"{tables[0]} should be spelt {train_csv}")
+        if misspelt := [table for table in tables if table.name.lower() == train_csv.lower()]:
+            raise ValueError(f"{misspelt[0]} should be spelt {train_csv}")
         if split == "train" and tables:
             note(f"{tables[0]} is not read: the folders are the classes; labels are read from {train_csv}")
         path = root / split
@@ -452,7 +453,7 @@ def _check_columns(path: Path, header: list[str], lines: list, is_test: bool) ->
 
 
 def _number(cell: str) -> float:
-    return float(cell.replace(",", ".")) if re.fullmatch(r"[+-]?\d+(\.\d*|,0*)?([eE][+-]?\d+)?", cell) else math.nan
+    return float(cell.replace(",", ".")) if re.fullmatch(r"[+-]?\d+(\.\d*|,0{0,2})?([eE][+-]?\d+)?", cell) else math.nan
 
 
 def _usable_labels(source: _Source) -> list[str]:
@@ -659,7 +660,7 @@ def find_doubts(name: str, split: Split, train: Split | None = None) -> list[str
         title = f"{len(repeated):,} of {len(split.samples):,} {name} rows repeat another row's photo"
         doubts.append(list_problems(title, [f"{b.where} is {a.where}" for a, b in repeated]))
     unknown = [label for label in split.labelled if all(sample.labels[label] < 0 for sample in split.samples)]
-    if name == "val" and unknown:
+    if name == "val" and 0 < len(unknown) < len(split.labelled):
         doubts.append(f"no row of val has a known class of {', '.join(unknown)}: scores are of the other labels")
     conflicts = []
     for a, b in pairs:

@@ -30,6 +30,7 @@ import PIL
 import typer
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+import cli
 from cli import OFF, Debug, examples, progress as progress_bar, run_app, say, usage_error, user_cache, write_csv
 from data import BOX_COLUMNS, SPLITS, csv_name
 from photos import Box
@@ -117,9 +118,9 @@ def draw(
 
 
 def leave_signals() -> None:
-    """A drawing process leaves Ctrl-C to its parent, which ends it by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A drawing process leaves signals to its parent, which ends it by SIGTERM."""
+    for number in cli.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def cached() -> Path:

@@ -18,6 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import chain, product
 from operator import itemgetter
@@ -28,7 +29,7 @@ import numpy as np
 import typer
 
 from cli import NONE, OFF, Debug, atomic_write, command, examples, note, run_app, say, show_table, usage_error
-from data import find_dataset, garment, join_splits, read_splits
+from data import find_dataset, garment, join_splits, read_preparation, read_splits
 from settings import read_config
 
 # ---------------------------------------------------------------- the rows
@@ -200,7 +201,11 @@ def content_of(data: str, subtask: int) -> str:
     """A hash of a dataset's training and validation: of its CSVs, and of its photos' names and sizes in bytes."""
     if data == "demo":  # drawn by demo.py
         return data
-    return join_splits(read_splits([find_dataset(data, subtask)], subtask)).fingerprint
+    root = find_dataset(data, subtask)
+    with redirect_stdout(sys.stderr):  # its notes: --dry-run prints commands alone
+        splits = read_splits([root], subtask)
+    content = join_splits(splits).fingerprint + json.dumps(read_preparation(root))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def start(words: list[str]) -> int:

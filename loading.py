@@ -258,6 +258,7 @@ def start_worker(worker: int) -> None:
     gc.freeze()  # the rows are no garbage: looking through them would copy them
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None  # of the thread that hands batches over, where the main process has ended
 
 
 def default_workers(workers: int | None) -> int:

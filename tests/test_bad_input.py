@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, run_script
 from PIL import Image
 
-from checkpoint import FORMAT, new_checkpoint, save
+from checkpoint import FORMAT, _read_tensors, new_checkpoint, save
 from data import Sample, Split
 from model import build_model
 from settings import Settings
@@ -286,6 +286,15 @@ def test_a_checkpoint_that_is_none(run, checkpoint, tmp_path, damage):
     assert done.code == 1 and "bad.pt" in done.err and "Traceback" not in done.err, done.err
     assert len(done.err.strip().splitlines()) == 1, done.err
     assert {p.name for p in tmp_path.iterdir()} == {"bad.pt"}
+
+
+def test_an_archive_that_was_packed_again_with_its_folders_is_read(tmp_path):
+    (tmp_path / "whole.pth").write_bytes(saved({"a": torch.ones(3)}))
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "again.pth", "w") as again:
+        again.mkdir("archive")
+        for entry in whole.infolist():
+            again.writestr(entry.filename, whole.read(entry))
+    assert torch.equal(_read_tensors(tmp_path / "again.pth")["a"], torch.ones(3))
 
 
 @pytest.mark.parametrize("damage", ["text", "half", "a flipped bit", "code", "a list", "too little"])

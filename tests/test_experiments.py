@@ -20,6 +20,7 @@ import timm
 import typer
 from conftest import ROOT, TINY
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 
 import experiments
 import train
@@ -299,6 +300,15 @@ def test_finished_runs_are_skipped_unless_something_changed(run, stub, drawn, tm
 def test_torch_is_not_imported():
     code = "import sys, experiments; sys.exit(bool({'torch', 'scipy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_dry_run_prints_commands_alone(run, tmp_path):
+    for i in range(40):
+        path = tmp_path / "Photos" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(path)
+    done = run("experiments", "run", "repeat", "--data", "Photos", "--seeds", 1, "--dry-run")
+    assert done.code == 0 and len(done.out.splitlines()) == 1 and "no validation" in done.err
 
 
 def test_commands_share_their_seeds_and_take_the_rows_data(run, stub, drawn):

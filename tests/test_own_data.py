@@ -171,6 +171,11 @@ def test_words_are_classes_in_sorted_order(dataset):
     assert val.classes == train.classes and labels_of(val, "Kind") == [1, 2, -1, 2]
 
 
+def test_numbers_that_may_be_thousands_are_words(dataset):
+    write(dataset, [HEADER + ",Price", *(f'{row},"{1 + i % 2},000"' for i, row in enumerate(ROWS))])
+    assert read_split(dataset, "train").classes["Price"] == ("1,000", "2,000")
+
+
 def test_words_of_several_datasets_are_joined(dataset, tmp_path):
     other = tmp_path / "other"
     for name in NAMES:
