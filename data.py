@@ -66,6 +66,10 @@ class Sample:
     labels: dict[str, int]
     size: tuple[int, int] = (0, 0)  # width and height of the upright photo, once its header was read
 
+    def problem(self, error: ValueError) -> ValueError:
+        """The error, which names the photo, with the row that it is of."""
+        return error if self.where == self.path else ValueError(f"{self.where}: {error}")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -294,7 +298,7 @@ def check_header(sample: Sample) -> Sample | ValueError:
         region = photo_region(*size)
         boxes = {view: move_into(clip_box(box, *size), region) for view, box in sample.boxes.items()}
     except ValueError as error:
-        return ValueError(str(error) if sample.where == sample.path else f"{sample.where}: {error}")
+        return sample.problem(error)
     return replace(sample, boxes={view: box for view, box in boxes.items() if box}, size=box_size(region))
 
 
@@ -797,7 +801,7 @@ def _describe_photos(name: str, samples: list[Sample], step: int) -> list[str]:
                     kinds[f"{image.format} {image.mode}"] += 1
                 load_photo(sample.path)
             except ValueError as error:
-                problems.append(f"{sample.where}: {error}")
+                problems.append(str(sample.problem(error)))
             bar.advance(1)
     decoded = f"{len(chosen):,} decoded" + (" (--all decodes every one)" if step > 1 else "")
     say(f"images: {decoded}; {', '.join(f'{kind} {n}' for kind, n in kinds.most_common())}")

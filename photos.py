@@ -101,7 +101,7 @@ def read_photo(sample: Sample) -> Image.Image:
     try:
         return load_photo(sample.path)
     except ValueError as error:
-        raise ValueError(str(error) if sample.where == sample.path else f"{sample.where}: {error}") from None
+        raise sample.problem(error) from None
 
 
 def view_pixels(photo: Image.Image, box: Box | None, size: int, resize: str = "squash") -> Tensor:

@@ -596,6 +596,14 @@ def test_describe_class_folders(run, tmp_path):
 # ---------------------------------------------------------------- folders of photos
 
 
+def test_a_damaged_photo_of_a_class_folder_is_named_once(run, tmp_path):
+    class_folders(tmp_path / "train", {"a": 3, "b": 3})
+    path = tmp_path / "train" / "a" / "1.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    done = run("data", tmp_path, "--all")
+    assert done.code == 1 and done.err.count(f"{path}") == 1 and "is damaged" in done.err, done.err
+
+
 def test_a_folder_of_photos_with_other_things(tmp_path):
     photos = tmp_path / "photos"
     good = [photo(photos / "a.JPG"), photo(photos / "b" / "c.png")]
