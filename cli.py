@@ -215,11 +215,12 @@ def _run(app: Callable) -> object:
 
 
 def end_processes() -> None:
-    """Kill the loading processes, which ignore other signals: Python would wait for one that hangs, for ever."""
+    """Kill the loading processes, which ignore other signals: Python would wait for ever for one that does not end."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where one is killed
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # Python ends these itself, by a signal
+            process.kill()
 
 
 # ---------------------------------------------------------------- progress, tables

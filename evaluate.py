@@ -23,7 +23,7 @@ from photos import box_iou, box_size, crop_box, placement, to_image, to_photo
 AmpDtype = torch.dtype | None
 Advance = Callable[[int], None] | None
 
-CHUNK = 8  # images that a CPU core predicts at a time; the activations of more would not fit its cache
+CHUNK = 12  # images that a CPU core predicts at a time; the activations of many more would not fit its cache
 BOX_MARGIN = 0.05  # of its sides by which the predicted box is grown on each side for the second look
 FIRST_LOOK_WEIGHT = 0.5  # of the log-probabilities of the first look, beside those of the second
 

@@ -1,5 +1,6 @@
 """From samples to batches: the datasets of training and evaluation, the order of an epoch, decoded views, loaders."""
 
+import atexit
 import gc
 import hashlib
 import inspect
@@ -29,7 +30,7 @@ from torchvision.tv_tensors import BoundingBoxes
 
 import photos
 from augment import augmentation
-from cli import STOP_SIGNALS, note, progress, say, user_cache
+from cli import STOP_SIGNALS, end_processes, note, progress, say, user_cache
 from data import BOX, Sample, list_problems
 from photos import Box, box_size, boxes_in_image, crop_box, move_into, read_photo, view_pixels
 from settings import Settings
@@ -238,6 +239,7 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     workers = fitting_workers(workers, part * 3 * dataset.size**2)
     if workers:
         multiprocessing.util.get_temp_dir()  # the processes share it; of its own one that is killed would leave it
+        atexit.register(end_processes)  # where a script ends before its loader does
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -12,13 +12,15 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torture
-from conftest import TINY
+from conftest import ROOT, TINY
 from filelock import FileLock
 from hypothesis import given, strategies as st
 from PIL import Image
@@ -161,6 +163,20 @@ def test_loading_processes_which_are_killed_leave_no_folder():
     sampler = EpochSampler(4, 2, seed=0)
     folders = {folder for batch in make_loader(Folders(), sampler, 2) for folder in batch}
     assert folders == {multiprocessing.util.get_temp_dir()}
+
+
+def test_a_script_ends_before_its_loader(drawn):
+    script = """
+import sys
+from data import find_dataset, read_split
+from loading import EvalPhotos, make_eval_loader
+loader = make_eval_loader(EvalPhotos(read_split(find_dataset(sys.argv[1]), "val").samples, 16, "full", "squash"), 8, 2)
+images, *_ = next(iter(loader))
+print(len(images))
+"""
+    command = [sys.executable, "-c", script, str(drawn)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
 
 @pytest.mark.parametrize("min_part", [1, 2])
