@@ -109,7 +109,7 @@ class _Source:
         return [cells[at] for _, cells in self.lines]
 
 
-def find_dataset(data: str, subtask: int = 1) -> Path:
+def find_dataset(data: str, subtask: int = 1, flag: str = "--data") -> Path:
     """The folder of a dataset; draws the built-in one for `demo`. Raises FileNotFoundError with the layout expected."""
     if data == "demo":
         import demo
@@ -124,10 +124,10 @@ def find_dataset(data: str, subtask: int = 1) -> Path:
     if root.is_file() or is_inside:
         problem = f"is a part of a dataset; give its folder, {root.parent}"
     elif not root.exists():
-        problem = "does not exist (where it was moved, --data says its new place)"
+        problem = f"does not exist (where it was moved, {flag} says its new place)"
     table = f"{csv_name('train', subtask)} (of --subtask {subtask}) beside train/ with its photos"
     layout = f"{table}, or two class folders or more (train/CLASS/photo.jpg)"
-    raise FileNotFoundError(f"--data {data} {problem}; it should hold {layout}; --data demo is the built-in set")
+    raise FileNotFoundError(f"{flag} {data} {problem}; it should hold {layout}; `demo` is the built-in set")
 
 
 def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:
@@ -739,7 +739,7 @@ def describe(
     debug: Debug = False,
 ) -> None:
     """Describe and check a dataset: splits, rows, classes, photos, boxes. Exit code 1 where it cannot be used."""
-    root = find_dataset(data, subtask)
+    root = find_dataset(data, subtask, "DATA")
     say(f"{data}: {root}")
     splits: dict[str, Split] = {}
     problems, doubts = [], []

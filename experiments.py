@@ -167,7 +167,9 @@ def run(
         remedy = f"{command('preprocess.py', data, 'OUT')} writes one"
         raise usage_error("--clean-data", f"needed for {', '.join(on_clean)}; {remedy}")
     subtask = 2 if more.get("--subtask") == ["2"] else 1
-    contents = {path: content_of(path, subtask) for path in (data, clean_data) if path is not None}
+    contents = {data: content_of(data, subtask, "--data")}
+    if clean_data is not None:
+        contents[clean_data] = content_of(clean_data, subtask, "--clean-data")
 
     runs, failed = list(product(chosen, range(FIRST_SEED, FIRST_SEED + seeds))), []
     for i, (row, seed) in enumerate(runs, start=1):
@@ -197,11 +199,11 @@ def run(
         say(f"{len(runs)} runs are finished; next: {command('experiments.py', 'table')}")
 
 
-def content_of(data: str, subtask: int) -> str:
+def content_of(data: str, subtask: int, flag: str) -> str:
     """A hash of a dataset's training and validation: of its CSVs, and of its photos' names and sizes in bytes."""
     if data == "demo":  # drawn by demo.py
         return data
-    root = find_dataset(data, subtask)
+    root = find_dataset(data, subtask, flag)
     with redirect_stdout(sys.stderr):  # its notes: --dry-run prints commands alone
         splits = read_splits([root], subtask)
     content = join_splits(splits).fingerprint + json.dumps(read_preparation(root))

@@ -205,7 +205,7 @@ def preprocess(
     debug: cli.Debug = False,
 ) -> None:
     """Write a copy of a dataset with backgrounds removed, garments found, and photos cropped if asked."""
-    root = find_dataset(data, subtask)
+    root = find_dataset(data, subtask, "DATA")
     try:
         color = ImageColor.getcolor(background_color, "RGB")
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Training alone on the machine, beside a busy process, and beside a second training: what suits OpenMP's threads then.
 
-    python benchmarks/neighbours.py                                          # HOURS
+    python benchmarks/neighbours.py                                          # hours; --rounds 1: one
     python benchmarks/neighbours.py --network small --seconds 2 --rounds 1   # to try it
 
 A waiting thread of OpenMP spins; where another program has its core, the thread that it waits for does not get on. Each

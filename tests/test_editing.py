@@ -56,7 +56,7 @@ def train(scripts, drawn, *flags):
 
 @pytest.mark.slow
 def test_the_edits_act_in_training_and_prediction(scripts, drawn):
-    edited = {"augment.py", "losses.py", "settings.py", "model.py", "photos.py", "train.py"}
+    edited = {"augment.py", "loading.py", "losses.py", "settings.py", "model.py", "photos.py", "train.py"}
     assert {name for name, _ in DIFFS} == edited
     assert "RandomGrayscale" in str(runpy.run_path(str(scripts / "augment.py"))["augmentation"]("basic"))
     trained = train(scripts, drawn, "--loss", "poly1", "--model", "my_resnet", "--box-head", "--crop-prob", 0.5)
@@ -67,6 +67,28 @@ def test_the_edits_act_in_training_and_prediction(scripts, drawn):
     assert weights["heads.2.weight"].shape == (1, 128) and weights["backbone.conv1.weight"].shape[0] == 64
     with open(scripts / "runs/edited/metrics.csv", newline="", encoding="utf-8") as f:
         assert float(next(csv.DictReader(f))["weight_norm"]) > 0
+    start(scripts, "-c", RARE, drawn)
+
+
+RARE = """
+from collections import Counter
+from pathlib import Path
+import sys
+import torch
+import data, settings, train
+from model import build_model
+splits = data.read_splits([Path(sys.argv[1])])
+chosen = settings.Settings(augment="none", crop_prob=0.5, batch_size=16, cache="off", workers=0)
+loader, _ = train.make_loaders(chosen, build_model("test_resnet", splits[0].classes), *splits, "full")
+drawn = Counter()
+for epoch in range(200):
+    loader.batch_sampler.epoch = epoch
+    for batch in loader.batch_sampler:
+        drawn.update(splits[0].samples[i].labels["Daily"] for _, i in batch)
+there = Counter(sample.labels["Daily"] for sample in splits[0].samples)
+assert max(there.values()) > 3 * min(there.values()), there
+assert max(drawn.values()) < 1.2 * min(drawn.values()), drawn
+"""
 
 
 @pytest.mark.slow

@@ -360,7 +360,7 @@ def test_one_that_fails_stops_no_other_and_is_gone_on_with(run, stub, drawn):
         (["repeat", "20240815_182900"], ["--clean-data", "20240815_182900", "preprocess.py"]),
         (["all"], ["--clean-data"]),
         (["repeat", "--data", "nowhere"], ["--data", "nowhere does not exist"]),
-        (["repeat", "--clean-data", "nowhere"], ["nowhere does not exist"]),
+        (["repeat", "--clean-data", "nowhere"], ["--clean-data nowhere does not exist"]),
         (["repeat", "--seeds", "0"], ["--seeds"]),
         (["repeat", "--", "--seed", "5"], ["--seed cannot stand behind it", "--seeds stand before it"]),
         (["repeat", "--", "--fit-all"], ["--fit-all cannot stand behind it"]),
