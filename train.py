@@ -281,17 +281,19 @@ def finish_epoch(
             boxes = loading.relative_boxes(run.val_split.samples, settings.train_view)
             scores |= evaluate.score_boxes(prediction.boxes, boxes)
     lr = learning_rate(settings, state.scheduler.get_last_lr()[0], state.epoch + 1)
-    row = {"epoch": state.epoch + 1, "lr": lr, "train_loss": loss}
-    scores = {key: float(value) for key, value in scores.items()}  # one of your own may be a tensor
-    row |= {f"val_{key}": value for key, value in scores.items()}
-    row |= {"seconds": round(time.monotonic() - run.epoch_start, 2)}
     for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr()):
         group["lr"] = rate  # without warm-up and lr_scale: most schedulers go on from here
     state.scheduler.step()
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+
+    scores = {key: float(value) for key, value in scores.items()}  # one of your own may be a tensor
+    row = {"epoch": state.epoch, "lr": lr, "train_loss": loss}
+    row |= {f"val_{key}": value for key, value in scores.items()}
+    row["seconds"] = round(time.monotonic() - run.epoch_start, 2)
     row = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}  # last.pt: no NumPy
     state.metrics.append(row)
     run.epoch_start = time.monotonic()
+
     column, sign = MONITORS[settings.monitor]
     is_best = settings.fit_all or sign * row[column] > state.best_score
     if is_best:
