@@ -1,4 +1,4 @@
-"""best.pt and last.pt: precision, size, safe reading and writing; weights from other files; config.json.
+"""best.pt and last.pt: precision, size, safe reading and writing; weights from other files; a run's folder.
 
 python checkpoint.py runs/NAME/best.pt new.pt --export-dtype int8                # in another precision
 python checkpoint.py runs/NAME/best.pt new.pt --export-dtype int8 --data demo    # scored before and after

@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -74,7 +75,10 @@ def examples(doc: str) -> str:
 
 def command(script: str, *words: object) -> str:
     """The command line of a script beside the one that was started, to be pasted into a shell."""
-    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *map(str, words)])
+    started = Path(sys.argv[0])
+    if not (Path(__file__).parent / started.name).is_file():  # a notebook, or Python itself
+        started = Path(__file__)
+    return shlex.join(["python", str(started.with_name(script)), *map(str, words)])
 
 
 # ---------------------------------------------------------------- errors, signals
@@ -90,12 +94,18 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within it, Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) only set `received`; a second Ctrl-C stops at once."""
+    """Within it, Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) only set `received`; a second Ctrl-C stops at once.
+
+    In another thread than the main one, where Python allows no handlers, it does nothing.
+    """
 
     received = False
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+        self.before = {number: signal.signal(number, self._receive) for number in numbers}
+        self.alarm = alarm if self.before else lambda seconds: 0
+        self.others = multiprocessing.active_children()  # of the program that trains
         return self
 
     def _receive(self, number: int, frame: object) -> None:
@@ -104,29 +114,29 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
-        if alarm(0):  # it waits for a loading process
-            alarm(GRACE)
+        if self.alarm(0):  # it waits for a loading process
+            self.alarm(GRACE)
 
     def waiting_for(self, batches: Iterable) -> Iterator:
         """The batches of a loader. Raises Stopped GRACE seconds after a signal, TimeoutError after SILENT seconds."""
         arriving = None
         while True:
-            alarm(SILENT)
+            self.alarm(SILENT)
             if self.received:  # asked after the alarm is set: a later signal shortens it itself
-                alarm(GRACE)
+                self.alarm(GRACE)
             try:
                 arriving = iter(batches) if arriving is None else arriving  # iter() starts the loading processes
                 batch = next(arriving, None)
             finally:
-                alarm(0)
+                self.alarm(0)
             if batch is None:
                 return
             yield batch
 
     def __exit__(self, kind: type | None, *error: object) -> None:
-        alarm(0)
+        self.alarm(0)
         if kind:
-            end_processes()
+            end_processes(self.others)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -214,12 +224,15 @@ def _run(app: Callable) -> object:
     raise SystemExit(code)
 
 
-def end_processes() -> None:
-    """Kill the loading processes, which ignore other signals: Python would wait for ever for one that does not end."""
+def end_processes(others: Sequence = ()) -> None:
+    """Kill the loading processes, which ignore other signals: Python would wait for ever for one that does not end.
+
+    `others`: processes to leave.
+    """
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where one is killed
     for process in multiprocessing.active_children():
-        if process.daemon:  # Python ends these itself, by a signal
+        if process.daemon and process not in others:  # Python ends daemons itself, by a signal
             process.kill()
 
 

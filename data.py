@@ -127,7 +127,7 @@ def find_dataset(data: str, subtask: int = 1, flag: str = "--data") -> Path:
         problem = f"does not exist (where it was moved, {flag} says its new place)"
     table = f"{csv_name('train', subtask)} (of --subtask {subtask}) beside train/ with its photos"
     layout = f"{table}, or two class folders or more (train/CLASS/photo.jpg)"
-    raise FileNotFoundError(f"{flag} {data} {problem}; it should hold {layout}; `demo` is the built-in set")
+    raise FileNotFoundError(f"{flag} {data} {problem}; it should hold {layout}; {flag} demo is the built-in set")
 
 
 def splits_of(root: Path, subtask: int = 1) -> dict[str, Path]:

@@ -4,7 +4,7 @@
     python experiments.py run repeat --data demo -- --model test_vit \\
         --no-pretrained --epochs 4 --lr 1e-3
     python experiments.py table                                       # finished rows against the base
-    python experiments.py compare runs/plain-seed* runs/wide-seed*    # other runs of train.py against the first
+    python experiments.py compare runs/plain-seed* runs/mixed-seed*   # other runs of train.py against the first
 
 A row is a set of flags of train.py; flags behind -- go to every run. A run is written to runs/ROW-seedSEED-KEY/, where
 KEY is a hash of flags and data. A finished run is skipped, an interrupted one resumes.

@@ -1,6 +1,5 @@
 """From samples to batches: the datasets of training and evaluation, the order of an epoch, decoded views, loaders."""
 
-import atexit
 import gc
 import hashlib
 import inspect
@@ -38,6 +37,7 @@ from settings import Settings
 # What training with a box head sees, so that the head learns from every photo and knows garments at every scale:
 LOOSE = -0.1, 0.3  # each side of a crop moves by a random share of the box's width or height, out being positive
 WHOLE = 0.5  # the share of uncropped photos that are whole; of the others a random part that holds the garment is seen
+SOURCE = inspect.getsource(photos)  # as it was imported: an edit acts, and its cache is built, in the next process
 SPARE_BYTES = 500_000_000  # what the cache leaves free on a disk
 
 Targets = dict[str, Tensor]  # {label: int64 class index, -1 where not known; BOX: float32 (4,) in 0..1 of the image}
@@ -239,7 +239,7 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     workers = fitting_workers(workers, part * 3 * dataset.size**2)
     if workers:
         multiprocessing.util.get_temp_dir()  # the processes share it; of its own one that is killed would leave it
-        atexit.register(end_processes)  # where a script ends before its loader does
+        end_processes_at_exit(os.getpid())
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -249,6 +249,12 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
     )
+
+
+@cache  # once in each process
+def end_processes_at_exit(pid: int) -> None:
+    """For a program that ends before its loader does. `atexit` is not run in a process of multiprocessing."""
+    multiprocessing.util.Finalize(None, end_processes, exitpriority=100)
 
 
 def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int, part: range | None = None) -> DataLoader:
@@ -265,6 +271,8 @@ def start_worker(worker: int) -> None:
 
 def default_workers(workers: int | None) -> int:
     """`workers`, or where it is None a process for each CPU core that this one may use, at most 8."""
+    if workers is None and multiprocessing.current_process().daemon:  # as in a Pool: it may start no processes
+        return 0
     return min(8, cpu_cores()) if workers is None else workers
 
 
@@ -361,7 +369,7 @@ def views_path(dataset: Dataset, samples: Sequence[Sample], view: str, folder: P
         status = os.stat(sample.path)
         place = os.path.relpath(sample.path, sample.csv.parent)
         rows.append((place, status.st_size, status.st_mtime_ns, sample.boxes.get(view)))
-    key = derive_seed(rows, inspect.getsource(photos), PIL.__version__, PIL.features.version("jpg"))
+    key = derive_seed(rows, SOURCE, PIL.__version__, PIL.features.version("jpg"))
     stem = f"{samples[0].csv.stem}-{type(dataset).__name__}-{view}-{dataset.size}-{dataset.resize}"
     return folder / f"{stem}-{key:x}.pixels"
 

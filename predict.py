@@ -208,7 +208,7 @@ def predict_rows(
 
 def prepare_once(sample: Sample, prepare: Prepare, folder: Path) -> tuple[Image.Image, dict[str, Box]]:
     """What `prepare` gives, the photo from `folder` the second time: removing a background takes longest of all."""
-    file = folder / f"{derive_seed(sample.path, sample.boxes)}.png"
+    file = folder / f"{derive_seed(sample)}.png"
     if file.exists():
         with Image.open(file) as photo:
             return photo.copy(), {}
@@ -336,7 +336,7 @@ def choose_view(asked: str, saved: Checkpoint, rows: Split, cleans: bool, raw: b
     if cleans or (rows.has("mask") and not raw):
         note(f"{boxed}: it sees the box round the foreground (mask)")
         return "mask"
-    note(f"{boxed}: it sees whole photos, so expect far less; --view mask finds boxes, train.py --box-head learns to")
+    note(f"{boxed}: it sees whole photos, so expect far less; --view mask finds boxes, train.py --box-head learns them")
     return "full"
 
 

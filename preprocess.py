@@ -2,9 +2,9 @@
 
     python preprocess.py Dataset Dataset-rembg                          # all splits; `demo` is the built-in set
     python preprocess.py Dataset Dataset-rembg --rembg-model u2netp     # 4.6 MB of weights, not 176; 3 times as fast
-    python preprocess.py Dataset Dataset-crops --crop bbox              # crop to the CSV's box, else to the garment's
+    python preprocess.py Dataset Dataset-crops --crop bbox              # and cropped, to the CSV's or the garment's box
 
-Writes the same folders and CSVs with four more columns, Mask_xmin to Mask_ymax: the garment's box in the new image.
+Writes the organisers' layout with four more columns, Mask_xmin to Mask_ymax: the garment's box in the new image.
 preprocess.json says what was done, preprocess.jsonl holds a line for each finished photo. Started again, it continues
 where it stopped, and ends with the same bytes. 2 CPU cores do about 4 photos/s with u2netp, 1.3 with u2net.
 """
@@ -233,7 +233,7 @@ def preprocess(
         changed |= update(out / PREPARED, json.dumps(record, indent=2, sort_keys=True))
 
     found = [results[file]["foreground"] for file in photos if file in results]
-    counted = f"{len(found):,} photos, {found.count(False):,} of them left as they were: no foreground"
+    counted = f"{len(found):,} photos, no foreground in {found.count(False):,} of them"
     say(f"{out}: {counted}" if changed else f"{out} is finished ({counted}); nothing was changed")
     if problems:
         raise ValueError(list_problems(f"{len(problems)} rows are left out: correct them and start again", problems))

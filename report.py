@@ -7,6 +7,7 @@ python report.py runs/NAME runs/OTHER ...   # runs/NAME/compare.png: the curves 
 import csv
 import math
 import os
+import sys
 import textwrap
 import unicodedata
 import warnings
@@ -49,7 +50,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's, which need not be installed here; no backend draws these pictures
+if "ipykernel" not in sys.modules:  # a notebook's backend need not be installed here; these pictures need none
+    os.environ.pop("MPLBACKEND", None)
 
 from matplotlib import font_manager, style
 from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""What a run can be told: one frozen dataclass is train.py's command line, config.json and every function's argument.
+"""What a run can be told: one frozen dataclass is train.py's command line, config.json and an argument of functions.
 
 A setting of your own is one line in `Settings`; it acts where you use `settings.NAME`. Imports no torch.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 4096  # of an image, in pixels
 # What may change on resume, since the bits do not; `data` and `teacher` may be the same ones elsewhere.
-CHANGEABLE = {"resume", "workers", "debug", "data", "teacher", "epochs", "save_every", "cache", "pictures"}
+CHANGEABLE = {"resume", "workers", "debug", "data", "teacher", "epochs", "patience", "save_every", "cache", "pictures"}
 
 in_data, in_model, in_loss = (partial(option, panel) for panel in ("Data", "Model", "Loss"))
 in_optim, in_run = (partial(option, panel) for panel in ("Optimisation", "Run"))
@@ -51,9 +51,9 @@ class Settings:
     subtask: Annotated[int, in_data("Which sub-task's CSVs to read.", min=1, max=2)] = 1
     crop_prob: Annotated[float, in_data("Probability that a photo is cropped to --train-view.", **SHARE)] = 1.0
     train_view: Annotated[TrainView, in_data("Crop to the CSV's box, or to the foreground's (preprocess.py).")] = "bbox"
-    val_view: Annotated[ValView, in_data("What validation sees.", show_default="bbox; with --box-head learned")] = None
+    val_view: Annotated[ValView, in_data("What validation sees.", show_default="bbox, with --box-head learned")] = None
     resize: Annotated[Resize, in_data(RESIZE_HELP)] = "squash"
-    augment: Annotated[Literal["basic", "randaugment", "none"], in_data("The notes', RandAugment, or none.")] = "basic"
+    augment: Annotated[Literal["basic", "randaugment", "none"], in_data("basic: the notes' (augment.py).")] = "basic"
     cutmix: Annotated[Names, in_data("CutMix for this label; repeats. `joint`: for all in one.", **OFF)] = None
     image_size: Annotated[
         Number, in_data("Image side in pixels.", min=16, max=MAX_SIDE, show_default="the model's")
@@ -85,8 +85,8 @@ class Settings:
     batch_size: Annotated[int, in_optim("Images a step, of all processes together.", min=1)] = 256
     grad_accum: Annotated[int, in_optim(ACCUM_HELP, min=1)] = 1
     lr: Annotated[float, in_optim("Learning rate of AdamW at each restart.")] = 5e-6
-    layer_decay: Annotated[float, in_optim("Factor on it for each layer below the heads.", max=1)] = 1.0
-    warmup_epochs: Annotated[float, in_optim("Epochs over which it rises linearly.", min=0)] = 0.0
+    layer_decay: Annotated[float, in_optim("Factor on --lr for each layer below the heads.", max=1)] = 1.0
+    warmup_epochs: Annotated[float, in_optim("Epochs over which --lr rises linearly.", min=0)] = 0.0
     weight_decay: Annotated[float, in_optim("Weight decay of AdamW.", min=0)] = 0.01
     clip_grad: Annotated[float, in_optim("Largest norm of the gradient; 0: no limit.", min=0)] = 0.0
     ema: Annotated[float, in_optim("Decay of averaged weights, which are validated; 0: off.", **SHARE)] = 0.0
@@ -108,8 +108,10 @@ class Settings:
     debug: Annotated[bool, in_run("Show the traceback of an error.", "--debug", **OFF)] = False
 
     def __post_init__(self) -> None:
-        """Lists become tuples and paths str: a parsed instance equals one that was built."""
+        """Lists become tuples and paths str: a parsed instance equals one that was built. One name is a list of one."""
         for name, value in vars(self).items():
+            if name in ("data", "cutmix") and isinstance(value, str | Path):
+                value = [str(value)]
             if isinstance(value, list | Path):
                 object.__setattr__(self, name, tuple(value) if isinstance(value, list) else str(value))
 
@@ -131,7 +133,7 @@ def check_settings(settings: Settings) -> None:
     if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name or len(name) > 100):
         raise usage_error("--name", f"{name!r} cannot name a folder under runs/")
     if settings.val_view == "learned" and not settings.box_head:
-        raise usage_error("--val-view", "`learned` is the box that a box head predicts; add --box-head")
+        raise usage_error("--val-view", "`learned` is the box that a box head predicts; add --box-head --crop-prob 0.7")
     if settings.box_head and (settings.cutmix or settings.resize == "random-resized-crop"):
         others = "--cutmix and --resize random-resized-crop"
         raise usage_error("--box-head", f"it needs the garment where it was in the photo; leave out {others}")
@@ -144,6 +146,11 @@ def check_settings(settings: Settings) -> None:
 def checked_settings(settings: Settings) -> Settings:
     """The settings with whole paths, so that config.json holds from any folder. Checks them, and prints notes."""
     check_settings(settings)
+    if settings.resume:  # from Python; the command line has the run's settings already
+        before = vars(read_settings(settings.resume))
+        if other := sorted(key for key in before.keys() - CHANGEABLE if before[key] != getattr(settings, key)):
+            remedy = 'take resumed_settings(Settings(resume=RUN), ["resume"])'
+            raise usage_error("--resume", f"the run was started with another {', '.join(other)}; {remedy}")
     print_notes(settings)
     paths = {key: whole_path(getattr(settings, key), "off") for key in ("weights", "teacher", "cache")}
     return dataclasses.replace(settings, data=tuple(whole_path(path, "demo") for path in settings.data), **paths)
@@ -162,7 +169,8 @@ def choose_view(settings: Settings, train_split: "Split", val_split: "Split") ->
             raise usage_error(flag, f"{split.csv} has no Mask_ columns; preprocess.py writes a dataset that has")
     train_has_boxes = train_split.has(settings.train_view)
     if settings.box_head and not train_has_boxes:
-        raise usage_error("--box-head", f"it learns boxes, and {train_split.csv} has no {settings.train_view} boxes")
+        found = "preprocess.py --keep-background finds some, for --train-view mask"
+        raise usage_error("--box-head", f"{train_split.csv} has no {settings.train_view} boxes to learn; {found}")
     if not train_has_boxes:
         note("training has no boxes: it sees whole photos")
     elif settings.crop_prob > 0:

@@ -3,11 +3,12 @@
     python train.py --data demo --no-pretrained --model test_resnet \\
         --image-size 64 --augment none --box-head --crop-prob 0.7 \\
         --epochs 8 --t-0 8 --lr 4e-3 --batch-size 32 --threads 1    # the built-in set
-    python train.py --loss focal --crop-prob 0.7                    # the organisers' Dataset/, the notes' settings
-    python train.py --resume runs/NAME                              # continue, or go on with more --epochs
+    python train.py --box-head --crop-prob 0.7 --lr 5e-5            # the organisers' Dataset/: start here
+    python train.py --loss focal --crop-prob 0.7                    # the same, boxed: weaker on photos without boxes
+    python train.py --resume runs/NAME                              # continue, or with more --epochs or --patience
 
 Writes runs/NAME/: config.json, metrics.csv, best.pt (to predict with and to send in), last.pt (to resume from),
-val_predictions.csv and pictures. The defaults, the notes' last entry's, suit a GPU and 11,058 photos.
+val_predictions.csv and pictures. The defaults are those of another author's notes; they suit a GPU and 11,058 photos.
 """
 
 import copy
@@ -132,7 +133,8 @@ def train(settings: Settings) -> None:
     fingerprint = data_fingerprint(settings, train_split, val_split)
     folder = checkpoints.restore(settings, state, fingerprint) if settings.resume else checkpoints.new_folder(settings)
     if finished(settings, state):
-        early = f" (no better {settings.monitor} for {settings.patience})" if state.epoch < settings.epochs else ""
+        no_better = f" (no better {settings.monitor} for --patience {settings.patience})"
+        early = no_better if state.epoch < settings.epochs else ""
         say(f"{folder} is finished after {state.epoch} epochs{early}; nothing was changed")
         return
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
@@ -372,7 +374,8 @@ def new_model(settings: Settings, split: Split) -> FashionModel:
     model = build_model(settings.model, split.classes, *options)
     micro_batch = math.ceil(settings.batch_size / world_size() / settings.grad_accum)
     if micro_batch < model.min_images:
-        raise usage_error("--batch-size", f"{settings.model} has batch norm, which cannot train on one image at a time")
+        least = f"{settings.model} has batch norm, which cannot train on one image for a process and --grad-accum"
+        raise usage_error("--batch-size", least)
     if settings.weights and fresh:
         checkpoints.load_weights(model, settings.weights, settings.model)
     return model

@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import ROOT, TINY, run_script
 from PIL import Image
 
@@ -14,7 +15,7 @@ from checkpoint import Checkpoint
 from train import TrainState
 
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-FROM_PYTHON, TO_ONNX = re.findall(r"^```python\n(.*?)^```$", GUIDE, flags=re.S | re.M)
+FROM_PYTHON, AS_PREDICT, TO_ONNX = re.findall(r"^```python\n(.*?)^```$", GUIDE, flags=re.S | re.M)
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +39,18 @@ def execute(code: str, namespace: dict) -> str:
 
 def test_the_use_from_python_gives_predict_pys_answers(place, monkeypatch, run):
     monkeypatch.chdir(place)
-    namespace = {}
+    namespace, as_predict = {}, {}
     printed = execute(FROM_PYTHON, namespace)
     assert "Daily {'loungewear': 0." in printed and "box tensor([[" in printed
+    execute(AS_PREDICT, as_predict)
     assert run("predict", "runs/NAME/best.pt", "photo.jpg", "--probs", "--amp", "off", "--workers", "0").code == 0
     header, cells = (place / "runs" / "NAME" / "predictions.csv").read_text().splitlines()
     answers = dict(zip(header.split(","), cells.split(",")))
     for column, label in (("daily", "Daily"), ("gender", "Gender"), ("embel", "Embellishment")):
         for c, p in enumerate(namespace["prediction"].logits[label][0].softmax(-1).tolist()):
             assert float(answers[f"{column}_p{c}"]) == pytest.approx(p, abs=1e-6)
+        found = as_predict["prediction"].logits[label]  # in bf16, where the CPU has it
+        torch.testing.assert_close(found, namespace["prediction"].logits[label], rtol=0.01, atol=0.01)
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -165,18 +167,30 @@ def test_loading_processes_which_are_killed_leave_no_folder():
     assert folders == {multiprocessing.util.get_temp_dir()}
 
 
-def test_a_script_ends_before_its_loader(drawn):
-    script = """
-import sys
+@pytest.mark.parametrize("start", ["read()", "p = multiprocessing.Process(target=read); p.start(); p.join()"])
+def test_a_program_ends_before_its_loader(drawn, start):
+    script = f"""
+import multiprocessing, sys
 from data import find_dataset, read_split
 from loading import EvalPhotos, make_eval_loader
-loader = make_eval_loader(EvalPhotos(read_split(find_dataset(sys.argv[1]), "val").samples, 16, "full", "squash"), 8, 2)
-images, *_ = next(iter(loader))
-print(len(images))
+
+def read():
+    global loader
+    photos = EvalPhotos(read_split(find_dataset(sys.argv[1]), "val").samples, 16, "full", "squash")
+    loader = make_eval_loader(photos, 8, 2)
+    images, *_ = next(iter(loader))
+    print(len(images), flush=True)
+
+{start}
 """
     command = [sys.executable, "-c", script, str(drawn)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+        try:
+            out, error = process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out, error) == (0, "8\n", "")
 
 
 @pytest.mark.parametrize("min_part", [1, 2])
@@ -418,7 +432,7 @@ def test_an_edit_of_photos_py_decodes_again(dataset, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
     edited = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(edited)
-    monkeypatch.setattr(loading, "photos", edited)
+    monkeypatch.setattr(loading, "SOURCE", inspect.getsource(edited))
     monkeypatch.setattr(loading, "view_pixels", edited.view_pixels)
     train, _ = cached(dataset)
     assert len(cache_files(dataset)) == 3 and not cache_files(dataset) & before

@@ -2,8 +2,10 @@
 
 import argparse
 import ctypes
+import dataclasses
 import errno
 import fcntl
+import multiprocessing
 import os
 import resource
 import shlex
@@ -94,6 +96,21 @@ def test_shared_memory_that_another_program_fills_ends_the_run_in_one_line(tmp_p
                 break
     assert run.code == 1, run.said()
     assert cli.LOADER_DIED in run.said() and "Traceback" not in run.said()
+
+
+def test_training_in_a_thread_of_another_program(tmp_path, drawn, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"model": "test_resnet", "pretrained": False, "image_size": 32, "epochs": 1, "t_0": 1, "lr": 1e-3}
+    settings = Settings(data=str(drawn), batch_size=16, workers=2, pictures=False, name="a", **options)
+    thread = threading.Thread(target=train.train, args=[settings])
+    with multiprocessing.Pool(1) as pool:
+        thread.start()
+        thread.join()
+        assert Path("runs/a/best.pt").exists()
+        waiting = pool.apply_async(time.sleep, [3])
+        with pytest.raises(ValueError, match="not finite"):
+            train.train(dataclasses.replace(settings, name="b", lr=1e30))
+        waiting.get(timeout=20)  # an error ends the loading processes alone
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
@@ -332,6 +349,9 @@ def test_another_folder_and_commands_to_paste(run, drawn, tmp_path, monkeypatch)
     done = run("train", "--data", "my photos", *TINY, "--epochs", "1", "--name", "run #1")
     words = shlex.split(done.out.splitlines()[-1].removeprefix("next: "), comments=True)
     assert words == ["python", "predict.py", "runs/run #1/best.pt"] and done.code == 0
+    for other in ("", "/elsewhere/ipykernel_launcher.py"):  # a notebook's
+        monkeypatch.setattr(sys, "argv", [other])
+        assert cli.command("predict.py", "a b") == f"python {ROOT / 'predict.py'} 'a b'"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("train", "--resume", "../runs/run #1", "--epochs", "2").code == 0

@@ -172,6 +172,14 @@ def test_a_best_pt_brings_the_same_model_back(tmp_path, box_head):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[head], theirs[head]) for head in ours)
 
 
+def test_a_model_can_be_pickled(tmp_path):
+    model = build_model("test_resnet", CLASSES, 32).eval()
+    torch.save(model, tmp_path / "model.pt")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    again = torch.load(tmp_path / "model.pt", weights_only=False)(images)
+    assert all(torch.equal(again[label], logits) for label, logits in model(images).items())
+
+
 def test_scores_against_a_count_by_hand():
     logits = {"a": torch.tensor([[2.0, 1, 0], [0, 2, 1], [2, 1, 0], [0, 0, 1]])}  # answers 0, 1, 0, 2
     scores = score(logits, {"a": torch.tensor([0, 1, 1, 1])})

@@ -467,7 +467,7 @@ def test_what_is_no_dataset(dataset, tmp_path):
     photo(tmp_path / "flat" / "test" / "a.png")
     photo(tmp_path / "one" / "shirts" / "a.png")
     for name in ("flat", "one"):
-        with pytest.raises(FileNotFoundError, match=r"two class folders or more.*`demo`"):
+        with pytest.raises(FileNotFoundError, match=r"two class folders or more.*--data demo"):
             find_dataset(str(tmp_path / name))
 
 

@@ -195,6 +195,8 @@ def test_each_command_runs(command, run, place, stand_ins, drawn, monkeypatch):
     if any(word.isupper() for word in args):
         pytest.skip("speaks of files of one's own")
     monkeypatch.chdir(place)
+    if script == "train" and "mask" in args:  # it needs a dataset with such boxes
+        assert run("preprocess", drawn, args[args.index("--data") + 1], "--keep-background").code == 0
     fill(args, drawn, script)
     before = set(place.iterdir()) | set((place / "runs").iterdir())
     if script in ("preprocess", "demo", "entry"):  # the folder to write

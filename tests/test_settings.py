@@ -83,6 +83,7 @@ def test_config_json_of_a_run_is_its_settings_with_checked_settings(run, drawn, 
     assert run("train", *flags).code == 0
     expected = dataclasses.replace(parsed(*flags), data=(str(drawn),), cache=str(tmp_path / "views"))
     assert read_settings("runs/a") == expected == checked_settings(parsed(*flags))
+    assert Settings(data="demo", cutmix="Daily") == Settings(data=["demo"], cutmix=["Daily"])
     assert checked_settings(Settings(data=["demo"], cache="off")) == Settings(data=["demo"], cache="off")
 
 
@@ -107,7 +108,7 @@ def test_a_float_of_your_own_may_have_a_whole_default(tmp_path, monkeypatch):
 
 DAMAGE = [
     {"epochs": "7"}, {"epochs": 0}, {"epochs": float("inf")}, {"t_0": 0}, {"t_mult": 0}, {"batch_size": -1},
-    {"lr": "fast"}, {"monitor": None}, {"data": "a"}, {"pretrained": 1}, {"seed": 1.5},
+    {"lr": "fast"}, {"monitor": None}, {"data": 1}, {"pretrained": 1}, {"seed": 1.5},
 ]  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def test_a_folder_without_config_json_is_no_run(tmp_path):
 
 OTHER = {  # another value of each setting that may change
     "workers": 3, "debug": True, "data": ("b",), "teacher": "u.pt", "epochs": 9, "save_every": 1.0, "cache": "off",
-    "pictures": False,
+    "patience": 5, "pictures": False,
 }  # fmt: skip
 
 
@@ -141,6 +142,8 @@ def test_what_may_change_on_resume(tmp_path):
     assert resumed == Settings(resume=str(tmp_path), t_0=9, **OTHER)
     # a setting that was not given has the run's value, not this command's default
     assert resumed_settings(given, ["resume"]) == Settings(resume=str(tmp_path), epochs=7, t_0=9, data=["a"])
+    with pytest.raises(typer.BadParameter, match="started with another t_0; take resumed_settings"):
+        checked_settings(given)  # from Python
 
 
 @pytest.mark.parametrize("name", sorted({field.name for field in dataclasses.fields(Settings)} - CHANGEABLE))

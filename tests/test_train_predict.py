@@ -480,6 +480,12 @@ def test_early_stopping(run, drawn, tmp_path):
     assert "stopped early" in done.out and len(metrics(tmp_path / "runs" / "e")) == 3
     assert re.search(r"note: about \d+ days on this CPU", done.out)
     assert len(re.findall(r"about \d+ days to epoch 10000000; Ctrl-C and --resume", done.out)) == 1
+    again = run("train", "--resume", "runs/e")
+    assert "is finished after 3 epochs (no better top1 for --patience 2)" in again.out
+    assert run("train", "--resume", "runs/e", "--patience", 4).code == 0
+    assert run("train", "--data", drawn, *TINY, *flags[:-4], "--patience", 4, "--name", "undisturbed").code == 0
+    assert len(metrics(tmp_path / "runs" / "e")) == 5
+    same_run(tmp_path / "runs" / "e", tmp_path / "runs" / "undisturbed")
 
 
 def test_help_has_panels_and_defaults(run, monkeypatch):
