@@ -205,9 +205,11 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `exported_weights` stored. Raises ValueError where a number is not finite."""
+    """The tensors that `exported_weights` stored. Raises ValueError where one is no longer as it was stored."""
     weights = {key: value for key, value in stored.items() if not key.endswith(SCALE)}
     for key, value in weights.items():
+        if value.dtype != torch.int8 and key + SCALE in stored:  # an average of such files, perhaps
+            raise ValueError(f"{key} has a scale, but is no int8; combine what restored_weights gives")
         if value.dtype == torch.int8:
             weights[key] = value.float() * stored[key + SCALE].view(-1, *[1] * (value.ndim - 1))
         if not weights[key].isfinite().all():
@@ -317,7 +319,7 @@ def _parse(content: dict) -> Checkpoint:
     """Raises ValueError, KeyError or TypeError where this is not the content of a best.pt."""
     if "weights" not in content:
         raise ValueError("it holds no weights alone: a last.pt is for train.py --resume")
-    found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint)})
+    found = Checkpoint(**{key.name: content[key.name] for key in fields(Checkpoint) if key.name in content})
     found.classes = {label: tuple(names) for label, names in found.classes.items()}
     if not 0 < found.image_size <= MAX_SIDE:
         raise ValueError(f"images of {found.image_size} px")

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,8 @@ LOADERS_SILENT = "the loading processes gave nothing for 10 minutes; are the pho
 SILENT, GRACE = 600, 5  # seconds to wait for a loading process; after a signal that stops the run
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
 alarm = getattr(signal, "alarm", lambda seconds: 0)  # Windows has none
+
+SCRIPTS = Path(__file__).parent
 
 console = Console(highlight=False)  # quiet in all but the first process of a run
 console.soft_wrap = not console.is_terminal
@@ -76,7 +79,7 @@ def examples(doc: str) -> str:
 def command(script: str, *words: object) -> str:
     """The command line of a script beside the one that was started, to be pasted into a shell."""
     started = Path(sys.argv[0])
-    if not (Path(__file__).parent / started.name).is_file():  # a notebook, or Python itself
+    if not (SCRIPTS / started.name).is_file():  # a notebook, or Python itself
         started = Path(__file__)
     return shlex.join(["python", str(started.with_name(script)), *map(str, words)])
 
@@ -155,8 +158,11 @@ def _message(error: Exception) -> tuple[str, int]:
     if name.startswith("Dist") or "gloo" in text.lower() or "NCCL" in text:
         return "another process of this run has ended; its own message says why", 1
     code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
-    explained = text and (type(error) is ValueError or isinstance(error, OSError))  # raised by us on purpose
-    return text if explained else f"{name}: {text}  (--debug shows where)", code
+    if text and (type(error) is ValueError or isinstance(error, OSError)):  # raised by us on purpose
+        return text, code
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == SCRIPTS]
+    place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}; " if frames else ""
+    return f"{name}: {text}  ({place}--debug shows where)", code
 
 
 def run_app(app: typer.Typer) -> None:

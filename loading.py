@@ -428,6 +428,8 @@ def write_views(
             for result in pool.map(decode, samples[start : start + step]):  # cancels the rest where one raises
                 if isinstance(result, ValueError):
                     problems.append(str(result))
+                elif len(result) != 3 * size * size:  # an edit
+                    raise ValueError(f"view_pixels gives {len(result):,} bytes, not 3 x {size} x {size}; --cache off")
                 else:
                     file.write(result)
                 bar.advance(1)

@@ -194,6 +194,7 @@ def predict_rows(
     """What load_model's model says of these rows, in the precision and batch size of `saved`.
 
     `view` and `prepare`: see `choose_treatment`, `start_preparing`. `workers`: None is a loading process a core.
+    What is to change answers (a prior, thresholds) goes in here: predict.py's tables and the entry all call it.
     """
     device = model.mean.device
     amp_dtype = choose_eval_amp(saved.amp, device)

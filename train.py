@@ -207,6 +207,8 @@ def optimizer_step(settings: Settings, state: TrainState, steps: int) -> None:
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_grad)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr()):
+        group["lr"] = rate  # without warm-up and lr_scale: most schedulers go on from here
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema:
         update_ema(state.ema, state.model, settings.ema, step)
@@ -283,8 +285,6 @@ def finish_epoch(
             boxes = loading.relative_boxes(run.val_split.samples, settings.train_view)
             scores |= evaluate.score_boxes(prediction.boxes, boxes)
     lr = learning_rate(settings, state.scheduler.get_last_lr()[0], state.epoch + 1)
-    for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr()):
-        group["lr"] = rate  # without warm-up and lr_scale: most schedulers go on from here
     state.scheduler.step()
     state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
 

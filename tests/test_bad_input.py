@@ -432,3 +432,9 @@ def test_a_last_pt_is_no_weights(run, drawn, checkpoint, tmp_path):
 def test_what_fits_is_said_where_best_pt_is_too_large(run, drawn):
     done = run("train", "--data", drawn, *TINY, "--max-mb", 0.5)
     assert done.code == 2 and re.search(r"--export-dtype (int8|fp16) takes 0\.\d+ MB", done.err)
+
+
+def test_an_error_of_an_edit_names_its_place(run, drawn, monkeypatch):
+    monkeypatch.setattr("evaluate.score", lambda logits, targets: [][0])
+    done = run("train", "--data", drawn, *TINY)
+    assert done.code == 1 and re.search(r"IndexError: list index.* \(train.py, line \d+; --debug", done.err), done.err

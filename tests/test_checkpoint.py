@@ -132,18 +132,21 @@ def damaged(weights: dict, how: str) -> None:
         del weights[key]
     elif how == "another shape":
         weights[key] = weights[key][:-1]
+    elif how == "averaged":
+        weights[key.removesuffix(SCALE)] = weights[key.removesuffix(SCALE)].float()
     else:
         weights["heads.0.bias"][0] = torch.nan
 
 
-@pytest.mark.parametrize("how", ["no scale", "another shape", "NaN"])
+@pytest.mark.parametrize("how", ["no scale", "another shape", "averaged", "NaN"])
 def test_damaged_weights_are_one_line(run, small, how):
     content = read(small)
     damaged(content["weights"], how)
     save(content, Path("bad.pt"))
     done = run("predict", "bad.pt")
     assert done.code == 1 and len(done.err.strip().splitlines()) == 1
-    says = {"NaN": "heads.0.bias holds numbers that are not finite", "no scale": ":scale"}.get(how, "match")
+    says = {"NaN": "heads.0.bias holds numbers that are not finite", "no scale": ":scale", "averaged": "is no int8"}
+    says = says.get(how, "match")
     assert "bad.pt is no complete best.pt" in done.err and says in done.err, done.err
     assert [path.name for path in Path().iterdir()] == ["bad.pt"]
 

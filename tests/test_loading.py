@@ -442,6 +442,13 @@ def test_an_edit_of_photos_py_decodes_again(dataset, tmp_path, monkeypatch):
         assert not torch.equal(upside_down, plain.decoded["bbox"].read(i))  # a run that began before has its own
 
 
+def test_a_view_of_another_shape_is_no_photo_of_the_cache(dataset, monkeypatch):
+    monkeypatch.setattr(loading, "view_pixels", lambda *args: torch.zeros(3, 32, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"view_pixels gives 1,536 bytes, not 3 x 16 x 16; --cache off"):
+        cached(dataset)
+    assert not cache_files(dataset)
+
+
 # ---------------------------------------------------------------- the cache: whole or nothing
 
 
