@@ -162,6 +162,7 @@ def build_model(
     size = image_size or own.input_size[-1]
     if pretrained and not own.has_weights:
         raise usage_error("--model", f"timm has no pretrained weights for {name}; --no-pretrained or --weights FILE")
+    asked_offline = huggingface_hub.constants.HF_HUB_OFFLINE
     if pretrained:
         _stay_offline_without_network()
     try:
@@ -172,6 +173,8 @@ def build_model(
             raise usage_error("--image-size", f"{name} cannot be built for images of {size} px: {reason}") from None
         remedy = "offline: --weights FILE, or --no-pretrained"
         raise OSError(f"the pretrained weights of {name} could not be loaded ({reason}); {remedy}") from None
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = asked_offline  # a notebook may have a network later
     if drop_path and not any(isinstance(module, DropPath) for module in backbone.modules()):
         raise usage_error("--drop-path", f"{name} has no drop path")
     width = _pooled_width(backbone, name, size)

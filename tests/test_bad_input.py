@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, run_script
 from PIL import Image
 
+import model
 from checkpoint import FORMAT, _read_tensors, new_checkpoint, save
 from data import Sample, Split
 from model import build_model
@@ -164,6 +165,25 @@ def test_a_download_that_fails_names_the_offline_ways(run, drawn, monkeypatch, t
     done = run("train", "--data", drawn, "--model", "test_vit2", "--image-size", "32")
     assert done.code == 1 and "--weights FILE" in done.err and "--no-pretrained" in done.err
     assert not Path("runs").exists()
+
+
+def test_a_failed_look_up_leaves_other_downloads_of_the_process_alone(monkeypatch):
+    import huggingface_hub
+
+    def no_network(*args):
+        raise OSError("no such name")
+
+    def create(name, pretrained, **options):
+        seen.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+        return plain(name, False, **options)
+
+    seen, plain = [], model._create
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(model, "_create", create)
+    build_model("test_vit2", {"Daily": ("0", "1")}, pretrained=True)
+    assert seen == [True] and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_a_run_name_that_exists(run, drawn, tmp_path):
