@@ -5,7 +5,7 @@
     python predict.py runs/NAME/best.pt photo.jpg a_folder --names --picture a.png      # photos and folders
     python predict.py runs/NAME/best.pt --background keep --view full                   # raw and whole
 
-Photos are prepared as the training photos were: where preprocess.py cleaned or cropped these, raw ones are too, on the
+Photos are prepared as the training photos were: where preprocess.py changed these, raw ones are changed too, on the
 fly. Writes predictions.csv beside the checkpoint: image_name and a column a label, in the organisers' format.
 """
 

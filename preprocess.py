@@ -107,7 +107,7 @@ def find_weights(model: str) -> tuple[str, Path]:
 
 
 def prepare_photo(sample: Sample, preparation: dict, remover: Remover | None) -> tuple[Image.Image, dict[str, Box]]:
-    """Remove the background of a photo and crop it, for processed datasets and for prediction alike.
+    """Remove the background of a photo and crop it, for processed copies and for prediction alike.
 
     Returns the RGB image and the boxes in its pixels: `bbox` where the sample has one, `mask` where a foreground was
     found and not cropped away. Raises ValueError where the image is damaged or its box lies outside it.
@@ -193,7 +193,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(epilog=cli.examples(__doc__))
 def preprocess(
     data: Annotated[str, typer.Argument(help="A dataset folder, or `demo`.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the processed dataset: a new one, or one to continue.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the processed copy: a new one, or one to continue.")],
     splits: Annotated[list[str] | None, in_photos("train, val or test alone; repeats.", show_default="all")] = None,
     subtask: Annotated[int, in_photos("Which sub-task's CSVs to read.", min=1, max=2)] = 1,
     rembg_model: Annotated[str, in_garment("Any local model of rembg: u2net, u2netp, ...")] = "u2net",
