@@ -38,7 +38,7 @@ SILENT, GRACE = 600, 5  # seconds to wait for a loading process; after a signal 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
 alarm = getattr(signal, "alarm", lambda seconds: 0)  # Windows has none
 
-SCRIPTS = Path(__file__).parent
+SCRIPTS = Path(__file__).resolve().parent
 
 console = Console(highlight=False)  # quiet in all but the first process of a run
 console.soft_wrap = not console.is_terminal
@@ -160,9 +160,11 @@ def _message(error: Exception) -> tuple[str, int]:
     code = 2 if isinstance(error, FileNotFoundError) else 1  # a path that the user named
     if text and (type(error) is ValueError or isinstance(error, OSError)):  # raised by us on purpose
         return text, code
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == SCRIPTS]
-    place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}; " if frames else ""
-    return f"{name}: {text}  ({place}--debug shows where)", code
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += re.findall(r'^ *File "(.+)", line (\d+)', str(error), re.MULTILINE)  # of a loading process
+    frames = [(Path(file).resolve(), line) for file, line in frames]
+    places = [f"{file.name}, line {line}; " for file, line in frames if file.parent == SCRIPTS]
+    return f"{name}: {' '.join(text.split())}  ({places[-1] if places else ''}--debug shows where)", code
 
 
 def run_app(app: typer.Typer) -> None:
@@ -235,7 +237,7 @@ def end_processes(others: Sequence = ()) -> None:
 
     `others`: processes to leave.
     """
-    if hasattr(signal, "SIGCHLD"):
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where one is killed
     for process in multiprocessing.active_children():
         if process.daemon and process not in others:  # Python ends daemons itself, by a signal

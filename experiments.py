@@ -283,9 +283,10 @@ def read_experiments() -> list[list[Run]]:
     for path in sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
             found = read_run(path.parent)
-            epochs = found.settings.get("epochs")
-            if epochs and "--epochs" in found.flags and int(found.flags["--epochs"][-1]) != epochs:
-                raise ValueError(f"{found.folder} was resumed to {epochs} epochs since")
+            for key, to in (("epochs", "{} epochs"), ("patience", "--patience {}")):
+                value, flag = found.settings.get(key), found.flags.get(f"--{key}")
+                if value and flag and int(flag[-1]) != value:
+                    raise ValueError(f"{found.folder} was resumed to {to.format(value)} since")
             if found.row not in NAMED:
                 raise ValueError(f"{found.folder} is of {found.row!r}, which is no row any more")
             setting = (list(NAMED).index(found.row), json.dumps([found.more, found.data]))

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,6 +39,7 @@ from settings import Settings
 LOOSE = -0.1, 0.3  # each side of a crop moves by a random share of the box's width or height, out being positive
 WHOLE = 0.5  # the share of uncropped photos that are whole; of the others a random part that holds the garment is seen
 SOURCE = inspect.getsource(photos)  # as it was imported: an edit acts, and its cache is built, in the next process
+LOADERS = weakref.WeakSet()
 SPARE_BYTES = 500_000_000  # what the cache leaves free on a disk
 
 Targets = dict[str, Tensor]  # {label: int64 class index, -1 where not known; BOX: float32 (4,) in 0..1 of the image}
@@ -239,8 +241,8 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
     workers = fitting_workers(workers, part * 3 * dataset.size**2)
     if workers:
         multiprocessing.util.get_temp_dir()  # the processes share it; of its own one that is killed would leave it
-        end_processes_at_exit(os.getpid())
-    return DataLoader(
+        end_loaders_at_exit(os.getpid())
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -249,12 +251,19 @@ def make_loader(dataset: Dataset, sampler: Sampler, workers: int) -> DataLoader:
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
     )
+    LOADERS.add(loader)
+    return loader
 
 
 @cache  # once in each process
-def end_processes_at_exit(pid: int) -> None:
-    """For a program that ends before its loader does. `atexit` is not run in a process of multiprocessing."""
-    multiprocessing.util.Finalize(None, end_processes, exitpriority=100)
+def end_loaders_at_exit(pid: int) -> None:
+    """For a program that ends before its loaders do. `atexit` is not run in a process of multiprocessing."""
+    multiprocessing.util.Finalize(None, end_loaders, exitpriority=100)
+
+
+def end_loaders() -> None:
+    ours = [process for loader in LOADERS if loader._iterator for process in loader._iterator._workers]
+    end_processes([process for process in multiprocessing.active_children() if process not in ours])
 
 
 def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int, part: range | None = None) -> DataLoader:

@@ -110,7 +110,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Lists become tuples and paths str: a parsed instance equals one that was built. One name is a list of one."""
         for name, value in vars(self).items():
-            if name in ("data", "cutmix") and isinstance(value, str | Path):
+            if name in ("data", "cutmix") and isinstance(value, str | Path) and value:
                 value = [str(value)]
             if isinstance(value, list | Path):
                 object.__setattr__(self, name, tuple(value) if isinstance(value, list) else str(value))
@@ -146,14 +146,15 @@ def check_settings(settings: Settings) -> None:
 def checked_settings(settings: Settings) -> Settings:
     """The settings with whole paths, so that config.json holds from any folder. Checks them, and prints notes."""
     check_settings(settings)
+    paths = {key: whole_path(getattr(settings, key), "off") for key in ("weights", "teacher", "cache")}
+    settings = dataclasses.replace(settings, data=tuple(whole_path(path, "demo") for path in settings.data), **paths)
     if settings.resume:  # from Python; the command line has the run's settings already
         before = vars(read_settings(settings.resume))
         if other := sorted(key for key in before.keys() - CHANGEABLE if before[key] != getattr(settings, key)):
             remedy = 'take resumed_settings(Settings(resume=RUN), ["resume"])'
             raise usage_error("--resume", f"the run was started with another {', '.join(other)}; {remedy}")
     print_notes(settings)
-    paths = {key: whole_path(getattr(settings, key), "off") for key in ("weights", "teacher", "cache")}
-    return dataclasses.replace(settings, data=tuple(whole_path(path, "demo") for path in settings.data), **paths)
+    return settings
 
 
 def whole_path(path: str | None, keyword: str) -> str | None:
@@ -281,8 +282,10 @@ def resumed_settings(settings: Settings, given: Collection[str]) -> Settings:
             may = ", ".join(flag_of(key) for key in sorted(CHANGEABLE - {"resume", "save_every"}))
             raise usage_error(flag_of(name), f"the run was started with {getattr(before, name)}; only {may} may change")
     resumed = dataclasses.replace(before, **changes)
-    if resumed.epochs < before.epochs:
-        raise usage_error("--epochs", f"the run was started with {before.epochs}; fewer cannot be asked for")
+    for key in ("epochs", "patience"):
+        value = getattr(before, key)
+        if getattr(resumed, key) < value:
+            raise usage_error(flag_of(key), f"the run was started with {value}; fewer cannot be asked for")
     restart = next_restart(resumed, before.epochs)
     if restart <= resumed.epochs:
         end = next_restart(resumed, resumed.epochs) - 1

@@ -458,3 +458,6 @@ def test_an_error_of_an_edit_names_its_place(run, drawn, monkeypatch):
     monkeypatch.setattr("evaluate.score", lambda logits, targets: [][0])
     done = run("train", "--data", drawn, *TINY)
     assert done.code == 1 and re.search(r"IndexError: list index.* \(train.py, line \d+; --debug", done.err), done.err
+    monkeypatch.setattr("loading.view_pixels", lambda *args: [][0])
+    done = run("train", "--data", drawn, *TINY, "--workers", 1, "--cache", "off")  # in a loading process
+    assert done.code == 1 and re.search(r"IndexError: list index.* \(loading.py, line \d+; --debug", done.err), done.err

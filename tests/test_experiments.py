@@ -617,12 +617,13 @@ def test_a_row_without_backgrounds_is_compared_with_the_base_of_its_own_photos(r
     assert sorted(float(row["difference"]) for row in found) == [0.0, 0.5]
 
 
-def test_an_experiment_that_was_resumed_with_more_epochs_is_left_aside(run):
+@pytest.mark.parametrize("key, says", [("epochs", "4 epochs"), ("patience", "--patience 4")])
+def test_an_experiment_that_was_resumed_with_more_is_left_aside(run, key, says):
     for seed in (1103, 1104):
-        epochs = 4 if seed == 1104 else 3
-        leave(f"{BASE}-seed{seed}-0", row=BASE, seed=seed, more={"--epochs": ["3"]}, settings={"epochs": epochs})
+        value = 4 if seed == 1104 else 3
+        leave(f"{BASE}-seed{seed}-0", row=BASE, seed=seed, more={f"--{key}": ["3"]}, settings={key: value})
     done = run("experiments", "table", "--csv")
-    assert f"left aside: runs/{BASE}-seed1104-0 was resumed to 4 epochs since" in done.out
+    assert f"left aside: runs/{BASE}-seed1104-0 was resumed to {says} since" in done.out
     (row,) = csv.DictReader(io.StringIO(done.out[done.out.index("row,flags") :]))
     assert row["seeds"] == "1"
     done = run("experiments", "compare", f"runs/{BASE}-seed1103-0", f"runs/{BASE}-seed1104-0")

@@ -167,7 +167,11 @@ def test_loading_processes_which_are_killed_leave_no_folder():
     assert folders == {multiprocessing.util.get_temp_dir()}
 
 
-@pytest.mark.parametrize("start", ["read()", "p = multiprocessing.Process(target=read); p.start(); p.join()"])
+STARTS = ["read()", "p = multiprocessing.Process(target=read); p.start(); p.join()"]
+STARTS += ["pool = multiprocessing.Pool(2); pool.map(abs, [1]); read()"]  # it ends by itself
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_a_program_ends_before_its_loader(drawn, start):
     script = f"""
 import multiprocessing, sys

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -107,9 +108,11 @@ def test_training_in_a_thread_of_another_program(tmp_path, drawn, monkeypatch):
         thread.start()
         thread.join()
         assert Path("runs/a/best.pt").exists()
-        waiting = pool.apply_async(time.sleep, [3])
+        waiting, failing = pool.apply_async(time.sleep, [10]), dataclasses.replace(settings, name="b", lr=1e30)
         with pytest.raises(ValueError, match="not finite"):
-            train.train(dataclasses.replace(settings, name="b", lr=1e30))
+            train.train(failing)
+        with ThreadPoolExecutor(1) as threads, pytest.raises(ValueError, match="not finite"):
+            threads.submit(train.train, failing).result()
         waiting.get(timeout=20)  # an error ends the loading processes alone
 
 

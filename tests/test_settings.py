@@ -130,7 +130,7 @@ def test_a_folder_without_config_json_is_no_run(tmp_path):
 
 OTHER = {  # another value of each setting that may change
     "workers": 3, "debug": True, "data": ("b",), "teacher": "u.pt", "epochs": 9, "save_every": 1.0, "cache": "off",
-    "patience": 5, "pictures": False,
+    "patience": 60, "pictures": False,
 }  # fmt: skip
 
 
@@ -171,10 +171,19 @@ def test_fewer_epochs_are_refused_and_restarts_are_said(tmp_path, capsys):
     written(tmp_path, dataclasses.asdict(Settings(epochs=30)))
     with pytest.raises(typer.BadParameter, match="fewer"):
         resumed_settings(Settings(resume=str(tmp_path), epochs=29), ["resume", "epochs"])
+    with pytest.raises(typer.BadParameter, match="started with 50; fewer"):
+        resumed_settings(Settings(resume=str(tmp_path), patience=49), ["resume", "patience"])
     capsys.readouterr()
     assert resumed_settings(Settings(resume=str(tmp_path), epochs=40), ["resume", "epochs"]).epochs == 40
     said = capsys.readouterr().out
     assert "restarts in epoch 31" in said and "lowest after 90 epochs" in said
+
+
+def test_the_same_weights_may_be_given_again_by_another_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, dataclasses.asdict(Settings(weights=str(tmp_path / "w.pt"))))
+    resumed = resumed_settings(Settings(resume=".", weights="w.pt"), ["resume", "weights"])
+    assert checked_settings(resumed).weights == str(tmp_path / "w.pt")
 
 
 # ---------------------------------------------------------------- checks, notes, the schedule
