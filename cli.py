@@ -103,11 +103,13 @@ class StopSignals:
     """
 
     received = False
+    alarm = staticmethod(lambda seconds: 0)
 
     def __enter__(self) -> "StopSignals":
         numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
-        self.alarm = alarm if self.before else lambda seconds: 0
+        if self.before:
+            self.alarm = alarm
         self.others = multiprocessing.active_children()  # of the program that trains
         return self
 

@@ -150,6 +150,12 @@ def test_silent_loading_processes_end_the_run(monkeypatch):
     assert time.monotonic() - began < 10
 
 
+def test_outside_of_it_and_in_a_thread_the_batches_come_without_alarms():
+    for signals in (StopSignals(), ThreadPoolExecutor(1).submit(StopSignals().__enter__).result()):
+        left = (signal.alarm(0) for _ in range(2))  # seconds to an alarm while a batch is waited for
+        assert list(signals.waiting_for(left)) == [0, 0]
+
+
 def test_a_signal_gives_a_slow_batch_some_time(monkeypatch):
     monkeypatch.setattr(cli, "GRACE", 3)
     threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1]).start()
