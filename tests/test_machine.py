@@ -150,6 +150,11 @@ def test_silent_loading_processes_end_the_run(monkeypatch):
     assert time.monotonic() - began < 10
 
 
+def test_a_process_that_may_start_none_loads_by_itself():
+    with multiprocessing.Pool(1) as pool:
+        assert pool.apply(loading.default_workers, [None]) == 0 and pool.apply(loading.default_workers, [2]) == 2
+
+
 def test_outside_of_it_and_in_a_thread_the_batches_come_without_alarms():
     for signals in (StopSignals(), ThreadPoolExecutor(1).submit(StopSignals().__enter__).result()):
         left = (signal.alarm(0) for _ in range(2))  # seconds to an alarm while a batch is waited for

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,11 +22,11 @@ import cli
 import evaluate
 import train as train_script
 from checkpoint import load_model, read
-from data import CLASS_NAMES
+from data import CLASS_NAMES, Sample
 from evaluate import Prediction
 from loading import EpochSampler
 from model import FashionModel
-from predict import predictions_table
+from predict import predictions_table, prepare_once
 from settings import Settings
 
 RUN_FILES = {"config.json", "metrics.csv", "best.pt", "last.pt", "val_predictions.csv"}
@@ -471,6 +472,14 @@ def test_threads_subtask_and_monitor(run, drawn, tmp_path):
     assert read(tmp_path / "runs" / "s" / "best.pt")["epoch"] == int(lowest["epoch"])
     assert run("predict", "runs/s/best.pt").code == 0  # finds the sub2 CSV again
     assert run("train", "--data", drawn, *TINY, "--subtask", 2).code == 2
+
+
+def test_photos_of_one_path_are_prepared_each_by_itself(tmp_path):
+    colors = {"a": (255, 0, 0), "b": (0, 255, 0)}
+    samples = [Sample(name, "photo.jpg", name, Path(), {}, {}, (4, 4)) for name in colors]
+    for sample in samples * 2:  # in both looks
+        photo, _ = prepare_once(sample, lambda of: (Image.new("RGB", (4, 4), colors[of.name]), {}), tmp_path)
+        assert photo.getpixel((0, 0)) == colors[sample.name]
 
 
 def test_early_stopping(run, drawn, tmp_path):
