@@ -141,7 +141,7 @@ class StopSignals:
     def __exit__(self, kind: type | None, *error: object) -> None:
         self.alarm(0)
         if kind:
-            end_processes(self.others)
+            end_processes([process for process in multiprocessing.active_children() if process not in self.others])
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -221,10 +221,10 @@ def _run(app: Callable) -> object:
         return result
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted", 130
-        end_processes()
+        end_processes(multiprocessing.active_children())
     except Exception as error:
         message, code = _message(error)
-        end_processes()
+        end_processes(multiprocessing.active_children())
         if console.quiet and hasattr(error, "format_message"):  # the first of several processes says it
             time.sleep(1)
             raise SystemExit(code) from None
@@ -234,15 +234,12 @@ def _run(app: Callable) -> object:
     raise SystemExit(code)
 
 
-def end_processes(others: Sequence = ()) -> None:
-    """Kill the loading processes, which ignore other signals: Python would wait for ever for one that does not end.
-
-    `others`: processes to leave.
-    """
+def end_processes(processes: list) -> None:
+    """Kill the daemons among these: loading processes ignore other signals, and Python would wait for them for ever."""
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where one is killed
-    for process in multiprocessing.active_children():
-        if process.daemon and process not in others:  # Python ends daemons itself, by a signal
+    for process in processes:
+        if process.daemon:
             process.kill()
 
 

@@ -263,7 +263,7 @@ def end_loaders_at_exit(pid: int) -> None:
 
 def end_loaders() -> None:
     ours = [process for loader in LOADERS if loader._iterator for process in loader._iterator._workers]
-    end_processes([process for process in multiprocessing.active_children() if process not in ours])
+    end_processes([process for process in multiprocessing.active_children() if process in ours])
 
 
 def make_eval_loader(dataset: EvalPhotos, batch_size: int, workers: int, part: range | None = None) -> DataLoader:

@@ -50,7 +50,7 @@ class FashionModel(nn.Module):
         convolutions = sum(isinstance(module, nn.Conv2d) for module in backbone.modules())
         four_dims = all(values.ndim <= 4 for values in backbone.parameters())  # channels last takes no more
         self.channels_last = convolutions > 1 and four_dims
-        backbone.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        backbone.to(memory_format=self.memory_format)
         # A head of any kind gives (N, classes), and the largest is the answer. A list: labels have any name.
         self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in classes.values())
         self.register_buffer("mean", torch.tensor([*mean]).view(3, 1, 1), persistent=False)
@@ -60,8 +60,7 @@ class FashionModel(nn.Module):
 
     def forward(self, images: Tensor, labels_only: bool = False) -> dict[str, Tensor]:
         """uint8 (N, 3, H, W) -> {label: logits (N, classes)}, and BOX's, (N, 4, POSITIONS), unless `labels_only`."""
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        images = (images.contiguous(memory_format=memory_format).float() / 255 - self.mean) / self.std
+        images = (images.contiguous(memory_format=self.memory_format).float() / 255 - self.mean) / self.std
         outputs = {}
         if self.box_head is None or labels_only:
             features = self.backbone(images)
@@ -70,6 +69,10 @@ class FashionModel(nn.Module):
             features = self.backbone.forward_head(last)
             outputs[BOX] = self.box_head(maps)
         return {label: head(features) for label, head in zip(self.classes, self.heads)} | outputs
+
+    @property
+    def memory_format(self) -> torch.memory_format:  # as an attribute it would keep torch.save from the model
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def keep_statistics(self) -> None:
         """Batch norms in train mode normalise by their running statistics, and leave these as they are.

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from data import Split
 
 MAX_SIDE = 4096  # of an image, in pixels
-# What may change on resume, since the bits do not; `data` and `teacher` may be the same ones elsewhere.
+# What may change on resume, since the bits do not: `data` and `teacher` may be the same ones elsewhere, `epochs` and
+# `patience` more.
 CHANGEABLE = {"resume", "workers", "debug", "data", "teacher", "epochs", "patience", "save_every", "cache", "pictures"}
 
 in_data, in_model, in_loss = (partial(option, panel) for panel in ("Data", "Model", "Loss"))

@@ -374,7 +374,7 @@ def new_model(settings: Settings, split: Split) -> FashionModel:
     model = build_model(settings.model, split.classes, *options)
     micro_batch = math.ceil(settings.batch_size / world_size() / settings.grad_accum)
     if micro_batch < model.min_images:
-        least = f"{settings.model} has batch norm, which cannot train on one image for a process and --grad-accum"
+        least = f"{settings.model} has batch norm, which cannot train on one image at a time (--grad-accum)"
         raise usage_error("--batch-size", least)
     if settings.weights and fresh:
         checkpoints.load_weights(model, settings.weights, settings.model)
